@@ -1,0 +1,1 @@
+"""Geometry, cameras, mesh topology, image and video files, run directories: what every layer stands on."""

@@ -1,0 +1,100 @@
+"""Files that are whole or absent, and model folders (`config.json` + safetensors shards)."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+
+SHARD_BYTES = 15_000_000
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON through a temporary name; dataclasses are turned into objects."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(asdict(value) if is_dataclass(value) else value, indent=1, default=str) + "\n")  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+@contextmanager
+def fresh_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` only if the block succeeds."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: expected a folder to write to, or a new name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def save_model(folder: Path, config: Any, state: dict[str, Tensor]) -> None:
+    """Write a model folder: `config.json` and safetensors shards of at most 15 MB (a larger tensor stands alone)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        n = tensor.numel() * tensor.element_size()
+        if size and size + n > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.detach().cpu().contiguous()
+        size += n
+    with fresh_folder(folder) as tmp:
+        write_json(tmp / "config.json", config)
+        for i, shard in enumerate(shards):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            save_file(shard, tmp / name)
+
+
+def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a model folder: (config, tensors by name, as stored).
+
+    Raises:
+        UserError: the folder, its config or its weights are missing or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a model folder: expected config.json and model*.safetensors")
+    config = read_json(folder / "config.json")
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no weights: expected model.safetensors beside config.json")
+    state: dict[str, Tensor] = {}
+    try:
+        for file in files:
+            state |= load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{folder} has damaged weights ({error}): copy the folder again") from None
+    return config, state

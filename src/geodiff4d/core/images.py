@@ -1,0 +1,86 @@
+"""Images in and out: C×H×W float32 in [0, 1], sRGB."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+
+MAX_PIXELS = 64_000_000
+"""Larger pictures are refused before they are decoded: a bomb, or a scan to downscale first."""
+
+
+def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height width"]:
+    """Read a picture as float32 in [0, 1], turned upright by its EXIF tag; `mode` is RGB or L.
+
+    An alpha channel is ignored.
+
+    Raises:
+        UserError: missing, a directory, truncated, too large or not an image.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: expected one image file (PNG, JPEG, WebP)")
+    if not path.exists():
+        raise UserError(f"{path} does not exist: expected an image file (PNG, JPEG, WebP)")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(
+                    f"{path} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; downscale it first"
+                )
+            from PIL import ImageOps
+
+            array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image that can be read: expected PNG, JPEG or WebP") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} is too large to decode safely: at most {MAX_PIXELS:,} pixels are read") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
+    tensor = torch.from_numpy(array.copy()).float() / 255
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def to_uint8(image: Float[Tensor, "channels height width"]) -> np.ndarray:
+    """Return H×W×3 (or H×W) bytes, rounded."""
+    array = (image.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def write_image(path: Path, image: Float[Tensor, "channels height width"]) -> None:
+    """Write a PNG or JPEG by the name's ending; it appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    Image.fromarray(to_uint8(image)).save(temporary, format="JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG")
+    os.replace(temporary, path)
+
+
+def encode_normals(
+    normals: Float[Tensor, "*batch 3 height width"], mask: Float[Tensor, "*batch 1 height width"]
+) -> Float[Tensor, "*batch 3 height width"]:
+    """Turn camera-space unit normals into an image: n/2 + 0.5, grey 0.5 where the mask is zero."""
+    return normals * mask * 0.5 + 0.5
+
+
+def decode_normals(image: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
+    """Turn a normal image back into unit vectors (grey becomes the zero vector)."""
+    return torch.nn.functional.normalize(image * 2 - 1, dim=-3, eps=1e-3)
+
+
+def composite(
+    image: Float[Tensor, "*batch channels height width"],
+    mask: Float[Tensor, "*batch 1 height width"] | Bool[Tensor, "*batch 1 height width"],
+    background: float = 0.5,
+) -> Float[Tensor, "*batch channels height width"]:
+    """Put the foreground on a plain background."""
+    m = mask.to(image.dtype)
+    return image * m + background * (1 - m)
