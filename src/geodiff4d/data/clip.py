@@ -1,0 +1,262 @@
+"""The one data contract: frames of one person, with cameras, masks, normals and head parameters.
+
+On disk a clip is VHAP's NeRF-style export (facts: `transforms.json`, OpenGL camera-to-world, `flame_param/`), extended
+by `normals/`, expression tokens and the reference portrait, so a VHAP export is a clip and a clip with a FLAME head is
+a VHAP export. In memory everything follows the project's conventions (OpenCV, metres, [0, 1]).
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from geodiff4d.core.camera import OPENGL_FROM_OPENCV, Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_folder, read_json, write_json
+from geodiff4d.core.geometry import invert
+from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
+from geodiff4d.heads.rig import HeadParams
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FrameRecord:
+    """Where one frame's files are, and the camera that saw it."""
+
+    timestep: int
+    camera_index: int
+    camera: Camera
+    image_path: Path
+    mask_path: Path | None
+    normal_path: Path | None
+    params_path: Path | None
+
+
+@dataclass(frozen=True)
+class ClipFrame:
+    """One frame in memory."""
+
+    timestep: int
+    camera_index: int
+    camera: Camera
+    image: Float[Tensor, "3 height width"]
+    mask: Float[Tensor, "1 height width"]
+    """Foreground, 0 to 1; all ones if the clip has no masks."""
+    normal: Float[Tensor, "3 height width"] | None
+    """Camera-space unit normals (x right, y up, z to the camera), zero on the background."""
+    params: HeadParams | None
+
+
+class Clip:
+    """A clip on disk, read frame by frame.
+
+    Example:
+        >>> clip = Clip("runs/demo/clip")  # doctest: +SKIP
+        >>> clip.frame(0).image.shape  # doctest: +SKIP
+        torch.Size([3, 256, 256])
+    """
+
+    def __init__(self, folder: Path | str):
+        """Open a clip.
+
+        Raises:
+            UserError: no transforms.json, or one that is not a clip's.
+        """
+        self.folder = Path(folder)
+        if not (self.folder / "transforms.json").exists():
+            raise UserError(f"{self.folder} is not a clip: expected a folder with transforms.json (from track, synth or synthesize)")
+        meta = read_json(self.folder / "transforms.json")
+        extra = meta.get("geodiff4d", {})
+        self.head_name: str = extra.get("head", "flame")
+        self.fps: float = float(extra.get("fps", 24.0))
+        self.extra: dict = extra.get("extra", {})
+        try:
+            self.records = [self._record(frame, meta) for frame in meta["frames"]]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.folder}/transforms.json is not a clip's: missing or bad field {error}") from None
+        if not self.records:
+            raise UserError(f"{self.folder} has no frames: expected at least one")
+
+    def _record(self, frame: dict, meta: dict) -> FrameRecord:
+        def get(key: str) -> float:
+            return float(frame.get(key, meta.get(key)))
+
+        T = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
+        if T.shape != (4, 4) or not T.isfinite().all():
+            raise ValueError("transform_matrix (expected a finite 4×4 matrix)")
+        K = torch.tensor([[get("fl_x"), 0, get("cx")], [0, get("fl_y"), get("cy")], [0, 0, 1]], dtype=torch.float32)
+        if not K.isfinite().all():
+            raise ValueError("intrinsics (expected finite fl_x, fl_y, cx, cy)")
+        camera = Camera(invert(T @ OPENGL_FROM_OPENCV.double()).float(), K, int(get("w")), int(get("h")))
+
+        def path(key: str) -> Path | None:
+            return self.folder / frame[key] if frame.get(key) else None
+
+        return FrameRecord(
+            int(frame["timestep_index"]), int(frame["camera_index"]), camera, self.folder / frame["file_path"],
+            path("fg_mask_path"), path("normal_path"), path("flame_param_path"),
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @cached_property
+    def timesteps(self) -> list[int]:
+        """The timesteps present, ascending."""
+        return sorted({r.timestep for r in self.records})
+
+    @cached_property
+    def camera_indices(self) -> list[int]:
+        return sorted({r.camera_index for r in self.records})
+
+    def frame(self, index: int) -> ClipFrame:
+        """Read one frame with everything the clip has for it."""
+        r = self.records[index]
+        image = read_image(r.image_path)
+        mask = read_image(r.mask_path, "L") if r.mask_path else torch.ones_like(image[:1])
+        normal = decode_normals(read_image(r.normal_path)) * (mask > 0) if r.normal_path else None
+        params = self.params(r.timestep) if r.params_path else None
+        return ClipFrame(r.timestep, r.camera_index, r.camera, image, mask, normal, params)
+
+    def params(self, timestep: int) -> HeadParams:
+        """Read the head parameters of a timestep (no batch axis).
+
+        Raises:
+            UserError: the clip has none for it.
+        """
+        paths = [r.params_path for r in self.records if r.timestep == timestep and r.params_path]
+        if not paths or not paths[0].exists():
+            raise UserError(f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first")
+        return _read_row(paths[0])
+
+    @property
+    def expression_tokens(self) -> Float[Tensor, "timesteps tokens channels"] | None:
+        """Expression tokens by position in `timesteps`, if the clip was generated."""
+        path = self.folder / "expression_tokens.safetensors"
+        return load_file(path)["tokens"].float() if path.exists() else None
+
+    @property
+    def reference(self) -> Float[Tensor, "3 height width"] | None:
+        path = self.folder / "reference.png"
+        return read_image(path) if path.exists() else None
+
+    @property
+    def reference_normal(self) -> Float[Tensor, "3 height width"] | None:
+        path = self.folder / "reference_normal.png"
+        return decode_normals(read_image(path)) if path.exists() else None
+
+
+def _write_row(path: Path, params: HeadParams) -> None:
+    """Write VHAP's layout: every array has a leading row axis, but `shape` has none."""
+    present = {k: v.detach().cpu().numpy().astype(np.float32) for k, v in vars(params).items() if v is not None}
+    np.savez(path, **{k: v if k == "shape" else v[None] for k, v in present.items()})
+
+
+def _read_row(path: Path) -> HeadParams:
+    known = {f.name for f in fields(HeadParams)}
+    with np.load(path, allow_pickle=False) as data:
+        arrays = {k: torch.from_numpy(data[k].astype(np.float32)) for k in data.files if k in known}
+    return HeadParams(**{k: v if k == "shape" else v[0] for k, v in arrays.items()})
+
+
+class ClipWriter:
+    """Write a clip; the folder appears when the `with` block ends well, and not at all otherwise.
+
+    Example:
+        >>> with ClipWriter("out", head="openhead") as clip:  # doctest: +SKIP
+        ...     clip.add_params(0, params)
+        ...     clip.add(0, 0, image, camera, mask, normal)
+    """
+
+    def __init__(self, folder: Path | str, head: str = "openhead", fps: float = 24.0, extra: dict | None = None):
+        self.folder, self.head, self.fps, self.extra = Path(folder), head, fps, extra or {}
+        self._frames: list[dict] = []
+        self._with_params: set[int] = set()
+        self._fresh = fresh_folder(self.folder)
+
+    def __enter__(self) -> "ClipWriter":
+        self.path = self._fresh.__enter__()
+        for name in ("images", "fg_masks", "normals", "flame_param"):
+            (self.path / name).mkdir()
+        return self
+
+    def add_params(self, timestep: int, params: HeadParams) -> None:
+        """Store a timestep's head parameters (no batch axis)."""
+        _write_row(self.path / f"flame_param/{timestep:05d}.npz", params)
+        if not self._with_params:
+            zero = params.map(torch.zeros_like)
+            open_mouth = torch.tensor([0.3, 0.0, 0.0])
+            canonical = replace(zero, shape=params.shape, static_offset=params.static_offset, jaw_pose=open_mouth)
+            _write_row(self.path / "canonical_flame_param.npz", canonical)
+        self._with_params.add(timestep)
+
+    def add(
+        self, timestep: int, camera_index: int, image: Float[Tensor, "3 height width"], camera: Camera,
+        mask: Float[Tensor, "1 height width"] | None = None, normal: Float[Tensor, "3 height width"] | None = None,
+    ) -> None:  # fmt: skip
+        """Store a frame: image and mask in [0, 1], camera-space unit normals."""
+        stem = f"{timestep:05d}_{camera_index:02d}.png"
+        write_image(self.path / "images" / stem, image)
+        K, c2w = camera.K.double(), invert(camera.T_cam_world.double()) @ OPENGL_FROM_OPENCV.double()
+        frame = {
+            "timestep_index": timestep, "timestep_index_original": timestep, "timestep_id": f"{timestep:05d}",
+            "camera_index": camera_index, "camera_id": f"{camera_index:02d}",
+            "cx": K[0, 2].item(), "cy": K[1, 2].item(), "fl_x": K[0, 0].item(), "fl_y": K[1, 1].item(),
+            "w": camera.width, "h": camera.height,
+            "camera_angle_x": 2 * torch.atan(camera.width / 2 / K[0, 0]).item(),
+            "camera_angle_y": 2 * torch.atan(camera.height / 2 / K[1, 1]).item(),
+            "transform_matrix": c2w.tolist(), "file_path": f"images/{stem}",
+            "flame_param_path": f"flame_param/{timestep:05d}.npz",
+        }  # fmt: skip
+        if mask is not None:
+            write_image(self.path / "fg_masks" / stem, mask)
+            frame["fg_mask_path"] = f"fg_masks/{stem}"
+        if normal is not None:
+            write_image(self.path / "normals" / stem, encode_normals(normal, torch.ones_like(normal[:1])))
+            frame["normal_path"] = f"normals/{stem}"
+        self._frames.append(frame)
+
+    def set_reference(self, image: Float[Tensor, "3 height width"], normal: Float[Tensor, "3 height width"] | None = None) -> None:
+        """Store the portrait the clip was made from, and its camera-space normals."""
+        write_image(self.path / "reference.png", image)
+        if normal is not None:
+            write_image(self.path / "reference_normal.png", encode_normals(normal, torch.ones_like(normal[:1])))
+
+    def set_tokens(self, tokens: Float[Tensor, "timesteps tokens channels"]) -> None:
+        """Store expression tokens, one row per timestep in ascending order."""
+        save_file({"tokens": tokens.half().contiguous()}, self.path / "expression_tokens.safetensors")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._write_transforms()
+        self._fresh.__exit__(kind, error, trace)
+
+    def _write_transforms(self) -> None:
+        for frame in self._frames:
+            if frame["timestep_index"] not in self._with_params:
+                del frame["flame_param_path"]
+        first = self._frames[0] if self._frames else {}
+        top = {k: first.get(k) for k in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
+        top["timestep_indices"] = sorted({f["timestep_index"] for f in self._frames})
+        top["camera_indices"] = sorted({f["camera_index"] for f in self._frames})
+        ours = {"version": FORMAT_VERSION, "head": self.head, "fps": self.fps, "extra": json.loads(json.dumps(self.extra))}
+        write_json(self.path / "transforms.json", {"geodiff4d": ours, **top, "frames": self._frames})
+        # VHAP's split: the first 70 % of timesteps train; camera 8, else the last, validates.
+        steps, cameras = top["timestep_indices"], top["camera_indices"]
+        train_steps = set(steps[: max(1, int(0.7 * len(steps)))])
+        held_camera = 8 if 8 in cameras else (cameras[-1] if cameras else 0)
+        split = {
+            "train": [f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] != held_camera],
+            "val": [f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] == held_camera],
+            "test": [f for f in self._frames if f["timestep_index"] not in train_steps],
+        }
+        for name, frames in split.items():
+            write_json(self.path / f"transforms_{name}.json", {"geodiff4d": ours, **top, "frames": frames})

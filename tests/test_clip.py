@@ -1,0 +1,87 @@
+"""The clip folder: a round trip, VHAP's fields, and what a broken one says."""
+
+import json
+
+import pytest
+import torch
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.geometry import look_at
+from geodiff4d.data.clip import Clip, ClipWriter
+from geodiff4d.heads.rig import HeadParams
+
+
+def params(seed: int) -> HeadParams:
+    g = torch.Generator().manual_seed(seed)
+    sizes = dict(shape=5, expr=4, rotation=3, neck_pose=3, jaw_pose=3, eyes_pose=6, translation=3)
+    return HeadParams(**{k: torch.randn(n, generator=g) for k, n in sizes.items()})
+
+
+def camera() -> Camera:
+    T = look_at(torch.tensor([0.3, 0.1, 1.0]), torch.zeros(3), torch.tensor([0.0, 1.0, 0.0]))
+    return Camera(T, pinhole(40.0, 16, 12), 16, 12)
+
+
+def write(folder):
+    image = torch.rand(3, 12, 16)
+    normal = torch.nn.functional.normalize(torch.randn(3, 12, 16), dim=0)
+    with ClipWriter(folder, fps=30) as w:
+        for t in range(3):
+            w.add_params(t, params(t))
+            for c in (0, 1):
+                w.add(t, c, image, camera(), torch.ones(1, 12, 16), normal)
+        w.set_reference(image, normal)
+        w.set_tokens(torch.randn(3, 32, 16))
+    return image, normal
+
+
+def test_round_trip(tmp_path):
+    image, normal = write(tmp_path / "clip")
+    clip = Clip(tmp_path / "clip")
+    assert len(clip) == 6 and clip.timesteps == [0, 1, 2] and clip.camera_indices == [0, 1] and clip.fps == 30
+    frame = clip.frame(3)
+    assert (frame.image - image).abs().max() < 1 / 500
+    assert (frame.normal - normal).norm(dim=0).max() < 0.02
+    torch.testing.assert_close(frame.camera.T_cam_world, camera().T_cam_world, atol=1e-6, rtol=0)
+    torch.testing.assert_close(frame.camera.K, camera().K)
+    for name in ("shape", "expr", "rotation", "eyes_pose"):
+        torch.testing.assert_close(getattr(frame.params, name), getattr(params(1), name))
+    assert clip.expression_tokens.shape == (3, 32, 16)
+
+
+def test_transforms_are_vhap_style(tmp_path):
+    write(tmp_path / "clip")
+    meta = json.loads((tmp_path / "clip/transforms.json").read_text())
+    frame = meta["frames"][0]
+    assert {"timestep_index", "camera_index", "transform_matrix", "fl_x", "flame_param_path", "fg_mask_path"} <= set(frame)
+    # OpenGL camera-to-world: the camera looks along its own -z, here from (0.3, 0.1, 1) to the origin.
+    c2w = torch.tensor(frame["transform_matrix"])
+    forward = -c2w[:3, 2]
+    torch.testing.assert_close(c2w[:3, 3] + forward * c2w[:3, 3].norm(), torch.zeros(3), atol=1e-5, rtol=0)
+    assert (tmp_path / "clip/canonical_flame_param.npz").exists()
+
+
+def test_failure_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), ClipWriter(tmp_path / "clip") as w:
+        w.add_params(0, params(0))
+        raise RuntimeError("disk full")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["no file", "not json", "no frames", "nan camera"])
+def test_broken_clip_is_a_user_error(tmp_path, damage):
+    write(tmp_path / "clip")
+    path = tmp_path / "clip/transforms.json"
+    meta = json.loads(path.read_text())
+    if damage == "no file":
+        path.unlink()
+    elif damage == "not json":
+        path.write_text("{")
+    elif damage == "no frames":
+        path.write_text(json.dumps({**meta, "frames": []}))
+    else:
+        meta["frames"][0]["transform_matrix"][0][0] = float("nan")
+        path.write_text(json.dumps(meta))
+    with pytest.raises(UserError):
+        Clip(tmp_path / "clip")
