@@ -1,0 +1,97 @@
+"""Where to cut: the canonical crop of every image, and the driving crop of the face.
+
+Canonical (docs/CONVENTIONS.md): square, centred on the projected head, side 1.6 × its box, fixed per clip and camera.
+Driving: 1.1 × the face's box, its size fixed over a clip and its centre smoothed (X-NeMo: square of the first frame,
+centres through a Gaussian of σ = 5 frames).
+
+Boxes are (left, top, side) in pixels of the uncut image and may reach beyond it.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+
+CANONICAL_SCALE = 1.6
+FACE_SCALE = 1.1
+SMOOTHING_FRAMES = 5.0
+
+
+def canonical_crop_box(camera: Camera, vertices: Float[Tensor, "*batch verts 3"]) -> tuple[float, float, float]:
+    """Return the canonical crop of one camera from the head's vertices in the world, over all frames given.
+
+    A head that moves through the picture widens the crop until it is always inside, so that the box can stay fixed.
+    `camera` is single, or has the batch of the vertices. Pass the head without neck and shoulders: the crop is about it.
+    """
+    points, _ = camera.project(vertices) if camera.batch else _project_all(camera, vertices)
+    points = points.reshape(-1, *points.shape[-2:]).double()
+    low, high = points.amin(1), points.amax(1)
+    union_low, union_high = low.amin(0), high.amax(0)
+    side = float(CANONICAL_SCALE * (high - low).amax(-1).median())
+    side = max(side, float(1.15 * (union_high - union_low).max()))
+    left, top = ((union_low + union_high) / 2 - side / 2).tolist()
+    return left, top, side
+
+
+def _project_all(camera: Camera, vertices: Tensor) -> tuple[Tensor, Tensor]:
+    return camera.expand(*vertices.shape[:-2]).project(vertices)
+
+
+def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) -> tuple[float, float, float]:
+    """Return the square of `scale` × the box of a face's landmarks [px]."""
+    low, high = points.amin(0), points.amax(0)
+    side = float(scale * (high - low).max())
+    left, top = ((low + high) / 2 - side / 2).tolist()
+    return left, top, side
+
+
+def face_crop_track(points: Float[Tensor, "frames points 2"], scale: float = FACE_SCALE) -> list[tuple[float, float, float]]:
+    """Return one driving crop per frame: the median side for all, and centres smoothed over time."""
+    low, high = points.amin(1), points.amax(1)
+    side = float(scale * (high - low).amax(-1).median())
+    centres = smoothed((low + high) / 2, SMOOTHING_FRAMES)
+    return [(float(x) - side / 2, float(y) - side / 2, side) for x, y in centres]
+
+
+def smoothed(values: Float[Tensor, "frames channels"], sigma: float) -> Float[Tensor, "frames channels"]:
+    """Smooth over frames with a Gaussian of `sigma` frames, renormalised at both ends."""
+    t = torch.arange(len(values), dtype=values.dtype, device=values.device)
+    weights = torch.exp(-0.5 * ((t[:, None] - t) / sigma).square())
+    return (weights / weights.sum(1, keepdim=True)) @ values
+
+
+def crop_image(
+    image: Float[Tensor, "channels height width"], box: tuple[float, float, float], size: int, fill: float | None = None
+) -> Float[Tensor, "channels size size"]:
+    """Cut a square and resample it to `size`², subpixel-exact and antialiased.
+
+    The camera of the result is `camera.cropped(*box, size)`. Beyond the border the edge is repeated, or `fill` is shown.
+
+    Example:
+        >>> crop_image(torch.rand(3, 48, 64), (8.0, 0.0, 48.0), 16).shape
+        torch.Size([3, 16, 16])
+    """
+    left, top, side = box
+    rows = _resampling(image.shape[1], top, side, size, clamp=fill is None).to(image)
+    columns = _resampling(image.shape[2], left, side, size, clamp=fill is None).to(image)
+    out = torch.einsum("yh,chw,xw->cyx", rows, image, columns)
+    if fill is not None:
+        out = out + fill * (1 - rows.sum(1)[:, None] * columns.sum(1))
+    return out
+
+
+def _resampling(length: int, start: float, side: float, size: int, clamp: bool) -> Float[Tensor, "size length"]:
+    """Weights of a tent filter as wide as the larger of source and target pixels; rows sum to one where `clamp`."""
+    step = side / size
+    centres = start + (torch.arange(size, dtype=torch.float64) + 0.5) * step
+    radius = max(step, 1.0)
+    first = (centres - radius - 0.5).ceil().long()
+    taps = first[:, None] + torch.arange(int(2 * radius) + 2)
+    weights = (1 - (taps + 0.5 - centres[:, None]).abs() / radius).clamp(min=0)
+    weights = weights / weights.sum(1, keepdim=True)
+    inside = (taps >= 0) & (taps < length)
+    if not clamp:
+        weights = weights * inside
+    out = torch.zeros(size, length, dtype=torch.float64)
+    return out.scatter_add_(1, taps.clamp(0, length - 1), weights)
