@@ -91,6 +91,9 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no weights: expected model.safetensors beside config.json")
+    _, of, count = files[0].stem.partition("-of-")
+    if of and count.isdigit() and int(count) != len(files):
+        raise UserError(f"{folder} has {len(files)} of {int(count)} weight files: copy the folder again")
     state: dict[str, Tensor] = {}
     try:
         for file in files:

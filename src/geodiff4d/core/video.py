@@ -38,7 +38,9 @@ def read_video(path: Path, limit: int | None = None) -> Iterator[Float[Tensor, "
                 yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
     except av.FFmpegError as error:
         if count == 0:
-            raise UserError(f"{path} cannot be decoded as video ({error}): expected MP4, MOV, WebM or similar") from None
+            raise UserError(
+                f"{path} cannot be decoded as video ({error}): expected MP4, MOV, WebM or similar"
+            ) from None
     if count == 0:
         raise UserError(f"{path} has no frames: expected a video with at least one frame")
 
@@ -50,17 +52,21 @@ def write_video(path: Path, frames: Iterable[Float[Tensor, "3 height width"]], f
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    with av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "17"}
-        for image in frames:
-            _, height, width = image.shape
-            if height % 2 or width % 2:
-                image = torch.nn.functional.pad(image[None], (0, width % 2, 0, height % 2), mode="replicate")[0]
-            stream.height, stream.width = image.shape[1:]
-            for packet in stream.encode(av.VideoFrame.from_ndarray(to_uint8(image), format="rgb24")):
+    try:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "17"}
+            for i, image in enumerate(frames):
+                _, height, width = image.shape
+                if height % 2 or width % 2:
+                    image = torch.nn.functional.pad(image[None], (0, width % 2, 0, height % 2), mode="replicate")[0]
+                if i == 0:  # the codec opens with the first frame, and keeps that size
+                    stream.height, stream.width = image.shape[1:]
+                for packet in stream.encode(av.VideoFrame.from_ndarray(to_uint8(image), format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode():
                 container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    os.replace(temporary, path)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
