@@ -1,0 +1,131 @@
+"""The command line: `geodiff4d COMMAND …`.
+
+Every command is one module here with a frozen dataclass `Args` (its options, shown by tyro) and
+`run(args: Args) -> None`. Modules load only when their command is called, and import torch inside `run`, so that every
+`--help` answers at once.
+Exit codes: 0 done, 1 a defect of ours, 2 bad input or a full disk, 130 interrupted.
+"""
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    # name: (module, one line of help), in the order a user meets them.
+    "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
+}
+
+USAGE = "usage: geodiff4d [-h] [--version] [--debug] COMMAND …"
+ENVIRONMENT_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.EMFILE,
+}
+"""Failures of the user's machine, not of the program: one line is enough."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code.
+
+    `--debug`, anywhere on the line, lets every error through with its traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from geodiff4d import __version__
+
+        print(f"geodiff4d {__version__}")
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        return fail("geodiff4d", unknown(name))
+    try:
+        return execute(name, rest)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        return fail(f"geodiff4d {name}", "interrupted", code=130)
+    except Exception as error:
+        if debug:
+            raise
+        return fail(f"geodiff4d {name}", *explain(error))
+
+
+def execute(name: str, rest: list[str]) -> int:
+    """Parse a command's options and run it; `--help` and usage errors return tyro's exit code."""
+    import tyro
+
+    module = importlib.import_module(COMMANDS[name][0])
+    try:
+        args = tyro.cli(module.Args, prog=f"geodiff4d {name}", description=module.__doc__, args=rest)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    module.run(args)
+    sys.stdout.flush()
+    return 0
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """Turn an exception into (one line, exit code)."""
+    from geodiff4d.core.errors import UserError
+
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text, 2
+    if isinstance(error, BrokenPipeError):
+        # The reader left (`| head`): keep the interpreter from complaining again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "the reader of the output went away", 141
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRNOS:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{(error.strerror or text).lower()}{where}: free some space or choose another --out", 2
+    if "No space left on device" in text:
+        # safetensors and torch wrap the system's error in their own.
+        return f"no space left on device ({type(error).__name__}): free some space or choose another --out", 2
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text or 'no detail'}): choose a smaller --preset, or fewer views or frames", 2
+    return (
+        f"unexpected {type(error).__name__}: {text}; this is a defect, please report it with the output of --debug",
+        1,
+    )
+
+
+def fail(who: str, message: str, code: int = 2) -> int:
+    print(f"{who}: {message}", file=sys.stderr)
+    return code
+
+
+def unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+    return f"unknown command {name!r}: {hint}"
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    rows = [f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            USAGE,
+            "",
+            "One portrait image in, one animatable 4D head avatar out.",
+            "",
+            "commands (each has its own --help):",
+            *rows,
+            "",
+            "options:",
+            "  --debug    show tracebacks",
+            "  --version  print the version",
+        ]
+    )

@@ -1,0 +1,433 @@
+"""Geometry, cameras, images, videos and files."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from geodiff4d.core import camera as cameras
+from geodiff4d.core import files, geometry, images, topology, video
+from geodiff4d.core.errors import UserError
+
+quick = settings(max_examples=40, deadline=None)
+unit = st.floats(-1, 1, allow_nan=False, width=32)
+vector = st.tuples(unit, unit, unit).map(lambda v: torch.tensor(v, dtype=torch.float64))
+
+
+@st.composite
+def rotations(draw):
+    """Axis-angle vectors; near identity and near a half turn on purpose."""
+    axis = draw(vector.filter(lambda v: v.norm() > 0.1))
+    angle = draw(
+        st.one_of(st.floats(0, math.pi), st.sampled_from([0.0, 1e-12, 1e-7, 9.9e-5, 1.01e-4, math.pi - 1e-7, math.pi]))
+    )
+    return torch.nn.functional.normalize(axis, dim=0) * angle
+
+
+@st.composite
+def poses(draw):
+    return geometry.rigid(geometry.axis_angle_to_matrix(draw(rotations())), draw(vector))
+
+
+# --- rotations and rigid transforms
+
+
+@quick
+@given(rotations())
+def test_rotations_are_orthonormal_and_match_the_exponential(w):
+    R = geometry.axis_angle_to_matrix(w)
+    torch.testing.assert_close(R @ R.mT, torch.eye(3, dtype=R.dtype), atol=1e-12, rtol=0)
+    torch.testing.assert_close(R, torch.linalg.matrix_exp(geometry.skew(w)), atol=1e-10, rtol=0)
+
+
+@quick
+@given(rotations())
+def test_quaternions_round_trip(w):
+    R = geometry.axis_angle_to_matrix(w)
+    q = geometry.matrix_to_quat(R)
+    torch.testing.assert_close(geometry.quat_to_matrix(q), R, atol=1e-12, rtol=0)
+    torch.testing.assert_close(geometry.quat_to_matrix(-3 * q), R, atol=1e-12, rtol=0)
+
+
+@quick
+@given(rotations(), rotations())
+def test_quaternion_products_are_matrix_products(a, b):
+    A, B = geometry.axis_angle_to_matrix(a), geometry.axis_angle_to_matrix(b)
+    q = geometry.quat_multiply(geometry.matrix_to_quat(A), geometry.matrix_to_quat(B))
+    torch.testing.assert_close(geometry.quat_to_matrix(q), A @ B, atol=1e-12, rtol=0)
+
+
+@quick
+@given(poses(), poses(), vector)
+def test_transforms_chain_and_invert(T_a_b, T_b_c, p):
+    p = p[None]
+    chained = geometry.transform(T_a_b, geometry.transform(T_b_c, p))
+    torch.testing.assert_close(geometry.transform(T_a_b @ T_b_c, p), chained, atol=1e-12, rtol=0)
+    torch.testing.assert_close(geometry.invert(T_a_b) @ T_a_b, torch.eye(4, dtype=p.dtype), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-9, 5e-5, 1e-3, 1.0, 3.0])
+def test_axis_angle_has_exact_gradients(scale):
+    w = (torch.tensor([[0.5, -0.3, 0.8]], dtype=torch.float64) * scale).requires_grad_()
+    assert torch.autograd.gradcheck(geometry.axis_angle_to_matrix, w)
+
+
+def test_axis_angle_at_zero_in_float32_is_finite_with_the_right_gradient():
+    w = torch.zeros(2, 3, requires_grad=True)
+    R = geometry.axis_angle_to_matrix(w)
+    assert torch.equal(R, torch.eye(3).expand(2, 3, 3))
+    R[:, 2, 1].sum().backward()
+    assert torch.equal(w.grad, torch.tensor([[1.0, 0.0, 0.0]]).expand(2, 3))
+
+
+def test_quaternions_are_wxyz():
+    quarter_turn_about_z = geometry.axis_angle_to_matrix(torch.tensor([0.0, 0.0, math.pi / 2]))
+    q = geometry.matrix_to_quat(quarter_turn_about_z)
+    torch.testing.assert_close(q * q[0].sign(), torch.tensor([1.0, 0.0, 0.0, 1.0]) / math.sqrt(2))
+
+
+# --- cameras
+
+
+def front_camera(distance: float = 1.0, size: int = 64) -> cameras.Camera:
+    up = torch.tensor([0.0, 1.0, 0.0])
+    T = geometry.look_at(torch.tensor([0.0, 0.0, distance]), torch.zeros(3), up)
+    return cameras.Camera(T, cameras.pinhole(2.0 * size, size, size), size, size)
+
+
+def test_cameras_are_opencv():
+    """A head's +y is up in the picture (smaller row), its left side (+x) is to the right, depth grows forward."""
+    xy, depth = front_camera().project(
+        torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.5]])
+    )
+    torch.testing.assert_close(depth, torch.tensor([1.0, 1.0, 1.0, 0.5]))
+    torch.testing.assert_close(xy, torch.tensor([[32.0, 32.0], [44.8, 32.0], [32.0, 19.2], [32.0, 32.0]]))
+
+
+@quick
+@given(vector, vector.filter(lambda v: v.abs().max() > 0.3))
+def test_look_at_centres_its_target(target, direction):
+    eye = target + 2 * direction
+    up = torch.tensor([0.0, 1.0, 0.0], dtype=eye.dtype)
+    if torch.linalg.cross(direction, up).norm() < 1e-3:
+        return
+    K = cameras.pinhole(100.0, 64, 48).double()
+    camera = cameras.Camera(geometry.look_at(eye, target, up), K, 64, 48)
+    xy, depth = camera.project(target[None])
+    torch.testing.assert_close(xy[0], torch.tensor([32.0, 24.0], dtype=eye.dtype), atol=1e-9, rtol=0)
+    torch.testing.assert_close(depth[0], (2 * direction).norm(), atol=1e-9, rtol=0)
+    torch.testing.assert_close(camera.position, eye, atol=1e-9, rtol=0)
+    assert camera.T_cam_world[:3, :3].det() > 0.99
+
+
+@quick
+@given(st.floats(-20, 40), st.floats(-20, 40), st.floats(5, 100), st.integers(8, 300))
+def test_crops_and_resizes_move_pixels_alike(left, top, side, size):
+    camera = front_camera()
+    points = torch.tensor([[0.03, -0.02, 0.1], [-0.1, 0.05, 0.0]])
+    before, depth = camera.project(points)
+    after, same_depth = camera.cropped(left, top, side, size).project(points)
+    expected = (before - torch.tensor([left, top])) * size / side
+    torch.testing.assert_close(after, expected, atol=1e-2, rtol=1e-4)
+    assert torch.equal(depth, same_depth)
+    resized, _ = camera.resized(size, 2 * size).project(points)
+    torch.testing.assert_close(resized, before * torch.tensor([size / 64, 2 * size / 64]), atol=1e-2, rtol=1e-4)
+
+
+def test_cameras_stack_and_index():
+    batch = cameras.Camera.stack([front_camera(1.0), front_camera(2.0)])
+    assert batch.batch == (2,)
+    torch.testing.assert_close(batch.position[:, 2], torch.tensor([1.0, 2.0]))
+    assert torch.equal(batch[1].T_cam_world, front_camera(2.0).T_cam_world)
+    assert batch[1].expand(3).batch == (3,)
+    with pytest.raises(ValueError, match="must share a size"):
+        cameras.Camera.stack([front_camera(), front_camera(size=32)])
+
+
+def test_opengl_cameras_look_along_minus_z():
+    T_world_opengl = geometry.invert(front_camera().T_cam_world) @ cameras.OPENGL_FROM_OPENCV
+    torch.testing.assert_close(T_world_opengl, geometry.rigid(torch.eye(3), torch.tensor([0.0, 0.0, 1.0])))
+
+
+# --- meshes
+
+TETRAHEDRON = torch.tensor([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+TETRAHEDRON_FACES = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+
+
+@quick
+@given(rotations())
+def test_normals_turn_with_the_mesh(w):
+    R = geometry.axis_angle_to_matrix(w)
+    v = TETRAHEDRON.double()
+    turned = topology.vertex_normals(v @ R.mT, TETRAHEDRON_FACES)
+    torch.testing.assert_close(turned, topology.vertex_normals(v, TETRAHEDRON_FACES) @ R.mT, atol=1e-10, rtol=0)
+
+
+def test_normals_point_outward_and_faces_close():
+    n = topology.vertex_normals(TETRAHEDRON, TETRAHEDRON_FACES)
+    assert ((TETRAHEDRON - TETRAHEDRON.mean(0)) * n).sum(-1).min() > 0
+    torch.testing.assert_close(topology.face_normals(TETRAHEDRON, TETRAHEDRON_FACES).sum(0), torch.zeros(3))
+    assert topology.edges(TETRAHEDRON_FACES).shape == (6, 2)
+
+
+def test_a_vertex_without_faces_has_no_normal():
+    v = torch.cat([TETRAHEDRON, torch.ones(1, 3)])
+    n = topology.vertex_normals(v, TETRAHEDRON_FACES)
+    assert torch.equal(n[-1], torch.zeros(3))
+
+
+# --- images
+
+
+@pytest.mark.parametrize("name", ["a.png", "deep/er/a.png"])
+def test_images_round_trip(tmp_path, name):
+    image = torch.randint(0, 256, (3, 5, 7)).float() / 255
+    images.write_image(tmp_path / name, image)
+    assert torch.equal(images.read_image(tmp_path / name), image)
+    assert [p.name for p in (tmp_path / name).parent.iterdir()] == ["a.png"]
+
+
+def test_grey_images_and_modes(tmp_path):
+    mask = torch.randint(0, 256, (1, 4, 6)).float() / 255
+    images.write_image(tmp_path / "m.png", mask)
+    assert torch.equal(images.read_image(tmp_path / "m.png", "L"), mask)
+    assert images.read_image(tmp_path / "m.png").shape == (3, 4, 6)
+
+
+def test_exif_turns_the_picture_upright(tmp_path):
+    pixels = np.zeros((4, 6, 3), np.uint8)
+    pixels[0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    image = images.read_image(tmp_path / "a.png")
+    assert image.shape == (3, 6, 4)
+    assert image[:, :, -1].min() == 1
+
+
+def test_alpha_is_ignored(tmp_path):
+    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(tmp_path / "a.png")
+    assert images.read_image(tmp_path / "a.png").mul(255).round()[:, 0, 0].tolist() == [10, 20, 30]
+
+
+def truncated(path):
+    images.write_image(path, torch.rand(3, 64, 64))
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def bomb(path):
+    """A PNG whose header promises 90,000 × 90,000 pixels."""
+    images.write_image(path, torch.rand(3, 8, 8))
+    data = bytearray(path.read_bytes())
+    data[16:24] = (90_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def large(path):
+    Image.new("L", (9_000, 8_000)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist: expected an image file"),
+        (lambda p: p.mkdir(), "is a directory: expected one image file"),
+        (lambda p: p.write_text("hello"), "is not an image that can be read"),
+        (lambda p: p.write_bytes(b""), "is not an image that can be read"),
+        (truncated, "is truncated or damaged"),
+        (bomb, "too large to decode safely|at most 64,000,000"),
+        (large, "9000×8000 pixels: at most 64,000,000"),
+    ],
+)
+def test_bad_images_are_user_errors(tmp_path, make, message):
+    path = tmp_path / "a.png"
+    make(path)
+    with pytest.raises(UserError, match=message):
+        images.read_image(path)
+
+
+def test_normals_round_trip_through_an_image():
+    n = torch.nn.functional.normalize(torch.randn(2, 3, 4, 5), dim=1)
+    mask = torch.ones(2, 1, 4, 5)
+    mask[..., 0] = 0
+    image = images.encode_normals(n, mask)
+    assert image.min() >= 0
+    assert image.max() <= 1
+    assert (image[..., 0] == 0.5).all()
+    torch.testing.assert_close(images.decode_normals(image), n * mask, atol=1e-5, rtol=0)
+
+
+def test_composite_takes_masks_of_both_kinds():
+    image = torch.ones(3, 2, 2)
+    mask = torch.tensor([[[True, False], [False, True]]])
+    out = images.composite(image, mask, 0.25)
+    assert out[0].tolist() == [[1.0, 0.25], [0.25, 1.0]]
+    assert torch.equal(out, images.composite(image, mask.float(), 0.25))
+
+
+# --- videos
+
+
+def frames_of_colour(count=5, height=32, width=48):
+    return [torch.full((3, height, width), (i + 1) / (count + 1)) for i in range(count)]
+
+
+def test_videos_round_trip(tmp_path):
+    frames = frames_of_colour()
+    video.write_video(tmp_path / "v" / "a.mp4", frames, fps=12)
+    back = list(video.read_video(tmp_path / "v" / "a.mp4"))
+    assert len(back) == 5
+    torch.testing.assert_close(torch.stack(back), torch.stack(frames), atol=0.02, rtol=0)
+    assert len(list(video.read_video(tmp_path / "v" / "a.mp4", limit=2))) == 2
+    assert [p.name for p in (tmp_path / "v").iterdir()] == ["a.mp4"]
+
+
+def test_a_failed_video_leaves_nothing(tmp_path):
+    def frames():
+        yield torch.zeros(3, 32, 32)
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        video.write_video(tmp_path / "a.mp4", frames())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_odd_sizes_are_padded(tmp_path):
+    video.write_video(tmp_path / "a.mp4", frames_of_colour(2, 33, 47))
+    assert next(video.read_video(tmp_path / "a.mp4")).shape == (3, 34, 48)
+
+
+def test_a_video_cut_short_yields_what_it_has(tmp_path):
+    import av
+
+    path = tmp_path / "a.mkv"  # a container that is readable from its start
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        for _ in range(20):
+            noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert 0 < len(list(video.read_video(path))) < 20
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist: expected a video file"),
+        (lambda p: p.mkdir(), "is a directory: expected a video file"),
+        (lambda p: p.write_text("hello"), "cannot be decoded as video"),
+        (lambda p: p.write_bytes(b""), "cannot be decoded as video"),
+    ],
+)
+def test_bad_videos_are_user_errors(tmp_path, make, message):
+    path = tmp_path / "a.mp4"
+    make(path)
+    with pytest.raises(UserError, match=message):
+        list(video.read_video(path))
+
+
+# --- files
+
+
+def test_json_round_trips_and_names_what_is_wrong(tmp_path):
+    files.write_json(tmp_path / "sub" / "a.json", {"x": [1, 2]})
+    assert files.read_json(tmp_path / "sub" / "a.json") == {"x": [1, 2]}
+    with pytest.raises(UserError, match="does not exist"):
+        files.read_json(tmp_path / "b.json")
+    (tmp_path / "c.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        files.read_json(tmp_path / "c.json")
+
+
+def test_a_fresh_folder_replaces_the_old_one_only_on_success(tmp_path):
+    target = tmp_path / "out"
+    with files.fresh_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(KeyboardInterrupt), files.fresh_folder(target) as folder:
+        (folder / "b").write_text("2")
+        raise KeyboardInterrupt
+    assert [p.name for p in target.iterdir()] == ["a"]
+    with files.fresh_folder(target) as folder:
+        (folder / "c").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["c"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fresh_folder_refuses_to_replace_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(UserError, match="is a file: expected a folder"), files.fresh_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("shard_bytes", [15_000_000, 100])
+def test_models_round_trip_in_shards(tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(files, "SHARD_BYTES", shard_bytes)
+    state = {"a": torch.randn(4, 5), "b.c": torch.randn(3).half(), "t": torch.randn(6, 2).T, "n": torch.arange(3)}
+    files.save_model(tmp_path / "m", {"width": 8}, state)
+    config, back = files.load_model(tmp_path / "m")
+    assert config == {"width": 8}
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in state.items())
+    shards = [p.name for p in sorted((tmp_path / "m").glob("*.safetensors"))]
+    assert len(shards) == (1 if shard_bytes > 100 else 2)
+
+
+def damage(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (damage, "damaged weights"),
+        (lambda m: (m / "model.safetensors").write_bytes(b"xx"), "damaged weights"),
+        (lambda m: (m / "model.safetensors").unlink(), "has no weights"),
+        (lambda m: (m / "config.json").unlink(), "config.json does not exist"),
+        (lambda m: (m / "config.json").write_text("nope"), "not valid JSON"),
+    ],
+)
+def test_damaged_models_are_user_errors(tmp_path, harm, message):
+    files.save_model(tmp_path / "m", {}, {"a": torch.zeros(8)})
+    harm(tmp_path / "m")
+    with pytest.raises(UserError, match=message):
+        files.load_model(tmp_path / "m")
+
+
+def test_a_missing_shard_is_a_user_error(tmp_path, monkeypatch):
+    """Half a model must not load as a smaller one."""
+    monkeypatch.setattr(files, "SHARD_BYTES", 40)
+    files.save_model(tmp_path / "m", {}, {"a": torch.zeros(8), "b": torch.zeros(8)})
+    (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="has 1 of 2 weight files"):
+        files.load_model(tmp_path / "m")
+
+
+def test_a_missing_model_folder_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="is not a model folder"):
+        files.load_model(tmp_path / "nothing")
+
+
+@dataclass(frozen=True)
+class Config:
+    width: int = 4
+
+
+def test_dataclasses_are_written_as_objects(tmp_path):
+    files.write_json(tmp_path / "a.json", Config())
+    assert files.read_json(tmp_path / "a.json") == {"width": 4}
