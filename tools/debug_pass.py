@@ -1,7 +1,7 @@
 """Run every command once at its smallest size, in order, in one temporary folder.
 
-Usage: `.venv/bin/python tools/debug_pass.py`. A command that is in the CLI's table but in no recipe here fails the pass,
-and so does one that writes less than it promised.
+Usage: `.venv/bin/python tools/debug_pass.py`. A command that is in the CLI's table but in no recipe here fails
+the pass, and so does one that writes less than it promised.
 """
 
 import shlex

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 CORE = [
-    "torch", "numpy", "scipy", "pillow", "safetensors", "einops", "jaxtyping", "numba", "tyro", "rich", "av", "diffusers",
-    "accelerate", "pytorch-msssim", "matplotlib",
+    "torch", "numpy", "scipy", "pillow", "safetensors", "einops", "jaxtyping", "numba", "tyro", "rich", "av",
+    "diffusers", "accelerate", "pytorch-msssim", "matplotlib",
 ]  # fmt: skip
 EXTRAS = {
     # extra: (distribution, import name, what it is for)
