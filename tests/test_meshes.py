@@ -83,10 +83,10 @@ def test_shared_edges_are_covered_once(monkeypatch):
     covered = []
     compete = meshes._compete
 
-    def spy(best, count, place, w, slope, face):
+    def spy(best, count, spans, depths):
         span, i = meshes._ragged(count)
-        covered.append(place[span] + i)
-        compete(best, count, place, w, slope, face)
+        covered.append(spans[0, span] + i)
+        compete(best, count, spans, depths)
 
     monkeypatch.setattr(meshes, "_compete", spy)
     n = 9

@@ -67,13 +67,13 @@ def rasterize(
     batch = tuple(vertices.shape[:-2])
     if camera.batch != batch:
         raise ValueError(f"cameras and meshes must share a batch, got {camera.batch} and {batch}: use camera.expand(*batch)")
-    xy, inverse_z = _to_screen(vertices, camera)
-    return _fragments(xy, inverse_z, faces, camera.height, camera.width, cull_backfaces)
+    return _fragments(_to_screen(vertices, camera), faces, camera.height, camera.width, cull_backfaces)
 
 
 def rasterize_uv(uv: Float[Tensor, "uvs 2"], uv_faces: Int[Tensor, "faces 3"], size: int) -> Fragments:
     """Rasterise the texture atlas itself: which face each texel of a size² texture lies on (depth is 1)."""
-    return _fragments(uv * size, torch.ones_like(uv[:, 0]), uv_faces, size, size, cull_backfaces=False)
+    screen = torch.cat([uv.T * size, torch.ones_like(uv.T[:1])])
+    return _fragments(screen, uv_faces, size, size, cull_backfaces=False)
 
 
 def interpolate(
@@ -89,14 +89,14 @@ def interpolate(
     channels = attributes.shape[-1]
     index = fragments.face_index.flatten()
     pixel = (index >= 0).nonzero()[:, 0]
-    corners = faces[index[pixel]]
+    corners = faces.T.index_select(1, index.index_select(0, pixel))
     if attributes.ndim > 2:
-        corners = corners + (pixel // (height * width))[:, None] * attributes.shape[-2]
-    weights = fragments.bary.reshape(-1, 3)[pixel].to(attributes.dtype)
-    flat = attributes.reshape(-1, channels)
-    values = sum(flat[corners[:, i]] * weights[:, i, None] for i in range(3))
-    out = attributes.new_zeros(len(index), channels).index_copy(0, pixel, values)
-    return out.view(*batch, height, width, channels).movedim(-1, -3).contiguous()
+        corners = corners + (pixel // (height * width)) * attributes.shape[-2]
+    weights = fragments.bary.movedim(-1, 0).reshape(3, -1).index_select(1, pixel).to(attributes.dtype)
+    flat = attributes.reshape(-1, channels).T.contiguous()
+    a, b, c = (flat.index_select(1, corners[i]) * weights[i] for i in range(3))
+    out = attributes.new_zeros(channels, len(index)).index_copy(1, pixel, a + b + c)
+    return out.view(channels, *batch, height, width).movedim(0, -3).contiguous()
 
 
 def render_normals(
@@ -128,122 +128,153 @@ def uv_map(
     return interpolate(fragments, uv_faces, uv)
 
 
-def _to_screen(
-    vertices: Float[Tensor, "*batch verts 3"], camera: Camera
-) -> tuple[Float[Tensor, "*batch verts 2"], Float[Tensor, "*batch verts"]]:
-    """Project to (xy [px], 1/z); 1/z is zero for vertices that cannot be drawn, and their gradient is zero, not NaN."""
+def _to_screen(vertices: Float[Tensor, "*batch verts 3"], camera: Camera) -> Float[Tensor, "3 *batch verts"]:
+    """Project to x, y [px] and 1/z; 1/z is zero for vertices that cannot be drawn, whose gradient is zero and not NaN."""
     points = transform(camera.T_cam_world, vertices)
-    z = points[..., 2]
-    drawable = (z > NEAR_M) & points.isfinite().all(-1)
-    safe = torch.where(drawable, z, 1.0)
-    points = torch.where(drawable[..., None], points, 0.0)
-    xy = (points @ camera.K.mT)[..., :2] / safe[..., None]
-    return xy, torch.where(drawable, 1 / safe, 0.0)
+    drawable = (points[..., 2] > NEAR_M) & points.isfinite().all(-1)
+    points = torch.where(drawable[..., None], points, points.new_tensor([0.0, 0.0, 1.0]))
+    inverse_z = 1 / points[..., 2]
+    x, y, _ = (points @ camera.K.mT).unbind(-1)
+    return torch.stack([x * inverse_z, y * inverse_z, inverse_z * drawable])
 
 
-def _fragments(xy: Tensor, inverse_z: Tensor, faces: Tensor, height: int, width: int, cull_backfaces: bool) -> Fragments:
-    batch = xy.shape[:-2]
-    xy, inverse_z = xy.reshape(-1, *xy.shape[-2:]), inverse_z.reshape(-1, inverse_z.shape[-1])
+def _fragments(screen: Tensor, faces: Tensor, height: int, width: int, cull_backfaces: bool) -> Fragments:
+    batch, verts = screen.shape[1:-1], screen.shape[-1]
+    screen = screen.reshape(3, -1)
     with torch.no_grad():
-        index = _nearest_faces(xy.detach(), inverse_z.detach(), faces, height, width, cull_backfaces)
+        index = _nearest_faces(screen.detach(), verts, faces, height, width, cull_backfaces)
     pixel = (index >= 0).nonzero()[:, 0]
-    bary, depth = _weights(xy, inverse_z, faces, index[pixel], pixel, height, width)
+    image = pixel // (height * width)
+    place = pixel - image * (height * width)
+    row = place // width
+    corners = faces.T.index_select(1, index.index_select(0, pixel)) + image * verts
+    bary, depth = _weights(screen, corners, (place - row * width) + 0.5, row + 0.5)
+    # Channels first in memory, as everything that reads them wants it.
+    spread = screen.new_zeros(3, len(index)).index_copy(1, pixel, bary)
     return Fragments(
         index.view(*batch, height, width),
-        xy.new_zeros(len(index), 3).index_copy(0, pixel, bary).view(*batch, height, width, 3),
-        xy.new_full((len(index),), torch.inf).index_copy(0, pixel, depth).view(*batch, height, width),
+        spread.view(3, *batch, height, width).movedim(0, -1),
+        screen.new_full((len(index),), torch.inf).index_copy(0, pixel, depth).view(*batch, height, width),
     )
 
 
-def _weights(
-    xy: Tensor, inverse_z: Tensor, faces: Tensor, face: Tensor, pixel: Tensor, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    """Perspective-correct barycentrics [n, 3] and depth [n] of the seen faces at their pixels."""
-    image, place = pixel // (height * width), pixel % (height * width)
-    corners = faces[face] + (image * xy.shape[1])[:, None]
-    centre = torch.stack([place % width, place // width], -1) + 0.5
+def _weights(screen: Tensor, corners: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Perspective-correct barycentrics [3, n] and depth [n] of triangles (corners [3, n]) at pixel centres."""
+    a, b, c = (screen.index_select(1, corners[i]) for i in range(3))
     # Relative to the pixel, so that small triangles far from the origin keep their digits.
-    a, b, c = (xy.reshape(-1, 2)[corners[:, i]] - centre for i in range(3))
-    w = inverse_z.reshape(-1)[corners]
-    areas = torch.stack([_cross(b, c), _cross(c, a), _cross(a, b)], -1)
-    weights = areas * w * areas.detach().sum(-1, keepdim=True).sign()
+    (ax, bx, cx), (ay, by, cy) = ([p[0] - x for p in (a, b, c)], [p[1] - y for p in (a, b, c)])
+    areas = (bx * cy - cx * by, cx * ay - ax * cy, ax * by - bx * ay)
+    sign = (areas[0] + areas[1] + areas[2]).detach().sign()
     # A centre on an edge may round to just outside; a sliver may round to nothing.
-    weights = weights.clamp(min=0)
-    total = weights.sum(-1, keepdim=True)
-    bary = torch.where(total > 1e-12, weights / total.clamp(min=1e-12), 1 / 3)
-    return bary, (bary / w).sum(-1)
+    u, v, w = ((area * sign).clamp(min=0) * p[2] for area, p in zip(areas, (a, b, c), strict=True))
+    total = u + v + w
+    lost = total.detach() < 1e-12
+    scale = 1 / torch.where(lost, 1.0, total)
+    bary = torch.where(lost, 1 / 3, torch.stack([u * scale, v * scale, w * scale]))
+    return bary, bary[0] / a[2] + bary[1] / b[2] + bary[2] / c[2]
 
 
-def _cross(a: Tensor, b: Tensor) -> Tensor:
-    return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
-
-
-def _nearest_faces(xy: Tensor, inverse_z: Tensor, faces: Tensor, height: int, width: int, cull: bool) -> Tensor:
+def _nearest_faces(screen: Tensor, verts: int, faces: Tensor, height: int, width: int, cull: bool) -> Tensor:
     """Return the winning face of every pixel, [batch · height · width], -1 where none is."""
-    n = len(xy)
-    p, w = xy[:, faces], inverse_z[:, faces]
-    area = _cross(p[..., 1, :] - p[..., 0, :], p[..., 2, :] - p[..., 0, :])
-    # Counter-clockwise from outside turns clockwise where y points down.
-    keep = (area < 0 if cull else area != 0) & (w > 0).all(-1)
-    first = (p.amin(-2) - 0.5).ceil().clamp(min=0)
-    last = (p.amax(-2) - 0.5).ceil().clamp(max=p.new_tensor([width, height]))
-    keep &= (last > first).all(-1)
-    image, face = keep.nonzero(as_tuple=True)
-    top = first[image, face, 1].long()
-    rows = last[image, face, 1].long() - top
-
-    tri, j = _ragged(rows)
-    y = top[tri] + j
-    left, right, w_left, w_right = _cut(p[image, face], w[image, face], tri, y + 0.5)
-    start = (left - 0.5).ceil().clamp(0, width)
-    count = ((right - 0.5).ceil().clamp(0, width) - start).clamp(min=0).long()
-    slope = (w_right - w_left) / (right - left).clamp(min=1e-6)
-    spans = (
-        (image[tri] * height + y) * width + start.long(),
-        w_left + slope * (start + 0.5 - left),
-        slope,
-        _FACE_MAX - face[tri],
-    )
-    best = torch.zeros(n * height * width, dtype=torch.int64, device=xy.device)
+    images = screen.shape[1] // verts
+    corners = (faces.T[:, None] + torch.arange(images, device=faces.device)[:, None] * verts).flatten()
+    p = screen.index_select(1, corners).view(3, 3, -1)
+    kept, area = _visible(p, height, width, cull)
+    p, area = p.view(9, -1).index_select(1, kept).view(3, 3, -1), area.index_select(0, kept)
+    image = kept // len(faces)
+    id = _FACE_MAX - (kept - image * len(faces))
+    count, place, w, slope, half = _spans(p, area, height, width)
+    tri = half % len(kept)
+    spans = torch.stack([place + image.index_select(0, tri) * (height * width), id.index_select(0, tri)])
+    best = torch.zeros(images * height * width, dtype=torch.int64, device=screen.device)
     for part in _chunks(count):
-        _compete(best, count[part], *(s[part] for s in spans))
+        _compete(best, count[part], spans[:, part], torch.stack([w[part], slope[part]]))
     return torch.where(best > 0, _FACE_MAX - (best & _FACE_MAX), -1)
 
 
-def _cut(p: Tensor, w: Tensor, tri: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cut triangles [n, 3, 2] at heights y [rows]: (left x, right x, 1/z at both)."""
-    left, right = torch.full_like(y, torch.inf), torch.full_like(y, -torch.inf)
-    w_left, w_right = torch.zeros_like(y), torch.zeros_like(y)
-    for a, b in ((0, 1), (1, 2), (2, 0)):
-        # The upper end comes first in both triangles of a shared edge: the crossing is the same to the last bit.
-        swap = p[:, a, 1] > p[:, b, 1]
-        x0, y0, w0 = (torch.where(swap, e1, e0) for e0, e1 in ((p[:, a, 0], p[:, b, 0]), (p[:, a, 1], p[:, b, 1]), (w[:, a], w[:, b])))
-        x1, y1, w1 = (torch.where(swap, e0, e1) for e0, e1 in ((p[:, a, 0], p[:, b, 0]), (p[:, a, 1], p[:, b, 1]), (w[:, a], w[:, b])))
-        run = torch.where(y1 > y0, y1 - y0, 1.0)
-        table = torch.stack([x0, y0, y1, w0, (x1 - x0) / run, (w1 - w0) / run], -1)[tri]
-        x0, y0, y1, w0, dx, dw = table.unbind(-1)
-        dy = y - y0
-        crosses = (dy >= 0) & (y < y1)
-        x, wx = x0 + dy * dx, w0 + dy * dw
-        is_left, is_right = crosses & (x < left), crosses & (x > right)
-        left, w_left = torch.where(is_left, x, left), torch.where(is_left, wx, w_left)
-        right, w_right = torch.where(is_right, x, right), torch.where(is_right, wx, w_right)
-    return left, right, w_left, w_right
+def _visible(p: Tensor, height: int, width: int, cull: bool) -> tuple[Tensor, Tensor]:
+    """Of triangles [(x, y, 1/z), corner, n] return which face the camera and cover some pixel centre's row and column,
+    and the doubled signed area of all."""
+    (ax, bx, cx), (ay, by, cy), (aw, bw, cw) = (q.unbind(0) for q in p)
+    area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
+    # Counter-clockwise from outside turns clockwise where y points down.
+    keep = (area < 0) if cull else (area != 0)
+    keep &= aw * bw * cw > 0
+    for a, b, c, size in ((ax, bx, cx, width), (ay, by, cy, height)):
+        first = (torch.minimum(torch.minimum(a, b), c) - 0.5).ceil_().clamp_(min=0)
+        last = (torch.maximum(torch.maximum(a, b), c) - 0.5).ceil_().clamp_(max=size)
+        keep &= last > first
+    return keep.nonzero()[:, 0], area
 
 
-def _compete(best: Tensor, count: Tensor, place: Tensor, w: Tensor, slope: Tensor, face: Tensor) -> None:
+def _spans(p: Tensor, area: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Cut triangles into row spans: (pixels, first pixel in its image, 1/z there, its slope along x, half-triangle).
+
+    Half-triangle h of n triangles belongs to triangle h mod n: first the n upper halves (down to the middle corner),
+    then the n lower ones. Each half lies between the long edge and one short edge, and every edge is evaluated from
+    its upper end: both triangles of a shared edge find the same crossing to the last bit.
+    """
+    ax, ay, bx, by, cx, cy = _sorted_by_y(p)
+    top = torch.cat([ay, by])
+    rows_from = (top - 0.5).ceil_().clamp_(0, height)
+    rows = ((torch.cat([by, cy]) - 0.5).ceil_().clamp_(0, height) - rows_from).clamp_(min=0).long()
+    long = (cx - ax) / (cy - ay)
+    short = torch.cat([(bx - ax) / (by - ay), (cx - bx) / (cy - by)])
+    # The plane of 1/z over the picture; bounded below, since slivers have no plane to speak of.
+    x, y, w = p.unbind(0)
+    dwdx = ((w[1] - w[0]) * (y[2] - y[0]) - (w[2] - w[0]) * (y[1] - y[0])) / area
+    dwdy = ((w[2] - w[0]) * (x[1] - x[0]) - (w[1] - w[0]) * (x[2] - x[0])) / area
+    low, high = torch.minimum(torch.minimum(w[0], w[1]), w[2]), torch.maximum(torch.maximum(w[0], w[1]), w[2])
+
+    half, j = _ragged(rows)
+    edges = torch.stack([rows_from, ax.repeat(2), ay.repeat(2), long.repeat(2), torch.cat([ax, bx]), top, short])
+    first, lx, ly, dl, sx, sy, ds = edges.index_select(1, half).unbind(0)
+    row = first + j
+    centre = row + 0.5
+    l, s = lx + (centre - ly) * dl, sx + (centre - sy) * ds
+    start = (torch.minimum(l, s) - 0.5).ceil_().clamp_(0, width)
+    stop = (torch.maximum(l, s) - 0.5).ceil_().clamp_(0, width)
+
+    some = (stop > start).nonzero()[:, 0]
+    half, row, start, stop = (q.index_select(0, some) for q in (half, row, start, stop))
+    plane = torch.stack([x[0], y[0], w[0], dwdx, dwdy, low, high]).index_select(1, half % len(area))
+    x0, y0, w0, dx, dy, low, high = plane.unbind(0)
+    w_start = torch.clamp(w0 + dy * (row + 0.5 - y0) + dx * (start + 0.5 - x0), low, high)
+    count = stop - start
+    w_stop = torch.clamp(w_start + dx * (count - 1), low, high)
+    slope = (w_stop - w_start) / (count - 1).clamp(min=1)
+    return count.long(), (row * width + start).long(), w_start, slope, half
+
+
+def _sorted_by_y(p: Tensor) -> tuple[Tensor, ...]:
+    """Return the corners' x and y from top to bottom: (ax, ay, bx, by, cx, cy)."""
+    (x0, x1, x2), (y0, y1, y2) = p[0].unbind(0), p[1].unbind(0)
+    swap = y0 > y1
+    x0, x1 = torch.where(swap, x1, x0), torch.where(swap, x0, x1)
+    y0, y1 = torch.minimum(y0, y1), torch.maximum(y0, y1)
+    swap = y1 > y2
+    x1, x2 = torch.where(swap, x2, x1), torch.where(swap, x1, x2)
+    y1, y2 = torch.minimum(y1, y2), torch.maximum(y1, y2)
+    swap = y0 > y1
+    x0, x1 = torch.where(swap, x1, x0), torch.where(swap, x0, x1)
+    return x0, torch.minimum(y0, y1), x1, torch.maximum(y0, y1), x2, y2
+
+
+def _compete(best: Tensor, count: Tensor, spans: Tensor, depths: Tensor) -> None:
     """Write the nearest of the spans' pixels into `best`: keys are 1/z (positive floats sort as integers), then face."""
     span, i = _ragged(count)
-    inverse_z = w[span] + slope[span] * i
-    key = (inverse_z.float().view(torch.int32).long() << _FACE_BITS) | face[span]
-    best.scatter_reduce_(0, place[span] + i, key, "amax")
+    place, face = spans.index_select(1, span).unbind(0)
+    w, slope = depths.index_select(1, span).unbind(0)
+    key = (w + slope * i).float().view(torch.int32).long().bitwise_left_shift_(_FACE_BITS).bitwise_or_(face)
+    best.scatter_reduce_(0, place + i, key, "amax")
 
 
 def _ragged(count: Tensor) -> tuple[Tensor, Tensor]:
     """Expand [3, 1] to owners [0, 0, 0, 1] and places in them [0, 1, 2, 0]."""
-    owner = torch.repeat_interleave(count)
-    first = count.cumsum(0) - count
-    return owner, torch.arange(len(owner), device=count.device) - first[owner]
+    ends = count.cumsum(0)
+    total = int(ends[-1]) if len(ends) else 0
+    owner = torch.repeat_interleave(count, output_size=total)
+    return owner, torch.arange(total, device=count.device) - (ends - count).index_select(0, owner)
 
 
 def _chunks(count: Tensor) -> list[slice]:
