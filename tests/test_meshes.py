@@ -35,7 +35,9 @@ def blob(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return v * (0.06 + 0.06 * bumps), faces
 
 
-def cast(vertices: torch.Tensor, faces: torch.Tensor, camera: Camera) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def cast(
+    vertices: torch.Tensor, faces: torch.Tensor, camera: Camera
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """First hits by embree: (face or -1, barycentrics, camera z)."""
     y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
     rays = torch.stack([x, y, torch.ones_like(x)], -1).reshape(-1, 3) @ camera.K.inverse().T
@@ -46,7 +48,11 @@ def cast(vertices: torch.Tensor, faces: torch.Tensor, camera: Camera) -> tuple[t
     u, v = torch.from_numpy(hit["u"]), torch.from_numpy(hit["v"])
     shape = (camera.height, camera.width)
     bary = torch.stack([1 - u - v, u, v], -1)
-    return torch.from_numpy(hit["primID"]).long().view(shape), bary.view(*shape, 3), torch.from_numpy(hit["tfar"]).view(shape)
+    return (
+        torch.from_numpy(hit["primID"]).long().view(shape),
+        bary.view(*shape, 3),
+        torch.from_numpy(hit["tfar"]).view(shape),
+    )
 
 
 def inside(mask: torch.Tensor) -> torch.Tensor:
@@ -230,7 +236,8 @@ def toy_head() -> Head:
 def test_pose_map_sees_pose_and_not_expression(name):
     head = toy_head()
     rest: HeadParams = head.neutral(1)
-    moved = dataclasses.replace(rest, **{name: torch.full_like(getattr(rest, name), 0.2 if name != "translation" else 0.02)})
+    amount = 0.02 if name == "translation" else 0.2
+    moved = dataclasses.replace(rest, **{name: torch.full_like(getattr(rest, name), amount)})
     camera = cameras(0.0, size=48)
     image, mask = pose_map(head, rest, camera)
     other, _ = pose_map(head, moved, camera)
