@@ -1,0 +1,216 @@
+"""The joint RGB + normal model: denoiser, reference network, expression encoder and codec under one roof (Sec. 3.2).
+
+Latents are `[batch, domains, channels, frames, height, width]`, domains ordered ("rgb", "normal"). The frame axis is
+frames or views: without temporal modules it is a batch axis that shares one reference.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import load_model, save_model
+from geodiff4d.video.attention import ReferenceKV
+from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
+from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
+from geodiff4d.video.unet import UNet, UNetConfig
+from geodiff4d.video.vae import PatchCodec, StableCodec, load_codec
+
+
+@dataclass(frozen=True)
+class VideoModelConfig:
+    """What a video model is made of."""
+
+    unet: UNetConfig = UNetConfig()
+    reference: UNetConfig = UNetConfig(expression_dim=None, reference=True)
+    expression: ExpressionConfig = ExpressionConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    size: int = 512
+    """Side of the square images [px]."""
+    pose: Literal["interpolate", "codec"] = "interpolate"
+    """How the pose map reaches the latent grid: resized (Sec. 3.2) or encoded like an image (embedded)."""
+    warp: bool = False
+    """Give the denoiser the portrait carried to the target pose (ours, beyond the paper)."""
+    joint_attention: bool = True
+    """Whether the domains attend to each other (Table 2, "w/o domain attn.")."""
+    normals: bool = True
+    """Whether normals are generated at all (Table 2, "w/o joint rep.")."""
+
+    def __post_init__(self) -> None:
+        if self.diffusion.prediction == "residual" and not (self.warp and self.pose == "codec"):
+            raise ValueError('prediction "residual" needs warp=True and pose="codec": they are its base')
+
+    @property
+    def domains(self) -> tuple[int, ...]:
+        return (0, 1) if self.normals else (0,)
+
+
+@dataclass(frozen=True)
+class ConditionImages:
+    """What is known of the target frames before anything is generated, as images in [0, 1]."""
+
+    pose: Float[Tensor, "b 3 t height width"]
+    """Pose maps (Sec. 3.2)."""
+    warp: Float[Tensor, "b 3 t height width"] | None = None
+    """The portrait's texture on the expressionless head in the target pose, holes filled."""
+    visibility: Float[Tensor, "b 2 t height width"] | None = None
+    """Where that texture was seen directly, and where its mirror side was."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The same on the latent grid."""
+
+    planes: Float[Tensor, "b p t h w"]
+    """Channels concatenated to the noisy latents of both domains."""
+    base: Float[Tensor, "b d c t h w"]
+    """What the conditions alone would say the latents are; zeros unless the prediction is "residual"."""
+
+
+def _fold(x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "n c h w"]:
+    return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+class VideoModel(nn.Module):
+    """Everything that is trained together, and the codec."""
+
+    def __init__(self, config: VideoModelConfig, codec: PatchCodec | StableCodec):
+        super().__init__()
+        pose = codec.channels if config.pose == "codec" else 3
+        needed = codec.channels + pose + (codec.channels + 2 if config.warp else 0)
+        for name, unet, channels in (("unet", config.unet, needed), ("reference", config.reference, codec.channels + pose)):
+            if unet.in_channels != channels:
+                raise ValueError(f"{name}.in_channels must be {channels} for this codec and these conditions, got {unet.in_channels}")
+        self.config, self.codec = config, codec
+        self.unet = UNet(config.unet)
+        self.reference = UNet(config.reference)
+        self.expression = ExpressionEncoder(config.expression)
+        self.diffusion = Diffusion(config.diffusion)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The trained networks by name; the codec is frozen."""
+        return {"unet": self.unet, "reference": self.reference, "expression": self.expression}
+
+    def encode_images(self, images: Float[Tensor, "b c t height width"]) -> Float[Tensor, "b z t h w"]:
+        """Encode a clip of images in [0, 1]."""
+        return rearrange(self.codec.encode(_fold(images)), "(b t) c h w -> b c t h w", b=len(images))
+
+    def decode_latents(self, z: Float[Tensor, "b d c t h w"]) -> Float[Tensor, "b d 3 t height width"]:
+        """Decode both domains to images in [0, 1]."""
+        b, d = z.shape[:2]
+        images = self.codec.decode(rearrange(z, "b d c t h w -> (b d t) c h w"))
+        return rearrange(images, "(b d t) c h w -> b d c t h w", b=b, d=d)
+
+    def pose_planes(self, pose: Float[Tensor, "b 3 t height width"]) -> Float[Tensor, "b p t h w"]:
+        """Bring pose maps to the latent grid, by resizing (Sec. 3.2) or through the codec."""
+        if self.config.pose == "codec":
+            return self.encode_images(pose)
+        small = interpolate(_fold(pose) * 2 - 1, scale_factor=1 / self.codec.factor, mode="area")
+        return rearrange(small, "(b t) c h w -> b c t h w", b=len(pose))
+
+    def conditions(
+        self, images: ConditionImages, keep_warp: Bool[Tensor, " b"] | None = None,
+        pose_planes: Float[Tensor, "b p t h w"] | None = None,
+    ) -> Conditions:  # fmt: skip
+        """Encode the conditions; rows with `keep_warp` false get none (training drops p = 0.15)."""
+        pose = self.pose_planes(images.pose) if pose_planes is None else pose_planes
+        d, c = len(self.config.domains), self.codec.channels
+        b, _, t, h, w = pose.shape
+        base = pose.new_zeros(b, d, c, t, h, w)
+        if not self.config.warp:
+            return Conditions(pose, base)
+        if images.warp is None or images.visibility is None:
+            raise ValueError("this model is conditioned on the warped portrait: expected images.warp and images.visibility")
+        warp = self.encode_images(images.warp)
+        seen = rearrange(avg_pool2d(_fold(images.visibility), self.codec.factor), "(b t) c h w -> b c t h w", b=b)
+        if keep_warp is not None:
+            keep = keep_warp.to(warp.dtype)[:, None, None, None, None]
+            warp, seen = warp * keep, seen * keep
+        if self.config.diffusion.prediction == "residual":
+            base = torch.stack([warp, pose][:d], 1)
+        return Conditions(torch.cat([pose, warp, seen], 1), base)
+
+    def reference_kv(
+        self, image_latent: Float[Tensor, "b c h w"], pose_planes: Float[Tensor, "b p h w"]
+    ) -> list[ReferenceKV]:
+        """Run the reference network once, at t = 0 on the portrait and its pose map, and keep its keys and values."""
+        x = torch.cat([image_latent, pose_planes], 1)[:, None, :, None]
+        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), domain_ids=(0,))
+        return self.unet.reference_kv(bank)
+
+    def predict_clean(
+        self,
+        z_t: Float[Tensor, "b d c t h w"],
+        t: Int[Tensor, " b"],
+        conditions: Conditions,
+        latent: Float[Tensor, "b t f"],
+        reference: list[ReferenceKV],
+    ) -> Float[Tensor, "b d c t h w"]:
+        """Predict the clean latents of both domains from noisy ones and expression latents."""
+        x = self.diffusion.scale_input(z_t, conditions.base, t)
+        planes = conditions.planes[:, None].expand(-1, x.shape[1], -1, -1, -1, -1)
+        out, _ = self.unet(
+            torch.cat([x, planes.to(x.dtype)], 2), t.float(), self.expression.tokens(latent), latent, reference,
+            domain_ids=self.config.domains, joint=self.config.joint_attention,
+        )  # fmt: skip
+        return self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
+
+    def save(self, folder: Path, state: dict[str, Tensor] | None = None, extra: dict[str, Any] | None = None) -> None:
+        """Write a model folder (fp16): one sub-folder per network; `state` may hold averaged weights."""
+        folder = Path(folder)
+        state = self.state_dict() if state is None else state
+        for name in self.networks():
+            part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
+            save_model(folder / name, {"kind": name, "video_model": asdict(self.config), **(extra or {})}, part)
+        if isinstance(self.codec, PatchCodec):
+            self.codec.save(folder / "vae")
+
+
+def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
+    """Rebuild a config from JSON; lists become tuples.
+
+    Raises:
+        UserError: a field is unknown (a newer or foreign model).
+    """
+
+    def build(cls: type, value: dict[str, Any]) -> Any:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+
+    try:
+        parts = dict(unet=UNetConfig, reference=UNetConfig, expression=ExpressionConfig, diffusion=DiffusionConfig)
+        return replace(
+            VideoModelConfig(**{k: v for k, v in d.items() if k not in parts and k not in ("diffusion", "warp", "pose")}),
+            **{k: build(cls, d[k]) for k, cls in parts.items()}, warp=d["warp"], pose=d["pose"],
+        )  # fmt: skip
+    except (TypeError, KeyError) as error:
+        raise UserError(f"this model's config.json does not fit this version ({error}): update geodiff4d or retrain") from None
+
+
+def load_video_model(folder: Path) -> VideoModel:
+    """Load a model folder with sub-folders `unet`, `reference`, `expression` and `vae`.
+
+    Raises:
+        UserError: a part is missing, damaged or does not fit its config.
+    """
+    folder = Path(folder)
+    if not (folder / "unet").is_dir():
+        raise UserError(f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; train one or leave --model out")
+    config, _ = load_model(folder / "unet")
+    model = VideoModel(config_from_dict(config["video_model"]), load_codec(folder / "vae"))
+    for name, network in model.networks().items():
+        _, state = load_model(folder / name)
+        try:
+            network.load_state_dict({k: v.float() for k, v in state.items()})
+        except RuntimeError as error:
+            raise UserError(f"{folder / name} does not fit its config ({str(error).splitlines()[0]}): copy the folder again") from None
+    return model.eval()

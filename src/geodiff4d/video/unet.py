@@ -1,0 +1,238 @@
+"""The denoiser and its twin, the reference network: one UNet in Stable Diffusion 1.5's topology.
+
+Parameter names match diffusers' `UNet2DConditionModel`; what SD does not have (`expressions.*`, `class_embedding`,
+`expression_embedding`) stands beside under its own names. Convolutions see `(batch domains frames)` (Sec. 3.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, silu
+
+from geodiff4d.video.attention import ExpressionAttention, Layout, ReferenceKV, Transformer2D
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Widths and sites of one UNet."""
+
+    in_channels: int = 7
+    """Latent + pose map (+ warp); SD's 4 grow to 7 with new channels zero-initialised."""
+    out_channels: int = 4
+    widths: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers: int = 2
+    """Resnets per down block; up blocks have one more."""
+    down_attention: tuple[bool, ...] = (True, True, True, False)
+    up_attention: tuple[int, ...] = (0, 3, 3, 3)
+    """How many of an up block's layers attend, counted from its first; the deepest block comes first."""
+    heads: int | None = 8
+    """Attention heads at every site; None means one head per 64 channels."""
+    groups: int = 32
+    ff_factor: int = 4
+    cross_dim: int | None = 768
+    """Width of SD's text (here: image) tokens; None leaves that attention out."""
+    expression_dim: int | None = 16
+    """Width of an expression token; None for the reference network."""
+    expression_layers: int = 2
+    expression_ff_factor: int = 4
+    expression_latent: int | None = None
+    """Add a projection of this many expression latents to the time embedding (ours, embedded preset only)."""
+    domains: int = 2
+    reference: bool = False
+    """Build a reference network: it ends at its last attention site, and nothing after it exists."""
+
+    def __post_init__(self) -> None:
+        if len({len(self.widths), len(self.down_attention), len(self.up_attention)}) != 1:
+            raise ValueError("widths, down_attention and up_attention must have one entry per level")
+
+    def head_count(self, channels: int) -> int:
+        return self.heads or max(1, channels // 64)
+
+
+class Resnet(nn.Module):
+    """diffusers' `ResnetBlock2D` (time embedding added between two convolutions)."""
+
+    def __init__(self, c_in: int, c_out: int, c_time: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time_emb_proj = nn.Linear(c_time, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
+
+    def forward(self, x: Float[Tensor, "n c_in h w"], time: Float[Tensor, "n c_time"]) -> Float[Tensor, "n c_out h w"]:
+        y = self.conv1(silu(self.norm1(x))) + self.time_emb_proj(silu(time))[:, :, None, None]
+        y = self.conv2(silu(self.norm2(y)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + y
+
+
+class Sampler(nn.Module):
+    """Holds the `conv` of diffusers' down- and upsamplers."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+
+class Block(nn.Module):
+    """One level: resnets, each followed by a transformer and an expression module where the config has them."""
+
+    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None):
+        super().__init__()
+        heads = config.head_count(width)
+        self.resnets = nn.ModuleList(Resnet(c, width, c_time, config.groups) for c in inputs)
+        if attending:
+            self.attentions = nn.ModuleList(
+                Transformer2D(width, heads, config.groups, config.cross_dim, config.ff_factor) for _ in range(attending)
+            )
+        if attending and config.expression_dim:
+            self.expressions = nn.ModuleList(
+                ExpressionAttention(
+                    width, heads, config.groups, config.expression_dim, config.expression_layers, config.expression_ff_factor
+                )
+                for _ in range(attending)
+            )
+        self.attending = attending
+        if sampler:
+            setattr(self, sampler, nn.ModuleList([Sampler(width, 2 if sampler == "downsamplers" else 1)]))
+
+
+def timestep_embedding(t: Float[Tensor, " n"], channels: int) -> Float[Tensor, "n channels"]:
+    """Sinusoidal embedding in SD's order (cosine first, no frequency shift)."""
+    half = channels // 2
+    frequencies = torch.exp(-torch.arange(half, device=t.device) * (torch.log(torch.tensor(10000.0)) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class UNet(nn.Module):
+    """Denoise both domains at once, or (as the reference network) hand over hidden states."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        w, n = config.widths, config.layers
+        c_time = 4 * w[0]
+        self.time_embedding = nn.Module()
+        self.time_embedding.linear_1 = nn.Linear(w[0], c_time)
+        self.time_embedding.linear_2 = nn.Linear(c_time, c_time)
+        self.class_embedding = nn.Embedding(config.domains, c_time)
+        nn.init.normal_(self.class_embedding.weight, std=0.02)
+        if config.expression_latent:
+            self.expression_embedding = nn.Linear(config.expression_latent, c_time, bias=False)
+            nn.init.zeros_(self.expression_embedding.weight)
+        self.conv_in = nn.Conv2d(config.in_channels, w[0], 3, padding=1)
+
+        skips, c = [w[0]], w[0]
+        self.down_blocks = nn.ModuleList()
+        for i, width in enumerate(w):
+            last = i == len(w) - 1
+            attending = n if config.down_attention[i] else 0
+            inputs = [c] + [width] * (n - 1)
+            self.down_blocks.append(Block(config, inputs, width, attending, c_time, None if last else "downsamplers"))
+            skips += [width] * (n if last else n + 1)
+            c = width
+        self.mid_block = Block(config, [c, c], c, 1, c_time, None)
+        self.up_blocks = nn.ModuleList()
+        for i, width in enumerate(reversed(w)):
+            last = i == len(w) - 1
+            inputs = []
+            # A reference network is done once the last site has handed over its states.
+            ends_here = config.reference and last and config.up_attention[i]
+            for _ in range(config.up_attention[i] if ends_here else n + 1):
+                inputs.append(c + skips.pop())
+                c = width
+            self.up_blocks.append(
+                Block(config, inputs, width, config.up_attention[i], c_time, None if last else "upsamplers")
+            )
+        if not config.reference:
+            self.conv_norm_out = nn.GroupNorm(config.groups, c, eps=1e-5)
+            self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    def sites(self) -> list[Transformer2D]:
+        """Return the attention sites in the order they run."""
+        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        return [a for block in blocks if block.attending for a in block.attentions]
+
+    def reference_kv(self, hidden: list[Tensor]) -> list[ReferenceKV]:
+        """Turn a reference network's hidden states into this network's keys and values, one pair per site."""
+        return [s.block.attn1.reference_kv(h) for s, h in zip(self.sites(), hidden, strict=True)]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b d c t h w"],
+        timestep: Float[Tensor, " b"],
+        tokens: Float[Tensor, "b t n e"] | None = None,
+        latent: Float[Tensor, "b t f"] | None = None,
+        reference: list[ReferenceKV] | None = None,
+        text: Float[Tensor, "b m x"] | None = None,
+        domain_ids: tuple[int, ...] = (0, 1),
+        joint: bool = True,
+    ) -> tuple[Float[Tensor, "b d o t h w"], list[Tensor]]:
+        """Run the network on latents with their conditions concatenated along channels.
+
+        Args:
+            tokens: expression tokens per frame (denoiser).
+            latent: expression latent per frame, for the time embedding (if configured).
+            reference: keys and values per attention site, from `reference_kv`.
+            domain_ids: which class embedding each entry of the domain axis has.
+
+        Returns:
+            (prediction, or a reference network's last features; hidden states at every attention site,
+            `[(b d t), tokens, channels]`).
+        """
+        b, d, _, t, _, _ = x.shape
+        layout = Layout(b, d, t, joint)
+        emb = self._embed(timestep, latent, domain_ids, t, x.dtype)
+        context = None if tokens is None else repeat(tokens, "b t n e -> (b d t) n e", d=d)
+        words = None if text is None else repeat(text, "b m x -> (b d t) m x", d=d, t=t)
+        bank: list[Tensor] = []
+        kv = iter(reference) if reference is not None else None
+
+        def layer(block: Block, j: int, h: Tensor) -> Tensor:
+            h = block.resnets[j](h, emb)
+            if j < block.attending:
+                h, hidden = block.attentions[j](h, layout, next(kv) if kv else None, words)
+                bank.append(hidden)
+                if context is not None and self.config.expression_dim:
+                    h = block.expressions[j](h, context)
+            return h
+
+        h = rearrange(x, "b d c t h w -> (b d t) c h w")
+        if h.device.type == "cpu":
+            h = h.contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)
+        skips = [h]
+        for block in self.down_blocks:
+            for j in range(len(block.resnets)):
+                h = layer(block, j, h)
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0].conv(h)
+                skips.append(h)
+        h = self.mid_block.resnets[1](layer(self.mid_block, 0, h), emb)
+        for block in self.up_blocks:
+            for j in range(len(block.resnets)):
+                h = layer(block, j, torch.cat([h, skips.pop()], 1))
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0].conv(interpolate(h, scale_factor=2.0, mode="nearest"))
+        if not self.config.reference:
+            h = self.conv_out(silu(self.conv_norm_out(h)))
+        return rearrange(h, "(b d t) c h w -> b d c t h w", b=b, d=d, t=t), bank
+
+    def _embed(
+        self, timestep: Tensor, latent: Tensor | None, domain_ids: tuple[int, ...], frames: int, dtype: torch.dtype
+    ) -> Float[Tensor, "n c_time"]:
+        """Sum time, domain and (embedded preset) expression embeddings for every row of the folded batch."""
+        e = timestep_embedding(timestep, self.config.widths[0]).to(self.conv_in.weight.dtype)
+        e = self.time_embedding.linear_2(silu(self.time_embedding.linear_1(e)))
+        ids = torch.tensor(domain_ids, device=e.device)
+        e = e[:, None, None] + self.class_embedding(ids)[None, :, None]
+        e = e.expand(-1, -1, frames, -1)
+        if latent is not None and self.config.expression_latent:
+            e = e + self.expression_embedding(latent.to(e.dtype))[:, None]
+        return rearrange(e, "b d t c -> (b d t) c")
