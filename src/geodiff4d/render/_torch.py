@@ -1,0 +1,53 @@
+"""The oracle: what a rasteriser must return, written as plainly as torch allows. Memory grows as Gaussians × pixels."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.geometry import quat_to_matrix
+
+NEAR_M = 0.01
+EPS_2D = 0.3
+ALPHA_MIN = 1 / 255
+ALPHA_MAX = 0.999
+T_MIN = 1e-4
+
+
+def rasterize_oracle(
+    means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
+    opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
+    T_cam_world: Float[Tensor, "4 4"], K: Float[Tensor, "3 3"], width: int, height: int,
+) -> Float[Tensor, "channels_and_alpha {height} {width}"]:  # fmt: skip
+    """Render [channels + 1, height, width], the last channel being alpha; any dtype, differentiable in every tensor."""
+    cam = means @ T_cam_world[:3, :3].mT + T_cam_world[:3, 3]
+    near_to_far = cam[:, 2].detach().argsort(stable=True)
+    order = near_to_far[cam[near_to_far, 2] > NEAR_M]
+    cam, opacities, features = cam[order], opacities[order], features[order]
+    xy = (cam @ K.mT)[:, :2] / cam[:, 2:]
+    conic = torch.linalg.inv(_covariance(cam, quats[order], scales[order], T_cam_world, K, width, height))
+
+    pixel_y, pixel_x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    d = xy[:, None, None] - torch.stack([pixel_x, pixel_y], -1).to(xy)
+    sigma = 0.5 * torch.einsum("nhwi,nij,nhwj->nhw", d, conic, d)
+    alpha = (opacities[:, None, None] * torch.exp(-sigma)).clamp(max=ALPHA_MAX)
+    alpha = torch.where(alpha >= ALPHA_MIN, alpha, 0.0)
+    after = torch.cumprod(1 - alpha, 0)
+    before = torch.cat([torch.ones_like(after[:1]), after[:-1]])
+    # A pixel is full before the Gaussian that would leave less than T_MIN.
+    weight = torch.where(after > T_MIN, alpha * before, 0.0)
+    return torch.einsum("nhw,nc->chw", weight, torch.cat([features, torch.ones_like(features[:, :1])], 1))
+
+
+def _covariance(
+    cam: Tensor, quats: Tensor, scales: Tensor, T_cam_world: Tensor, K: Tensor, width: int, height: int
+) -> Tensor:
+    """EWA splatting: Σ₂ = J R Σ Rᵀ Jᵀ + ε, with J at the point clamped to 15 % around the picture."""
+    x, y, z = cam.unbind(-1)
+    fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
+    mx, my = 0.15 * width / fx, 0.15 * height / fy
+    u = torch.minimum(torch.maximum(x / z, -cx / fx - mx), (width - cx) / fx + mx)
+    v = torch.minimum(torch.maximum(y / z, -cy / fy - my), (height - cy) / fy + my)
+    o = torch.zeros_like(z)
+    J = torch.stack([fx / z, o, -fx * u / z, o, fy / z, -fy * v / z], -1).unflatten(-1, (2, 3))
+    M = J @ T_cam_world[:3, :3] @ quat_to_matrix(quats) * scales[:, None, :]
+    return M @ M.mT + EPS_2D * torch.eye(2).to(M)
