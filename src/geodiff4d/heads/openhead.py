@@ -1,0 +1,140 @@
+"""Read a head's data file: OpenHead, which ships with the package, or any .npz of the same format.
+
+OpenHead is cut from MakeHuman's CC0 assets by tools/build_openhead.py; docs/OPENHEAD.md describes every array.
+"""
+
+import zipfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.heads.rig import JOINTS, Head, Landmarks
+
+OPENHEAD = Path(__file__).parents[1] / "assets" / "openhead.npz"
+REQUIRED = (
+    "template", "faces", "shape_basis", "expr_basis", "expression_names", "joint_regressor", "skin_weights", "uv", "uv_faces",
+    "landmarks68_face_index", "landmarks68_bary",
+)  # fmt: skip
+
+
+def load(source: str | Path = "openhead") -> Head:
+    """Load a head: "openhead", or the path of an .npz in its format.
+
+    OpenHead comes with 64 identity components, what a tracker can fit; `load_wide` has all of them.
+
+    Raises:
+        UserError: the file is missing, is FLAME's, or is not a head.
+
+    Example:
+        >>> head = load("openhead")
+        >>> head.expression_names[head.expression_names.index("jawOpen")]
+        'jawOpen'
+    """
+    head, exposed = _read(_find(source))
+    return replace(head, shape_basis=head.shape_basis[..., :exposed].contiguous())
+
+
+def load_wide(source: str | Path = "openhead") -> Head:
+    """Load a head with its full identity basis, for people that lie outside what the tracker's head can express.
+
+    The first components are `load`'s: pad its coefficients with zeros to use them here.
+
+    Raises:
+        UserError: as `load`.
+    """
+    return _read(_find(source))[0]
+
+
+def load_hairline(source: str | Path = "openhead") -> Float[Tensor, " verts"]:
+    """Load the signed distance above the hairline of the mean head [m]: hair may grow where it is positive.
+
+    Raises:
+        UserError: as `load`, or the head has no hairline.
+    """
+    path = _find(source)
+    _read(path)
+    with np.load(path, allow_pickle=False) as data:
+        if "hairline" not in data:
+            raise UserError(f"{path} has no hairline: expected an array `hairline` as in OpenHead; use the head openhead")
+        return torch.from_numpy(data["hairline"].astype(np.float32))
+
+
+def _find(source: str | Path) -> Path:
+    if str(source) == "openhead":
+        return OPENHEAD
+    path = Path(source)
+    if path.suffix == ".pkl":
+        raise UserError(f"{path}: FLAME files are not read yet: expected openhead or an .npz head; use --head openhead")
+    if not path.exists():
+        raise UserError(f"no head at {path}: expected openhead or the path of an .npz head; check --head")
+    if not path.is_file():
+        raise UserError(f"{path} is a folder: expected openhead or the path of an .npz head; check --head")
+    return path
+
+
+@cache
+def _parse(path: Path, modified_ns: int) -> tuple[Head, int]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = {k: file[k] for k in file.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise UserError(f"{path} is not a head: expected an .npz written by tools/build_openhead.py ({error})") from None
+    missing = [k for k in REQUIRED if k not in data]
+    if missing:
+        raise UserError(f"{path} is not a head: it lacks {', '.join(missing)}; expected OpenHead's format (docs/OPENHEAD.md)")
+    _check(path, data)
+    return _assemble(path, data), int(data.get("exposed_shapes", data["shape_basis"].shape[-1]))
+
+
+def _read(path: Path) -> tuple[Head, int]:
+    return _parse(path, path.stat().st_mtime_ns)
+
+
+def _check(path: Path, data: dict[str, np.ndarray]) -> None:
+    n = len(data["template"])
+    expected = {
+        "template": (n, 3), "faces": (None, 3), "shape_basis": (n, 3, None), "expr_basis": (n, 3, len(data["expression_names"])),
+        "joint_regressor": (len(JOINTS), n), "skin_weights": (n, len(JOINTS)), "uv": (None, 2), "uv_faces": (len(data["faces"]), 3),
+    }  # fmt: skip
+    for key, shape in expected.items():
+        got = data[key].shape
+        if len(got) != len(shape) or any(s is not None and s != g for s, g in zip(shape, got, strict=True)):
+            words = "×".join("any" if s is None else str(s) for s in shape)
+            raise UserError(f"{path} is not a head: `{key}` should be {words}, is {got}; build it again")
+    for key, count in (("faces", n), ("uv_faces", len(data["uv"])), ("landmarks68_face_index", len(data["faces"]))):
+        if data[key].size and not 0 <= data[key].min() <= data[key].max() < count:
+            raise UserError(f"{path} is not a head: `{key}` points outside its {count} entries; build it again")
+
+
+def _assemble(path: Path, data: dict[str, np.ndarray]) -> Head:
+    def real(key: str) -> Tensor:
+        return torch.from_numpy(data[key].astype(np.float32))
+
+    def index(key: str) -> Tensor:
+        return torch.from_numpy(data[key].astype(np.int64))
+
+    prefix = "region_"
+    has_mediapipe = "mediapipe_face_index" in data
+    none = Landmarks(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3))
+    return Head(
+        name="openhead" if path == OPENHEAD else path.stem,
+        template=real("template"),
+        faces=index("faces"),
+        shape_basis=real("shape_basis"),
+        expr_basis=real("expr_basis"),
+        joint_regressor=real("joint_regressor"),
+        skin_weights=real("skin_weights"),
+        uv=real("uv"),
+        uv_faces=index("uv_faces"),
+        regions={k.removeprefix(prefix): torch.from_numpy(v.astype(bool)) for k, v in data.items() if k.startswith(prefix)},
+        expression_names=tuple(str(n) for n in data["expression_names"]),
+        landmarks68=Landmarks(index("landmarks68_face_index"), real("landmarks68_bary")),
+        mediapipe=Landmarks(index("mediapipe_face_index"), real("mediapipe_bary")) if has_mediapipe else none,
+        mediapipe_index=index("mediapipe_index") if has_mediapipe else none.face_index,
+    )
