@@ -1,0 +1,233 @@
+"""Mesh warp: a portrait's texture carried by the tracked head into another view (design: beyond the paper).
+
+`carry` notes where each vertex lies in the portrait and whether it is seen there; `warp` then paints any other view of
+the same mesh with the portrait's own pixels. `complete` goes on to a full texture: what the portrait hides comes from
+the other half of the face, then from a pyramid of what surrounds it, so that the head can be drawn from anywhere.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, grid_sample, normalize
+from torch.nn.functional import interpolate as resize
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.topology import vertex_normals
+from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv, render_normals, uv_map
+
+DEPTH_TOLERANCE_M = 0.004
+"""A vertex this far behind the z-buffer still counts as seen (more where the surface is steep)."""
+
+FACING = (0.12, 0.30)
+"""Cosine between normal and view at which a vertex starts to count as seen, and where it counts fully."""
+
+SEAM_LEVELS = 6
+"""Pyramid levels (so about 2⁶ texels) over which the mirrored half fades from the portrait's light to its own."""
+
+UNSEEN_COLOURS = {
+    "mouth": (0.24, 0.07, 0.07),
+    "tongue": (0.52, 0.24, 0.24),
+    "teeth": (0.72, 0.67, 0.61),
+    "eyes": (0.84, 0.82, 0.80),
+}
+"""sRGB for regions a portrait may not show at all; later entries paint over earlier ones."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Where a mesh's vertices lie in a reference image."""
+
+    grid: Float[Tensor, "*batch verts 2"]
+    """Image coordinates in [-1, 1] between the outer edges of the border pixels (`align_corners=False`)."""
+    visibility: Float[Tensor, "*batch verts"]
+    """1 seen, 0 hidden, outside the image or turned away; in between where the surface turns away."""
+
+
+@dataclass(frozen=True)
+class CompletedHead:
+    """A portrait turned into a texture for the whole head."""
+
+    head: Head
+    image: Float[Tensor, "3 height width"]
+    carried: Carried
+    texture: Float[Tensor, "3 texels texels"]
+
+
+def carry(
+    vertices: Float[Tensor, "*batch verts 3"],
+    faces: Int[Tensor, "faces 3"],
+    camera: Camera,
+    mask: Float[Tensor, "*batch 1 height width"] | None = None,
+) -> Carried:
+    """Find the place and visibility of the reference's vertices in its image.
+
+    A vertex is seen when it faces the camera (`FACING`), lies in the image and in its foreground `mask` if one is
+    given, and is not behind the nearest of the four pixels around it by more than `DEPTH_TOLERANCE_M`, plus what the
+    surface's slope adds over one pixel. Not differentiable in visibility.
+    """
+    xy, z = camera.project(vertices)
+    size = xy.new_tensor([camera.width, camera.height])
+    grid = xy / size * 2 - 1
+    with torch.no_grad():
+        to_camera = normalize(camera.position[..., None, :] - vertices, dim=-1)
+        cosine = (vertex_normals(vertices, faces) * to_camera).sum(-1)
+        facing = ((cosine - FACING[0]) / (FACING[1] - FACING[0])).clamp(0, 1)
+        slope = (1 - cosine.square()).clamp(min=0).sqrt() / cosine.clamp(min=FACING[0])
+        pixel_m = z / camera.K[..., 0, 0, None]
+        nearest = _nearest_depth(rasterize(vertices, faces, camera).depth, xy)
+        seen = (z > 0) & (grid.abs() < 1).all(-1) & (z - nearest < DEPTH_TOLERANCE_M + pixel_m * slope)
+        visibility = facing * seen
+        if mask is not None:
+            visibility = visibility * (_sample(mask, grid.unsqueeze(-2))[..., 0, :, 0] > 0.9)
+    return Carried(grid.nan_to_num(), visibility.to(grid.dtype))
+
+
+def warp(
+    image: Float[Tensor, "*batch channels height width"],
+    carried: Carried,
+    fragments: Fragments,
+    faces: Int[Tensor, "faces 3"],
+) -> tuple[
+    Float[Tensor, "*batch channels target_height target_width"], Float[Tensor, "*batch 1 target_height target_width"]
+]:
+    """Paint a target view with the reference's pixels: (warped, visibility in [0, 1]).
+
+    A pixel is visible only where all three corners of its face are; `warped` is zero where it is not.
+    """
+    grid, visibility = _spread(carried, fragments, faces)
+    return _sample(image, grid) * (visibility > 0), visibility
+
+
+def mirror_vertices(head: Head) -> Int[Tensor, " verts"]:
+    """Return each vertex's counterpart on the other side: the one nearest to (-x, y, z) of the template."""
+    return _mirror(head.name, head.template)
+
+
+@lru_cache(maxsize=4)
+def _mirror(name: str, template: Float[Tensor, "verts 3"]) -> Int[Tensor, " verts"]:
+    # Tensors hash by identity: one search for each head that is loaded.
+    mirrored = template * template.new_tensor([-1.0, 1.0, 1.0])
+    return torch.cat([torch.cdist(part, template).argmin(-1) for part in mirrored.split(1024)])
+
+
+def complete(
+    head: Head,
+    image: Float[Tensor, "3 height width"],
+    vertices: Float[Tensor, "verts 3"],
+    camera: Camera,
+    mask: Float[Tensor, "1 height width"] | None = None,
+    texels: int = 512,
+) -> CompletedHead:
+    """Turn a portrait on its tracked head into a texture without holes.
+
+    Seen texels keep the portrait; hidden ones take their mirror image's colour; those hidden on both sides take the
+    fixed colours of inner regions (`UNSEEN_COLOURS`) or a push-pull pyramid's mean of what is around them.
+
+    Example:
+        >>> portrait = complete(head, image, head.pose(params).vertices, camera)
+        >>> rgb, normals, mask = render_completed(portrait, head.pose(others), cameras)
+    """
+    carried = carry(vertices, head.faces, camera, mask)
+    atlas = rasterize_uv(head.uv, head.uv_faces, texels)
+    twin = mirror_vertices(head)
+    mirrored = Carried(carried.grid[twin], carried.visibility[twin])
+    (own, own_weight), (other, other_weight) = (warp(image, c, atlas, head.faces) for c in (carried, mirrored))
+    weight = own_weight + (1 - own_weight) * other_weight
+    # What nobody saw continues the mean of both sides, so that the back of the head has no middle seam.
+    mean = (own * own_weight + other * other_weight) / (own_weight + other_weight).clamp(min=1e-6)
+    hidden = _push_pull(mean * weight, weight)
+    # Light differs between the sides: hide the seam by what the two disagree by where both are seen, fading out.
+    both = own_weight * other_weight
+    other = (other + _push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
+    texture = own_weight * own + (weight - own_weight) * other + (1 - weight) * hidden
+    for name, colour in UNSEEN_COLOURS.items():
+        if name in head.regions:
+            inside = interpolate(atlas, head.faces, head.regions[name].float()[:, None]) * (1 - weight)
+            texture = texture + inside * (texture.new_tensor(colour)[:, None, None] - texture)
+    return CompletedHead(head, image, carried, texture.clamp(0, 1))
+
+
+def render_completed(
+    portrait: CompletedHead,
+    mesh: PosedHead,
+    camera: Camera,
+    background: tuple[float, float, float] = (0.5, 0.5, 0.5),
+) -> tuple[
+    Float[Tensor, "*batch 3 height width"],
+    Float[Tensor, "*batch 3 height width"],
+    Float[Tensor, "*batch 1 height width"],
+]:
+    """Draw the completed head in any pose, expression and view: (rgb, camera-space normals, mask).
+
+    Where the portrait shows a point, its own pixels are used, once resampled; the texture is for the rest.
+    """
+    head = portrait.head
+    fragments = rasterize(mesh.vertices, head.faces, camera)
+    batch = fragments.face_index.shape[:-2]
+    uv = uv_map(fragments, head.uv, head.uv_faces).movedim(-3, -1) * 2 - 1
+    texture = _sample(portrait.texture.expand(*batch, -1, -1, -1), uv)
+    carried = Carried(portrait.carried.grid.expand(*batch, -1, -1), portrait.carried.visibility.expand(*batch, -1))
+    own, visibility = warp(portrait.image.expand(*batch, -1, -1, -1), carried, fragments, head.faces)
+    normals, mask = render_normals(mesh, camera, fragments)
+    rgb = texture + visibility * (own - texture)
+    return torch.where(mask > 0, rgb, rgb.new_tensor(background)[:, None, None]), normals, mask
+
+
+def _spread(
+    carried: Carried, fragments: Fragments, faces: Int[Tensor, "faces 3"]
+) -> tuple[Float[Tensor, "*batch height width 2"], Float[Tensor, "*batch 1 height width"]]:
+    v = carried.visibility[..., None]
+    values = interpolate(fragments, faces, torch.cat([carried.grid, v, (v > 0).to(v.dtype)], -1))
+    whole = values[..., 3:4, :, :] > 0.999
+    return values[..., :2, :, :].movedim(-3, -1), values[..., 2:3, :, :] * whole
+
+
+def _sample(
+    image: Float[Tensor, "*batch channels height width"], grid: Float[Tensor, "*batch rows columns 2"]
+) -> Float[Tensor, "*batch channels rows columns"]:
+    out = grid_sample(
+        image.reshape(-1, *image.shape[-3:]),
+        grid.reshape(-1, *grid.shape[-3:]),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return out.view(*grid.shape[:-3], *out.shape[1:])
+
+
+def _nearest_depth(
+    depth: Float[Tensor, "*batch height width"], xy: Float[Tensor, "*batch verts 2"]
+) -> Float[Tensor, "*batch verts"]:
+    """Return the least depth of the four pixels around each point."""
+    height, width = depth.shape[-2:]
+    corner = (xy.nan_to_num() - 0.5).floor()
+    values = []
+    for dx in (0, 1):
+        for dy in (0, 1):
+            x = (corner[..., 0] + dx).clamp(0, width - 1).long()
+            y = (corner[..., 1] + dy).clamp(0, height - 1).long()
+            values.append(depth.flatten(-2).gather(-1, y * width + x))
+    return torch.stack(values).amin(0)
+
+
+def _push_pull(
+    premultiplied: Float[Tensor, "channels height width"], weight: Float[Tensor, "1 height width"], levels: int = 99
+) -> Float[Tensor, "channels height width"]:
+    """Fill holes smoothly: average down until nothing is empty, then let each level cover the coarser where it knows.
+
+    With fewer levels than that takes, what is further away fades to zero.
+    """
+    pyramid = [(premultiplied[None], weight[None])]
+    while max(pyramid[-1][0].shape[-2:]) > 1 and len(pyramid) <= levels:
+        p, w = (avg_pool2d(x, 2, ceil_mode=True) for x in pyramid[-1])
+        # A quarter of known texels is as good as all: small islands must not fade on the way down.
+        gain = (4 * w).clamp(max=1) / w.clamp(min=1e-6)
+        pyramid.append((p * gain, w * gain))
+    p, w = pyramid.pop()
+    out = p / w.clamp(min=1e-6) if p.shape[-2:] == (1, 1) else p
+    for p, w in reversed(pyramid):
+        out = p + (1 - w) * resize(out, p.shape[-2:], mode="bilinear", align_corners=False)
+    return out[0]
