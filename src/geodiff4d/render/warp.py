@@ -165,16 +165,23 @@ def render_completed(
 
     Where the portrait shows a point, its own pixels are used, once resampled; the texture is for the rest.
     """
+    fragments = rasterize(mesh.vertices, mesh.faces, camera)
+    rgb, _ = sample_completed(portrait, fragments)
+    normals, mask = render_normals(mesh, camera, fragments)
+    return torch.where(mask > 0, rgb, rgb.new_tensor(background)[:, None, None]), normals, mask
+
+
+def sample_completed(
+    portrait: CompletedHead, fragments: Fragments
+) -> tuple[Float[Tensor, "*batch 3 height width"], Float[Tensor, "*batch 1 height width"]]:
+    """Colour fragments of the portrait's head: (rgb, how much of it the portrait itself shows)."""
     head = portrait.head
-    fragments = rasterize(mesh.vertices, head.faces, camera)
     batch = fragments.face_index.shape[:-2]
     uv = uv_map(fragments, head.uv, head.uv_faces).movedim(-3, -1) * 2 - 1
     texture = _sample(portrait.texture.expand(*batch, -1, -1, -1), uv)
     carried = Carried(portrait.carried.grid.expand(*batch, -1, -1), portrait.carried.visibility.expand(*batch, -1))
     own, visibility = warp(portrait.image.expand(*batch, -1, -1, -1), carried, fragments, head.faces)
-    normals, mask = render_normals(mesh, camera, fragments)
-    rgb = texture + visibility * (own - texture)
-    return torch.where(mask > 0, rgb, rgb.new_tensor(background)[:, None, None]), normals, mask
+    return texture + visibility * (own - texture), visibility
 
 
 def _spread(

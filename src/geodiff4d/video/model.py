@@ -60,7 +60,7 @@ class ConditionImages:
     warp: Float[Tensor, "b 3 t height width"] | None = None
     """The portrait's texture on the expressionless head in the target pose, holes filled."""
     visibility: Float[Tensor, "b 2 t height width"] | None = None
-    """Where that texture was seen directly, and where its mirror side was."""
+    """Where the portrait itself shows the point, and where the head is at all."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""A training run on disk: configuration, JSONL log, and one checkpoint that a repeated command resumes from."""
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import write_json
+
+
+class RunFolder:
+    """`config.json`, `log.jsonl` and `checkpoint.safetensors` of one run.
+
+    Raises:
+        UserError: the folder holds a run of another configuration.
+    """
+
+    def __init__(self, path: Path, config: Any):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        ours = json.loads(json.dumps(asdict(config), default=str))
+        known = self.path / "config.json"
+        if known.exists() and json.loads(known.read_text())["config"] != ours:
+            raise UserError(f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over")
+        if not known.exists():
+            write_json(known, {"config": ours, "commit": _git("rev-parse", "HEAD"), "torch": torch.__version__})
+            (self.path / "diff.patch").write_text(_git("diff", "HEAD") or "")
+        self.started = time.monotonic()
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to `log.jsonl`."""
+        with (self.path / "log.jsonl").open("a") as file:
+            file.write(json.dumps({"seconds": round(time.monotonic() - self.started, 2), **record}) + "\n")
+
+    def save(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Replace the checkpoint."""
+        temporary = self.path / ".checkpoint.part"
+        # Clones, because safetensors refuses tensors that share memory.
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
+        os.replace(temporary, self.path / "checkpoint.safetensors")
+
+    def load(self) -> tuple[dict[str, Tensor], int] | None:
+        """Return (tensors, step) of the checkpoint, or None before the first."""
+        from safetensors import safe_open
+
+        path = self.path / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            step = int((file.metadata() or {})["step"])
+        return load_file(path), step
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimiser's state into named tensors."""
+    state = optimiser.state_dict()["state"]
+    return {f"optimiser.{i}.{k}": torch.as_tensor(v) for i, values in state.items() for k, v in values.items()}
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the state of `optimiser_tensors` back."""
+    whole = optimiser.state_dict()
+    for name, value in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".", 2)
+            whole["state"].setdefault(int(index), {})[key] = value
+    optimiser.load_state_dict(whole)
+
+
+def _git(*arguments: str) -> str | None:
+    """Return what git says about the source's folder; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,181 @@
+"""A store of rendered training images: subjects × instants × views, memory-mapped and resumable.
+
+What the video model reads of the open world: the picture on plain grey, exact normals, the pose map and the mesh
+fragments of the *tracked* head (its parameters carry a tracker's error), where each of its vertices falls in the
+picture, and the face crop. Built once in parallel; one subject is the unit of work.
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool2d, max_pool2d
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import write_json
+from geodiff4d.core.images import composite, encode_normals
+from geodiff4d.data.crops import crop_image, face_crop_box
+from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, random_cameras
+from geodiff4d.data.synthetic.expressions import random_expression
+from geodiff4d.data.synthetic.seeds import Split, generator
+from geodiff4d.data.synthetic.world import SyntheticSubject, disturbed
+from geodiff4d.heads.rig import HeadParams
+from geodiff4d.render.meshes import interpolate, rasterize, render_normals
+from geodiff4d.render.warp import complete
+
+FOCUS_REGIONS = ("lips", "mouth", "teeth", "tongue", "lids", "eyes", "brows")
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """What is rendered."""
+
+    split: Split = "train"
+    subjects: int = 384
+    instants: int = 6
+    views: int = 5
+    size: int = 256
+    crop: int = 96
+    """Side of the driving crop [px]."""
+    texels: int = 256
+    """Side of the portrait's completed texture."""
+    grid: int = 16
+    """Side of the latent grid, for the foreground and focus maps."""
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.subjects, self.instants, self.views
+
+    def arrays(self, verts: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every array, by name."""
+        n, half = self.shape, self.size // 2
+        image = (*n, 3, self.size, self.size)
+        return {
+            "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
+            "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),
+            "carried": ((*n, verts, 3), "f2"), "texture": ((*n, 3, self.texels, self.texels), "u1"), "crop": ((*n, 3, self.crop, self.crop), "u1"),
+            "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
+            "expr": ((*n[:2], 52), "f4"), "done": ((n[0],), "u1"),
+        }  # fmt: skip
+
+
+class Store:
+    """Memory-mapped arrays by attribute; see `StoreConfig.arrays`."""
+
+    def __init__(self, folder: Path, writable: bool = False):
+        """Open a store.
+
+        Raises:
+            UserError: there is none, or it was not finished.
+        """
+        self.folder = Path(folder)
+        try:
+            self.config = StoreConfig(**json.loads((self.folder / "store.json").read_text()))
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one") from None
+        verts = len(openhead().template)
+        for name in self.config.arrays(verts):
+            setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode="r+" if writable else "r"))
+        if not writable and not self.done.all():  # type: ignore[attr-defined]
+            raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
+
+
+def build_store(
+    folder: Path, config: StoreConfig, workers: int = 2, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Store:
+    """Render a store, or finish one that was interrupted; subjects that are done are kept."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "store.json"
+    if path.exists() and json.loads(path.read_text()) != asdict(config):
+        raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
+    if not path.exists():
+        for name, (shape, kind) in config.arrays(len(openhead().template)).items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
+        write_json(path, config)
+    todo = np.nonzero(Store(folder, writable=True).done == 0)[0].tolist()  # type: ignore[attr-defined]
+    finished = config.subjects - len(todo)
+    progress(finished, config.subjects)
+    if workers <= 1:
+        for s in todo:
+            _render_subject(folder, s)
+            finished += 1
+            progress(finished, config.subjects)
+        return Store(folder)
+    # spawn: a forked torch may wait forever for threads it does not have.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_render_subject, folder, s) for s in todo]):
+            future.result()
+            finished += 1
+            progress(finished, config.subjects)
+    return Store(folder)
+
+
+def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadParams:
+    """Draw independent expressions and head poses (shape left at zero): half the heads look straight ahead."""
+    rng = generator("store", split, subject, seed)
+    expr, jaw, eyes = random_expression(int(rng.integers(1 << 31)), instants)
+    turn = np.deg2rad(rng.normal(0, 1, (2, instants, 3)) * np.array([8.0, 14.0, 5.0])) * (rng.random((2, instants, 1)) < 0.5)
+    rotation, neck = (torch.from_numpy(x.astype(np.float32)) for x in turn)
+    move = torch.from_numpy(rng.normal(0, 0.008, (instants, 3)).astype(np.float32))
+    zero = openhead().neutral(instants)
+    return HeadParams(zero.shape, expr, rotation, neck, jaw, eyes, move)
+
+
+def _render_subject(folder: Path, s: int) -> None:
+    torch.set_num_threads(1)
+    store = Store(folder, writable=True)
+    c = store.config
+    head = openhead()
+    subject = SyntheticSubject(c.seed * 100_000 + s, c.split)
+    m = random_motion(c.split, s, c.instants, c.seed)
+    truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
+    # Independent instants: every one gets its own draw of the tracker's error.
+    tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
+    posed = head.pose(tracked)
+    still = head.pose(tracked.without_expression())
+    store.expr[s] = m.expr.numpy()  # type: ignore[attr-defined]
+    for i in range(c.instants):
+        cameras = random_cameras(c.views, (c.seed * 100_000 + s) * 100 + i, c.size)
+        cameras = canonical_crop(cameras, still.vertices[i][head_region()])
+        _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], cameras)
+    store.done[s] = 1  # type: ignore[attr-defined]
+
+
+def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -> None:  # noqa: ANN001
+    """Render one instant from all its views and write the rows of the store."""
+    head, c = openhead(), store.config
+    v = c.views
+    frames = subject.render(truth.map(lambda x: x.expand(v, *x.shape)), cameras)
+    rgb = composite(frames.rgb, frames.mask)
+    fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
+    mesh = head.pose(head.neutral(v))
+    normals, mask = render_normals(type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments)
+    small = rasterize(still.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
+    focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
+    focus = interpolate(fragments, head.faces, focus)
+    points = head.landmarks68.on(still, head.faces)
+
+    def u8(x: torch.Tensor) -> np.ndarray:
+        return (x.clamp(0, 1) * 255).round().byte().numpy()
+
+    store.rgb[s, i] = u8(rgb)  # type: ignore[attr-defined]
+    store.normal[s, i] = u8(encode_normals(frames.normal, frames.mask))  # type: ignore[attr-defined]
+    store.pose[s, i] = u8(encode_normals(normals, mask))  # type: ignore[attr-defined]
+    store.face[s, i] = small.face_index.to(torch.int16).numpy()  # type: ignore[attr-defined]
+    store.bary[s, i] = u8(small.bary[..., :2].movedim(-1, 1))  # type: ignore[attr-defined]
+    store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])  # type: ignore[attr-defined]
+    store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])  # type: ignore[attr-defined]
+    for k in range(v):
+        portrait = complete(head, rgb[k], posed, cameras[k], frames.mask[k], c.texels)
+        seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
+        store.carried[s, i, k] = seen.half().numpy()  # type: ignore[attr-defined]
+        store.texture[s, i, k] = u8(portrait.texture)  # type: ignore[attr-defined]
+        box = face_crop_box(cameras[k].project(points)[0])
+        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))  # type: ignore[attr-defined]

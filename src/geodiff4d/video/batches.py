@@ -1,0 +1,148 @@
+"""Training batches of the video model from a store of rendered frames."""
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import grid_sample, interpolate
+
+from geodiff4d.data.augment import AugmentConfig, augment_crops
+from geodiff4d.data.pairs import PairConfig, draw_pairs
+from geodiff4d.data.store import Store
+from geodiff4d.data.synthetic.cameras import openhead
+from geodiff4d.render.meshes import Fragments
+from geodiff4d.render.meshes import interpolate as spread
+from geodiff4d.video.vae import PatchCodec, StableCodec
+
+LATENT_KINDS = ("rgb", "normal", "pose")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """References with the target frames that share them."""
+
+    reference: Float[Tensor, "b c h w"]
+    """RGB latents of the portraits."""
+    reference_pose: Float[Tensor, "b c h w"]
+    target: Float[Tensor, "b d c t h w"]
+    pose: Float[Tensor, "b c t h w"]
+    """Pose maps of the targets, encoded."""
+    warp: Float[Tensor, "b 3 t height width"]
+    visibility: Float[Tensor, "b 2 t height width"]
+    """Where the portrait itself shows the point, and where the head is at all."""
+    crops: Float[Tensor, "b t 3 size size"]
+    """Driving crops in [0, 1]."""
+    expr: Float[Tensor, "b t coefficients"]
+    """The drivers' true coefficients; read by the encoder's optional warm start alone."""
+    weight: Float[Tensor, "b 1 1 t h w"]
+    """Weight of each latent cell in the loss, mean 1."""
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """How much a latent cell counts: background, plus foreground, plus mouth, eyes and brows."""
+
+    background: float = 0.1
+    foreground: float = 1.0
+    focus: float = 3.0
+
+
+def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32) -> np.ndarray:
+    """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped."""
+    n, side = store.config.shape, store.config.size // codec.factor
+    out = np.lib.format.open_memmap(path, "w+", np.float16, (*n, len(LATENT_KINDS), codec.channels, side, side))
+    flat = out.reshape(-1, *out.shape[3:])
+    for k, kind in enumerate(LATENT_KINDS):
+        images = getattr(store, kind).reshape(-1, *getattr(store, kind).shape[3:])
+        for i in range(0, len(images), chunk):
+            x = torch.from_numpy(np.ascontiguousarray(images[i : i + chunk])).float() / 255
+            with torch.no_grad():
+                flat[i : i + chunk, k] = codec.encode(x).half().numpy()
+    out.flush()
+    return out
+
+
+class Batches:
+    """Draws training batches; batch `i` is a function of (seed, i) alone."""
+
+    def __init__(
+        self, store: Store, latents: np.ndarray, pairs: PairConfig, seed: int = 0,
+        augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(),
+    ):  # fmt: skip
+        self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
+        self.augment, self.weights, self.head = augment, weights, openhead()
+
+    def __getitem__(self, index: int) -> Batch:
+        p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
+        b, t = p.driving_view.shape
+        s = np.repeat(p.subject[:, None], t, 1)
+        ref = (p.subject, p.reference[:, 0], p.reference[:, 1])
+        tgt = (s, p.target[..., 0], p.target[..., 1])
+        z_ref, z = take(self.latents, ref), take(self.latents, tgt)
+        warp, visibility = self._warp(ref, tgt)
+        crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0)
+        if self.augment is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+            crops = augment_crops(crops.flatten(0, 1), self.augment, generator).unflatten(0, (b, t))
+        w = self.weights
+        cover, focus = (take(getattr(self.store, k), tgt, 255.0) for k in ("cover", "focus"))
+        weight = w.background + w.foreground * cover + w.focus * focus
+        return Batch(
+            reference=z_ref[:, 0], reference_pose=z_ref[:, 2],
+            target=rearrange(z[:, :, :2], "b t d c h w -> b d c t h w"), pose=rearrange(z[:, :, 2], "b t c h w -> b c t h w"),
+            warp=warp, visibility=visibility, crops=crops, expr=take(self.store.expr, tgt[:2]),
+            weight=(weight / weight.mean())[:, None, None],
+        )  # fmt: skip
+
+    def drivers(self, index: int) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n coefficients"]]:
+        """Return the driving crops of a batch and their true coefficients, without anything else."""
+        p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
+        s = np.repeat(p.subject[:, None], p.driving_view.shape[1], 1)
+        crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0).flatten(0, 1)
+        if self.augment is not None:
+            crops = augment_crops(crops, self.augment, torch.Generator().manual_seed(self.seed * 1_000_003 + index))
+        return crops, take(self.store.expr, (s, p.target[..., 0])).flatten(0, 1)
+
+    def _warp(self, ref: tuple, tgt: tuple) -> tuple[Tensor, Tensor]:
+        """Carry each reference's pixels to its targets' expressionless heads; the texture fills what it hides.
+
+        Fragments are stored at half size: their coordinates are resampled, not the colours.
+        """
+        head, size = self.head, self.store.config.size
+        face = torch.from_numpy(self.store.face[tgt].astype(np.int64)).flatten(0, 1)
+        two = take(self.store.bary, tgt, 255.0).flatten(0, 1)
+        bary = torch.cat([two, 1 - two.sum(1, keepdim=True)], 1).movedim(1, -1)
+        fragments = Fragments(face, bary, torch.zeros_like(bary[..., 0]))
+        carried = take(self.store.carried, ref)
+        b, t = tgt[0].shape
+        carried = carried.repeat_interleave(t, 0)
+        seen = (carried[..., 2:] > 0).float()
+        own = spread(fragments, head.faces, torch.cat([carried, seen], -1))
+        uv = spread(fragments, head.uv_faces, head.uv * 2 - 1)
+        hit = (face >= 0).float()[:, None]
+        maps = interpolate(torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False)
+        inside = maps[:, 6:].clamp(min=1e-3)
+        rgb, texture = (take(x, ref, 255.0).repeat_interleave(t, 0) for x in (self.store.rgb, self.store.texture))
+
+        def look(image: Tensor, grid: Tensor) -> Tensor:
+            return grid_sample(image, (grid / inside).movedim(1, -1), padding_mode="border", align_corners=False)
+
+        visible = maps[:, 4:5] * (maps[:, 5:6] > 0.999 * maps[:, 6:]) * (maps[:, 6:] > 0.5)
+        colour = look(texture, maps[:, 2:4])
+        colour = colour + visible * (look(rgb, maps[:, :2]) - colour)
+        mask = (maps[:, 6:] > 0.5).float()
+        warp = colour * mask + 0.5 * (1 - mask)
+        split = "(b t) c h w -> b c t h w"
+        return rearrange(warp, split, b=b), rearrange(torch.cat([visible, mask], 1), split, b=b)
+
+
+def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
+    """Gather rows of a memory-mapped array as float32."""
+    return torch.from_numpy(np.ascontiguousarray(array[index])).float().div_(scale)

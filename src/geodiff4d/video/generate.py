@@ -1,0 +1,168 @@
+"""From a tracked portrait, target head poses and driving crops to frames, normals and expression tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.images import composite, decode_normals, encode_normals
+from geodiff4d.data.crops import crop_image, face_crop_box
+from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.meshes import rasterize, render_normals
+from geodiff4d.render.warp import CompletedHead, complete, sample_completed
+from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
+from geodiff4d.video.sample import SampleConfig, sample
+
+TEXELS = 256
+"""Side of the completed texture; the same as in training."""
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """A tracked portrait in its canonical crop."""
+
+    image: Float[Tensor, "3 height width"]
+    mask: Float[Tensor, "1 height width"]
+    """Foreground: head, hair, neck and the start of the shoulders."""
+    camera: Camera
+    params: HeadParams
+    """Tracked parameters (no batch axis)."""
+    normal: Float[Tensor, "3 height width"] | None = None
+    """Camera-space normals of an estimator, if the user has one; else the model generates its own."""
+
+    @property
+    def on_grey(self) -> Float[Tensor, "3 height width"]:
+        """The picture as the model sees it."""
+        return composite(self.image, self.mask)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What the video model made."""
+
+    rgb: Float[Tensor, "t 3 height width"]
+    """On plain grey."""
+    normal: Float[Tensor, "t 3 height width"]
+    """Camera-space unit normals, zero on the background."""
+    mask: Float[Tensor, "t 1 height width"]
+    tokens: Float[Tensor, "t tokens channels"]
+
+
+def with_identity_of(portrait: Portrait, driver: HeadParams) -> HeadParams:
+    """Give the driver's motion the portrait's shape: the driver's own would leak its identity (design, pose maps)."""
+    batch = driver.batch
+    return replace(
+        driver,
+        shape=portrait.params.shape.expand(*batch, -1),
+        static_offset=None if portrait.params.static_offset is None else portrait.params.static_offset.expand(*batch, -1, -1),
+    )
+
+
+def driving_crop(
+    image: Float[Tensor, "3 height width"], head: Head, params: HeadParams, camera: Camera, size: int
+) -> Float[Tensor, "3 size size"]:
+    """Cut the face by the landmarks of the tracked head at zero expression, so that the cut does not tell the expression."""
+    points = head.landmarks68.on(head.pose(params.without_expression()).vertices, head.faces)
+    return crop_image(image, face_crop_box(camera.project(points)[0]), size)
+
+
+def complete_portrait(head: Head, portrait: Portrait) -> CompletedHead:
+    """Turn the portrait into a texture without holes, once for all targets."""
+    vertices = head.pose(portrait.params).vertices
+    return complete(head, portrait.on_grey, vertices, portrait.camera, portrait.mask, TEXELS)
+
+
+def condition_images(head: Head, portrait: CompletedHead, params: HeadParams, cameras: Camera) -> ConditionImages:
+    """Draw pose map, warped portrait and its visibility for every target frame, all at zero expression."""
+    still = head.pose(params.without_expression())
+    fragments = rasterize(still.vertices, head.faces, cameras)
+    normals, mask = render_normals(still, cameras, fragments)
+    colour, visible = sample_completed(portrait, fragments)
+    warp = composite(colour, mask)
+    to_clip = "t c h w -> 1 c t h w"
+    return ConditionImages(
+        rearrange(encode_normals(normals, mask), to_clip), rearrange(warp, to_clip),
+        rearrange(torch.cat([visible, mask], 1), to_clip),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def generate(
+    model: VideoModel,
+    head: Head,
+    portrait: Portrait,
+    params: HeadParams,
+    cameras: Camera,
+    crops: Float[Tensor, "t 3 size size"],
+    config: SampleConfig,
+    progress: Callable[[int], None] = lambda n: None,
+    drop_expression: bool = False,
+) -> Generated:
+    """Generate one frame for each (head pose, camera, driving crop).
+
+    Args:
+        params: target head parameters; their shape is replaced by the portrait's and their expression is not read.
+        drop_expression: use the null expression, as a control.
+        progress: called with the number of frames finished.
+    """
+    device = model.device
+    portrait = replace(portrait, image=portrait.image.to(device), mask=portrait.mask.to(device),
+                       camera=portrait.camera.to(device), params=portrait.params.to(device))  # fmt: skip
+    head, params, cameras = head.to(device), with_identity_of(portrait, params.to(device)), cameras.to(device)
+    texture = complete_portrait(head, portrait)
+    own = condition_images(head, texture, portrait.params[None], portrait.camera[None])
+    own_pose = model.pose_planes(own.pose)
+    image_latent = model.codec.encode(portrait.on_grey[None])
+    kv = model.reference_kv(image_latent, own_pose[:, :, 0])
+
+    latents = _encode(model, crops.to(device))
+    null = torch.zeros_like(latents)
+    start = None
+    if config.start != "noise":
+        start = _start(model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, config)
+    conditions = _conditions(model, head, texture, params, cameras, config.chunk)
+    z = sample(model, conditions, null if drop_expression else latents, kv, start, config, progress)
+    images = torch.cat([model.decode_latents(part) for part in z.split(config.chunk, 3)], 3)
+    rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
+    if not model.config.normals:
+        mask = torch.ones_like(rgb[:, :1])
+        return Generated(rgb, torch.zeros_like(rgb), mask, model.expression.tokens(latents)[0])
+    encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
+    # Grey is "no surface": a normal's length tells foreground from background, and its edge is half-way.
+    length = (encoded * 2 - 1).norm(dim=1, keepdim=True)
+    mask = ((length - 0.3) / 0.4).clamp(0, 1)
+    return Generated(rgb, decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0])
+
+
+def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
+    return torch.cat([model.expression(part) for part in crops.split(64)])[None]
+
+
+def _conditions(
+    model: VideoModel, head: Head, texture: CompletedHead, params: HeadParams, cameras: Camera, chunk: int
+) -> Conditions:
+    """Draw and encode the conditions chunk by chunk, so that full-size images never exist for the whole clip."""
+    parts = []
+    for first in range(0, params.batch[0], chunk):
+        part = slice(first, first + chunk)
+        parts.append(model.conditions(condition_images(head, texture, params[part], cameras[part])))
+    return Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
+
+
+def _start(
+    model: VideoModel, head: Head, portrait: Portrait, image_latent: Tensor, conditions: Conditions, kv: list, config: SampleConfig
+) -> Float[Tensor, "1 d c h w"]:
+    """Latents of the reference image and its normals, the clean part of the first noisy latent (S-A.1)."""
+    if not model.config.normals:
+        return image_latent[:, None]
+    if portrait.normal is not None:
+        normal = model.codec.encode(encode_normals(portrait.normal, portrait.mask)[None].to(image_latent))
+    else:
+        crop = driving_crop(portrait.on_grey, head, portrait.params, portrait.camera, model.config.expression.size)
+        alone = replace(config, start="noise")
+        normal = sample(model, conditions, _encode(model, crop[None]), kv, None, alone)[:, 1, :, 0]
+    return torch.stack([image_latent, normal], 1)

@@ -1,0 +1,334 @@
+"""Training: the codec, then the image model (stage 1 of Sec. 4.1); one process or many, CPU or CUDA.
+
+The loops read top to bottom. Every random draw is a function of (seed, step, process), so that a resumed run equals an
+uninterrupted one; weights are averaged (EMA), and the average is what is saved for use.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.data.pairs import PairConfig
+from geodiff4d.data.store import Store, StoreConfig
+from geodiff4d.video.batches import Batch, Batches
+from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
+from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class CodecTraining:
+    """How the embedded codec is trained."""
+
+    codec: PatchCodecConfig = PatchCodecConfig()
+    steps: int = 1500
+    batch: int = 12
+    lr: float = 1.5e-3
+    basis_images: int = 384
+    latent_noise: float = 0.05
+    """Noise added to latents, so that the decoder forgives what a sampler leaves."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ImageTraining:
+    """How the image model is trained (Sec. 4.1: AdamW 1e-5, 80K steps of 32; the embedded preset differs)."""
+
+    steps: int = 80_000
+    pairs: PairConfig = field(default_factory=PairConfig)
+    lr: float = 1e-5
+    expression_lr: float = 1.0
+    """Factor on the encoder's rate."""
+    warmup: int = 100
+    hold: float = 0.4
+    """Share of the steps before the rate decays along a cosine."""
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema: float = 0.999
+    drop_expression: float = 0.1
+    """S-A.1."""
+    drop_warp: float = 0.15
+    timestep_power: float = 1.0
+    """t = 1000 u^power: 1 is uniform, below 1 favours high noise."""
+    warm_start: int = 0
+    """Steps of regressing the known coefficients before denoising starts (ours; the paper has none)."""
+    autocast: bool = True
+    log_every: int = 20
+    validate_every: int = 250
+    save_every: int = 250
+    seed: int = 0
+
+
+def train_codec(
+    run: Path, store: Store, config: CodecTraining, progress: Progress = lambda *a: None, val: Store | None = None
+) -> PatchCodec:
+    """Fit the basis, then train the decoder on pictures, normals and pose maps; writes `run/vae`."""
+    folder = RunFolder(run, config)
+    torch.manual_seed(config.seed)
+    codec = PatchCodec(config.codec)
+    rng = np.random.default_rng(config.seed)
+    codec.fit_basis(_images(store, rng, config.basis_images))
+    codec = codec.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(codec.parameters(), config.lr, weight_decay=1e-4)
+    for step in range(config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        images = _images(store, np.random.default_rng((config.seed, step)), config.batch)
+        with torch.no_grad():
+            z = codec.encode(images)
+            z = z + torch.randn_like(z) * config.latent_noise
+            linear = codec.decode_linear(z)
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            out = codec.refine(z)
+        out, target = linear + out.float(), images * 2 - 1
+        loss = (out - target).abs().mean() + 0.5 * _gradients(out - target)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if step % 50 == 0 or step == config.steps - 1:
+            record = {"step": step, "loss": round(loss.item(), 5)}
+            if val is not None and (step % 500 == 0 or step == config.steps - 1):
+                record |= _codec_psnr(codec, val)
+            folder.log(record)
+            progress(step, config.steps, record)
+    codec.save(folder.path / "vae")
+    return codec
+
+
+def _images(store: Store, rng: np.random.Generator, n: int) -> Float[Tensor, "n 3 height width"]:
+    """Draw pictures, normals and pose maps, 2 : 2 : 1, each thrice as likely to be a picture's crop as its border."""
+    kinds = rng.choice(["rgb", "normal", "pose"], n, p=[0.45, 0.4, 0.15])
+    picks = [tuple(rng.integers(0, k) for k in store.config.shape) for _ in range(n)]
+    return torch.from_numpy(np.stack([getattr(store, k)[p] for k, p in zip(kinds, picks, strict=True)])).float() / 255
+
+
+def _gradients(x: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
+    return (x[..., 1:] - x[..., :-1]).abs().mean() + (x[..., 1:, :] - x[..., :-1, :]).abs().mean()
+
+
+@torch.no_grad()
+def _codec_psnr(codec: PatchCodec, store: Store, n: int = 32) -> dict[str, float]:
+    rng = np.random.default_rng(0)
+    picks = [tuple(rng.integers(0, k) for k in store.config.shape) for _ in range(n)]
+    out = {}
+    for kind in ("rgb", "normal"):
+        x = torch.from_numpy(np.stack([getattr(store, kind)[p] for p in picks])).float() / 255
+        mask = (torch.from_numpy(np.stack([store.normal[p] for p in picks])).float() - 127.5).abs().amax(1, keepdim=True) > 2  # type: ignore[attr-defined]
+        error = ((codec.decode(codec.encode(x)) - x) ** 2)[mask.expand_as(x)].mean()
+        out[f"psnr_fg_{kind}"] = round(-10 * math.log10(error.item()), 2)
+    return out
+
+
+class Objective(nn.Module):
+    """The denoising loss, and nothing else (Sec. 3.1): what is distributed and differentiated."""
+
+    def __init__(self, model: VideoModel):
+        super().__init__()
+        self.unet, self.reference, self.expression = model.unet, model.reference, model.expression
+        self._model = [model]  # A list hides it: its parameters are registered above already.
+
+    def forward(
+        self, batch: Batch, t: Int[Tensor, " b"], noise: Tensor, drop_expression: Tensor, keep_warp: Tensor
+    ) -> Float[Tensor, " d"]:
+        """Return the weighted error of the predicted clean latents, per domain."""
+        model = self._model[0]
+        d = len(model.config.domains)
+        b = len(batch.crops)
+        with torch.no_grad():
+            images = ConditionImages(batch.warp, batch.warp, batch.visibility)
+            conditions = model.conditions(images, keep_warp, pose_planes=batch.pose)
+        latent = rearrange(model.expression(batch.crops.flatten(0, 1)), "(b t) f -> b t f", b=b)
+        latent = model.expression.drop(latent, drop_expression)
+        kv = model.reference_kv(batch.reference, batch.reference_pose)
+        z = batch.target[:, :d]
+        z_t = model.diffusion.add_noise(z, noise, t)
+        clean = model.predict_clean(z_t, t, conditions, latent, kv)
+        error = (clean - z).square() * batch.weight * model.diffusion.loss_weight(t)
+        return error.mean((0, 2, 3, 4, 5))
+
+
+def initialise(model: VideoModel) -> None:
+    """Start a small model as "the base, unchanged": last convolutions of every residual branch at zero."""
+    for network in (model.unet, model.reference):
+        for module in network.modules():
+            if hasattr(module, "conv2"):
+                nn.init.zeros_(module.conv2.weight)
+            if hasattr(module, "to_out"):
+                nn.init.zeros_(module.to_out[0].weight)
+    nn.init.zeros_(model.unet.conv_out.weight)
+    nn.init.zeros_(model.unet.conv_out.bias)
+
+
+@torch.no_grad()
+def residual_std(batches: Batches, model: VideoModel, n: int = 8) -> tuple[float, float]:
+    """Measure the deviation of `z - base` per domain, weighted as the loss is."""
+    total, count = torch.zeros(2), 0
+    for i in range(n):
+        b = batches[10**9 + i]
+        base = model.conditions(ConditionImages(b.warp, b.warp, b.visibility), pose_planes=b.pose).base
+        total += ((b.target - base).square() * b.weight).mean((0, 2, 3, 4, 5))
+        count += 1
+    rgb, normal = (total / count).sqrt().tolist()
+    return round(rgb, 3), round(normal, 3)
+
+
+def train_image(
+    run: Path, model_config: VideoModelConfig, codec: PatchCodec, batches: Batches, config: ImageTraining,
+    val: Batches | None = None, start: dict[str, Tensor] | None = None, progress: Progress = lambda *a: None,
+) -> VideoModel:  # fmt: skip
+    """Train stage 1 and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
+
+    `start` holds weights to continue from (an EMA of an earlier run); its optimiser starts afresh.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    folder = RunFolder(run, config)
+    torch.manual_seed(config.seed)
+    model = VideoModel(model_config, codec)
+    if model_config.diffusion.prediction == "residual":
+        initialise(model)
+    if start is not None:
+        model.load_state_dict(start, strict=False)
+    if accelerator.device.type == "cpu":
+        model = model.to(memory_format=torch.channels_last)
+    model = model.to(accelerator.device)
+    slow = [p for n in ("unet", "reference") for p in getattr(model, n).parameters()]
+    groups = [{"params": slow, "factor": 1.0}, {"params": list(model.expression.parameters()), "factor": config.expression_lr}]
+    optimiser = torch.optim.AdamW(groups, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    objective, prepared = accelerator.prepare(Objective(model), optimiser)
+    ema = {k: v.detach().clone() for k, v in _trained(model).items()}
+    first = 0
+    if (saved := folder.load()) is not None:
+        tensors, first = saved
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
+        ema = {k: tensors[f"ema.{k}"].to(v) for k, v in ema.items()}
+        restore_optimiser(optimiser, tensors)
+    elif config.warm_start:
+        warm_start(model, batches, config, lambda step, total, record: progress(0, config.steps, record))
+        ema = {k: v.detach().clone() for k, v in _trained(model).items()}
+
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    enabled = config.autocast and (accelerator.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+    for step in range(first, config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * group["factor"] * _rate(step, config)
+        index = step * ranks + rank
+        batch = batches[index].to(accelerator.device)
+        draws = _draws(model, batch, config, index)
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled):
+            per_domain = objective(batch, *draws)
+        loss = per_domain.mean()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+        prepared.step()
+        prepared.zero_grad(set_to_none=True)
+        _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
+
+        last = step == config.steps - 1
+        if accelerator.is_main_process and (step % config.log_every == 0 or last):
+            record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
+            record |= {f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)}
+            folder.log(record)
+            progress(step, config.steps, record)
+        if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
+            tensors = {f"model.{k}": v for k, v in _trained(model).items()} | {f"ema.{k}": v for k, v in ema.items()}
+            folder.save(tensors | optimiser_tensors(optimiser), step + 1)
+            model.save(folder.path / "model", ema)
+        if accelerator.is_main_process and val is not None and ((step + 1) % config.validate_every == 0 or last):
+            record = {"step": step, **validate(model, ema, val, enabled)}
+            folder.log(record)
+            progress(step, config.steps, record)
+    model.load_state_dict(ema, strict=False)
+    return model.eval()
+
+
+def warm_start(model: VideoModel, batches: Batches, config: ImageTraining, progress: Progress) -> None:
+    """Let the encoder regress the synthetic world's coefficients before the denoiser asks anything of it."""
+    encoder = model.expression
+    head = nn.Linear(encoder.config.latent, 52).to(model.device)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3, weight_decay=0.02)
+    few = replace(batches.pairs, references=16, targets=6)
+    many = Batches(batches.store, batches.latents, few, batches.seed + 1, batches.augment, batches.weights)
+    for step in range(config.warm_start):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
+        crops, expr = many.drivers(step)
+        enabled = config.autocast and (model.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+            guess = head(encoder(crops.to(model.device)))
+        target = expr.to(model.device)
+        loss = (guess.float() - target).square().mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        if step % 50 == 0 or step == config.warm_start - 1:
+            explained = 1 - loss.item() / target.var(0).mean().item()
+            progress(step, config.warm_start, {"warm_start": step, "loss": round(loss.item(), 5), "r2": round(explained, 3)})
+
+
+@torch.no_grad()
+def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, autocast: bool, n: int = 4) -> dict[str, float]:
+    """Measure the averaged model's clean-latent error on held-out subjects, with and without expression."""
+    current = {k: v.detach().clone() for k, v in _trained(model).items()}
+    model.load_state_dict(ema, strict=False)
+    model.eval()
+    out: dict[str, float] = {}
+    objective = Objective(model)
+    for i in range(n):
+        batch = val[i].to(model.device)
+        b, frames = batch.crops.shape[:2]
+        noise = model.diffusion.noise_like(batch.target[:, : len(model.config.domains)], torch.Generator().manual_seed(i))
+        for t in (300, 700, 999):
+            for name, dropped in (("", False), ("_null", True)):
+                flags = torch.full((b, frames), dropped, device=model.device)
+                keep = torch.ones(b, dtype=torch.bool, device=model.device)
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+                    steps = torch.full((b,), t, device=model.device)
+                    error = objective(batch, steps, noise, flags, keep) / model.diffusion.loss_weight(steps).mean()
+                for d, e in zip(("rgb", "normal"), error.tolist(), strict=False):
+                    key = f"val_{d}_{t}{name}"
+                    out[key] = round(out.get(key, 0.0) + e / n, 5)
+    model.load_state_dict(current, strict=False)
+    model.train()
+    return out
+
+
+def _trained(model: VideoModel) -> dict[str, Tensor]:
+    return {f"{name}.{k}": v for name, network in model.networks().items() for k, v in network.state_dict().items()}
+
+
+@torch.no_grad()
+def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
+    current = _trained(model)
+    torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - decay)
+
+
+def _rate(step: int, config: ImageTraining) -> float:
+    progress = step / config.steps
+    if progress < config.hold:
+        return min(1.0, (step + 1) / config.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - config.hold) / (1 - config.hold)))
+
+
+def _draws(model: VideoModel, batch: Batch, config: ImageTraining, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw (t, noise, dropped expressions, kept warps) of a batch from its index."""
+    g = torch.Generator().manual_seed(config.seed * 7_368_787 + index)
+    b, frames = batch.crops.shape[:2]
+    steps = model.config.diffusion.steps
+    t = ((steps - 0.01) * torch.rand(b, generator=g) ** config.timestep_power).long()
+    noise = model.diffusion.noise_like(batch.target[:, : len(model.config.domains)].cpu(), g)
+    dropped = torch.rand(b, frames, generator=g) < config.drop_expression
+    kept = torch.rand(b, generator=g) >= config.drop_warp
+    device = batch.target.device
+    return t.to(device), noise.to(device), dropped.to(device), kept.to(device)
