@@ -1,0 +1,11 @@
+"""The open world: synthetic people, their motions, cameras and clips (design §6), a pure function of (seed, split)."""
+
+from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, random_cameras, rig
+from geodiff4d.data.synthetic.expressions import ACTIONS, TRACK_KINDS, expression_track, random_expression
+from geodiff4d.data.synthetic.subject import SyntheticFrames, SyntheticSubject
+from geodiff4d.data.synthetic.world import disturbed
+
+__all__ = [
+    "ACTIONS", "TRACK_KINDS", "SyntheticFrames", "SyntheticSubject", "canonical_crop", "disturbed", "expression_track",
+    "head_region", "random_cameras", "random_expression", "rig",
+]  # fmt: skip

@@ -1,0 +1,120 @@
+"""Cameras of the open world: a rig with NeRSemble's coverage (93° × 32°, two rows) and random ones around it.
+
+World frame = FLAME's: y up, the face toward +z. All cameras look at the nominal head's centre from about a metre, and
+their focal length makes the nominal head's box 1/1.6 of the image: the canonical crop of an average person.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.geometry import look_at
+from geodiff4d.data.synthetic.seeds import generator
+from geodiff4d.heads import Head, load_head
+
+RIG_CAMERAS = 16
+FRONT_CAMERA = 8
+"""As in NeRSemble, where the ninth camera faces the person."""
+RIG_AZIMUTH_DEG, RIG_ELEVATION_DEG = 93.0, 32.0
+CROP_SCALE = 1.6
+"""Side of the canonical crop over the side of the head's projected box."""
+
+
+@dataclass(frozen=True)
+class NominalHead:
+    """What the cameras are set up for: the template's head above the chin."""
+
+    centre: Float[Tensor, "3"]
+    side_m: float
+    """Longer side of its box seen from the front [m]."""
+
+
+@lru_cache
+def openhead() -> Head:
+    """The head of the open world, loaded once."""
+    return load_head("openhead")
+
+
+@lru_cache
+def head_region() -> Bool[Tensor, " verts"]:
+    """Vertices of the head without neck and shoulders: everything above the chin's underside."""
+    head = openhead()
+    chin = head.landmarks68.on(head.template, head.faces)[8]
+    # The nape sinks below the chin: cut on a plane that rises toward the back.
+    height = head.template[:, 1] - chin[1] + 0.012 - 0.25 * (chin[2] - head.template[:, 2])
+    return height > 0
+
+
+@lru_cache
+def nominal_head() -> NominalHead:
+    """Centre and size of the template's head."""
+    points = openhead().template[head_region()]
+    low, high = points.amin(0), points.amax(0)
+    return NominalHead((low + high) / 2, float((high - low)[:2].max()))
+
+
+def orbit(
+    azimuth_deg: Float[Tensor, " cameras"], elevation_deg: Float[Tensor, " cameras"], size: int = 256, radius_m: float = 1.0
+) -> Camera:
+    """Return cameras on a sphere around the nominal head's centre; positive azimuth sees the person's left side."""
+    azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
+    direction = torch.stack(
+        [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], -1
+    )
+    nominal = nominal_head()
+    target = nominal.centre.expand_as(direction)
+    up = torch.tensor([0.0, 1.0, 0.0]).expand_as(direction)
+    focal_px = size * radius_m / (CROP_SCALE * nominal.side_m)
+    K = pinhole(focal_px, size, size).expand(len(azimuth), 3, 3)
+    return Camera(look_at(target + radius_m * direction, target, up), K, size, size)
+
+
+def rig(size: int = 256, radius_m: float = 1.0) -> Camera:
+    """Return the 16-view rig: 15 cameras in two rows over 93° × 32°, and the front one at index 8."""
+    others = RIG_CAMERAS - 1
+    azimuth = torch.linspace(-RIG_AZIMUTH_DEG / 2, RIG_AZIMUTH_DEG / 2, others)
+    elevation = torch.where(torch.arange(others) % 2 == 0, 1.0, -1.0) * RIG_ELEVATION_DEG / 2
+    zero = torch.zeros(1)
+    azimuth = torch.cat([azimuth[:FRONT_CAMERA], zero, azimuth[FRONT_CAMERA:]])
+    elevation = torch.cat([elevation[:FRONT_CAMERA], zero, elevation[FRONT_CAMERA:]])
+    return orbit(azimuth, elevation, size, radius_m)
+
+
+def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) -> Camera:
+    """Return cameras that cover the rig's range and a little more: angles ±10 %, distance and zoom ±8 %, roll ±3°."""
+    rng = generator("cameras", seed)
+
+    def uniform(limit: float) -> Tensor:
+        return torch.from_numpy(rng.uniform(-limit, limit, n).astype(np.float32))
+
+    base = orbit(uniform(RIG_AZIMUTH_DEG * 0.55), uniform(RIG_ELEVATION_DEG * 0.55), size, radius_m)
+    roll, zoom = torch.deg2rad(uniform(3.0)), 1 + uniform(0.08)
+    R = torch.eye(4).repeat(n, 1, 1)
+    R[:, 0, 0], R[:, 0, 1], R[:, 1, 0], R[:, 1, 1] = roll.cos(), -roll.sin(), roll.sin(), roll.cos()
+    T = R @ base.T_cam_world
+    T[:, 2, 3] *= 1 + uniform(0.08)
+    K = base.K.clone()
+    K[:, 0, 0] *= zoom
+    K[:, 1, 1] *= zoom
+    K[:, :2, 2] += torch.stack([uniform(0.02 * size), uniform(0.02 * size)], -1)
+    return Camera(T, K, size, size)
+
+
+def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], size: int | None = None) -> Camera:
+    """Return the camera(s) of the canonical crop: square, centred on the projected head, side 1.6 × its box.
+
+    `head_vertices` are world points of the head without the neck (`vertices[..., head_region(), :]`), of one frame or of
+    a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
+    """
+    if not camera.batch:
+        xy, _ = camera.project(head_vertices)
+        low, high = xy.amin(0), xy.amax(0)
+        side = float((high - low).max()) * CROP_SCALE
+        left, top = ((low + high) / 2 - side / 2).tolist()
+        return camera.cropped(left, top, side, size or camera.width)
+    return Camera.stack([canonical_crop(camera[i], head_vertices, size) for i in range(camera.batch[0])])

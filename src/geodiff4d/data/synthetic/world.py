@@ -1,0 +1,106 @@
+"""Clips of the open world, and the tracker-like error that stands in for tracking from pixels."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_json
+from geodiff4d.data.clip import ClipWriter
+from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, head_region, rig
+from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track
+from geodiff4d.data.synthetic.seeds import Split, generator
+from geodiff4d.data.synthetic.subject import SyntheticSubject
+from geodiff4d.heads.rig import HeadParams
+
+DISTURBANCE = {"rotation": np.radians(1.0), "translation": 0.002, "jaw_pose": np.radians(2.0), "expr": 0.1}
+"""Stationary standard deviation per coordinate: radians, metres, radians, ARKit weight."""
+MEMORY = 0.9
+"""AR(1) coefficient of the error from frame to frame."""
+
+
+def disturbed(params: HeadParams, seed: int) -> HeadParams:
+    """Add a tracker's error to a sequence of true parameters: AR(1) over the first axis, stationary from its start.
+
+    Rotation 1°, translation 2 mm, jaw 2° and expression 0.1 (clipped to [0, 1]) are standard deviations per coordinate.
+
+    Example:
+        >>> noisy = disturbed(subject.params(expr), seed=0)  # doctest: +SKIP
+    """
+    changed = {}
+    for name, sigma in DISTURBANCE.items():
+        value = getattr(params, name)
+        rng = generator("disturbed", seed, name)
+        shocks = rng.normal(size=tuple(value.shape))
+        error = np.empty_like(shocks)
+        for t in range(len(shocks)):
+            error[t] = shocks[t] if t == 0 else MEMORY * error[t - 1] + (1 - MEMORY**2) ** 0.5 * shocks[t]
+        noisy = value + torch.from_numpy(sigma * error).to(value)
+        changed[name] = noisy.clamp(0, 1) if name == "expr" else noisy
+    return replace(params, **changed)
+
+
+def chosen_views(count: int) -> list[int]:
+    """Return `count` rig cameras: the front one first, then spread evenly over the others.
+
+    Raises:
+        UserError: fewer than one or more than the rig has.
+    """
+    if not 1 <= count <= RIG_CAMERAS:
+        raise UserError(f"--views is {count}: expected 1 to {RIG_CAMERAS}, the rig's cameras")
+    others = [i for i in range(RIG_CAMERAS) if i != FRONT_CAMERA]
+    picked = np.round(np.linspace(0, len(others) - 1, count - 1)).astype(int) if count > 1 else []
+    return [FRONT_CAMERA, *(others[i] for i in picked)]
+
+
+def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps: float = 24.0) -> HeadParams:
+    """Return true parameters of a track for this subject, with small head movements, [frames, ...]."""
+    expr, jaw, eyes = expression_track(kind, frames, subject.seed, fps)
+    rng = generator(*subject.key, "motion", kind)
+    t = np.arange(frames)[:, None] / fps
+    wobble = np.sin(t * rng.uniform(0.5, 2.5, 3) + rng.uniform(0, 6, 3)) * np.radians([4.0, 7.0, 2.5])
+    return subject.params(expr, rotation=torch.from_numpy(wobble).float(), jaw_pose=jaw, eyes_pose=eyes)
+
+
+def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int):  # type: ignore[no-untyped-def]
+    """Return the rig's cameras cropped canonically around this subject over all its frames."""
+    points = subject.vertices(params)[..., head_region(), :].reshape(-1, 3)
+    return canonical_crop(rig(size)[torch.tensor(views)], points)
+
+
+def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
+    """Say whether a finished clip of this size is there already (clips appear whole or not at all)."""
+    if not (folder / "transforms.json").exists():
+        return False
+    meta = read_json(folder / "transforms.json")
+    records = meta.get("frames", [])
+    return len(records) == frames * views and records[0].get("w") == size
+
+
+def write_clip(folder: Path, subject: SyntheticSubject, kind: TrackKind, frames: int, views: int, size: int) -> Float[Tensor, "3 h w"]:
+    """Render a subject's track in some of the rig's views as a clip with its true parameters; returns its first image."""
+    params = subject_motion(subject, frames, kind)
+    chosen = chosen_views(views)
+    cameras = subject_cameras(subject, params, chosen, size)
+    extra = {"subject_seed": subject.seed, "split": subject.split, "track": kind, "params": "truth"}
+    first: Tensor | None = None
+    with ClipWriter(folder, head="openhead", extra=extra) as clip:
+        for t in range(frames):
+            out = subject.render(params[t : t + 1].map(lambda v: v.expand(views, *v.shape[1:])), cameras)
+            clip.add_params(t, params[t])
+            for i, index in enumerate(chosen):
+                clip.add(t, index, out.rgb[i], cameras[i], out.mask[i], out.normal[i])
+            if first is None:
+                first = out.rgb[0]
+                clip.set_reference(out.rgb[0], out.normal[0])
+    assert first is not None
+    return first
+
+
+def track_of(seed: int, split: Split) -> TrackKind:
+    """Choose the track kind of a subject's clip."""
+    return TRACK_KINDS[int(generator("kind", split, seed).integers(len(TRACK_KINDS)))]
