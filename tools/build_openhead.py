@@ -145,7 +145,8 @@ def draw_changes(rng: np.random.Generator, n: int, names: list[str]) -> dict[str
         if name.startswith("r-"):
             continue
         moved = rng.random(n) < 0.5
-        out[name] = np.clip(rng.normal(0, 0.35, n), -0.9, 0.9) * moved
+        sigma = 0.22 if name.startswith(("mouth", "head", "chin")) else 0.32  # these three soon leave the human range
+        out[name] = np.clip(rng.normal(0, sigma, n), -0.9, 0.9) * moved
         if name.startswith("l-"):
             out["r-" + name[2:]] = np.clip(out[name] + rng.normal(0, 0.06, n) * moved, -1, 1)
     return out

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.csgraph as csgraph
+from scipy.interpolate import PchipInterpolator
 from scipy.optimize import nnls
 from scipy.spatial import cKDTree
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 EXPOSED = 64
-TEETH_SCALE = np.array([0.78, 0.9, 0.84])
+TEETH_SCALE = np.array([0.75, 0.9, 0.82])
+LIPS_CLOSED = 0.014  # the jaw that closes the half millimetre by which MakeHuman's resting lips part
+TEETH_BACK = {"teeth_upper": 0.0, "teeth_lower": 0.0007}  # [m]: the lower row bites behind the upper one
 # Where each chart goes in the unit square: left, top, width, height (v down). The head takes most of it.
 BOXES = {
     "head": (0.005, 0.005, 0.99, 0.615),
@@ -34,6 +37,7 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
     """Compute every array of the asset (docs/OPENHEAD.md) from the cut mesh and the sampled identities."""
     charts = name_charts(base, cut)
     samples, actions = fit_teeth(cut, samples, actions)
+    samples -= LIPS_CLOSED * actions[names.index("jawOpen")].astype(np.float32)
     loops = {c: np.unique(cut.faces[charts == c]) for c in BOXES}
     n = samples.shape[1]
     at = {c: np.isin(np.arange(n), v) for c, v in loops.items()}
@@ -49,9 +53,8 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
     mean, basis, share = pca(samples, importance(rest, cut.faces, at))
     outer = np.isin(charts, ("head", "bust"))
     weights = skinning(base, cut, at)
-    fields = regions(base, cut, mean, at, ear)
-    hairline = fields.pop("hairline")
-    face_index, bary = landmarks68(mean, cut.faces, outer, at, fields, hairline, actions, names)
+    masks, fields = regions(base, cut, mean, at, ear)
+    face_index, bary = landmarks68(mean, cut.faces, outer, at, masks, actions, names)
     return {
         "template": mean.astype(np.float32),
         "faces": cut.faces.astype(np.int32),
@@ -64,8 +67,8 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
         "skin_weights": weights.astype(np.float32),
         "uv": pack(cut, charts).astype(np.float32),
         "uv_faces": cut.uv_faces.astype(np.int32),
-        "hairline": hairline.astype(np.float32),
-        **{f"region_{k}": v for k, v in fields.items()},
+        **{f"field_{k}": v.astype(np.float32) for k, v in fields.items()},
+        **{f"region_{k}": v for k, v in masks.items()},
         "landmarks68_face_index": face_index.astype(np.int32),
         "landmarks68_bary": bary.astype(np.float32),
         "mediapipe_face_index": np.zeros(0, np.int32),
@@ -75,13 +78,14 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
 
 
 def fit_teeth(cut, samples: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shrink MakeHuman's bands of teeth about their own middle: at full size they poke through the mouth's corners."""
+    """Shrink MakeHuman's bands of teeth about their own middle: at full size they poke through the lips."""
     samples, actions = samples.copy(), actions.copy()
     for group in ("teeth_upper", "teeth_lower"):
         used = np.unique(cut.faces[cut.group == group])
         for x in (samples, actions):
             middle = x[:, used].mean(1, keepdims=True)
             x[:, used] = middle + TEETH_SCALE * (x[:, used] - middle)
+        samples[:, used, 2] -= TEETH_BACK[group]
     return samples, actions
 
 
@@ -240,41 +244,55 @@ def hairline_field(v: np.ndarray) -> np.ndarray:
     r = np.linalg.norm(d, axis=1)
     azimuth = np.degrees(np.arctan2(np.abs(d[:, 0]), d[:, 2]))
     elevation = np.degrees(np.arcsin(d[:, 1] / r))
-    line = np.interp(azimuth, [0, 25, 48, 62, 76, 88, 100, 118, 140, 180], [43, 42, 36, 16, -8, -20, -24, -36, -50, -54])
+    at = [0, 22, 42, 54, 62, 67, 74, 92, 102, 118, 140, 180]
+    line = PchipInterpolator(at, [44, 43, 38, 25, 6, -12, -24, -25, -28, -38, -49, -53])(azimuth)
     return np.radians(elevation - line) * r
 
 
-def regions(base, cut, v: np.ndarray, at: dict[str, np.ndarray], ear: np.ndarray) -> dict[str, np.ndarray]:
-    """Return named vertex masks, plus the float field `hairline`. Skin is the whole outer surface; others lie in it."""
+def brow_field(v: np.ndarray, eye: np.ndarray) -> np.ndarray:
+    """Return the signed distance inside the brows [m]: an arc that is thin at the temple, about 20 mm above the eye."""
+    u = (np.abs(v[:, 0]) - eye[0] - 0.002) / 0.0215
+    middle = eye[1] + 0.0185 + 0.004 * (1 - u**2)
+    half = 0.0048 * (1 - 0.45 * smoothstep(u, 0, 1.0))
+    inside = np.minimum(half - np.abs(v[:, 1] - middle), 0.0215 * (1 - np.abs(u)))
+    return np.where(v[:, 2] > 0.03, inside, -0.02)
+
+
+def regions(base, cut, v: np.ndarray, at: dict, ear: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return named vertex masks and float fields whose zero level is a region's smooth edge (hairline, brows, lips).
+
+    Skin is the whole outer surface; lips, brows, lids, scalp, ears and neck are parts of it.
+    """
     outer = at["head"] | at["bust"]
-    lips = (paint(base, cut, "lips") > 0.5) & outer
-    lids = (paint(base, cut, "eyelids") > 0.5) & outer
-    eyes = {k: v[at[k]].mean(0) for k in ("left_eye", "right_eye")}
-    eye_y, eye_x = eyes["left_eye"][1], abs(eyes["left_eye"][0])
-    hairline = hairline_field(v)
-    front = v[:, 2] > 0.04
-    u = (np.abs(v[:, 0]) - eye_x) / 0.024
-    brow_y = eye_y + 0.018 + 0.004 * (1 - u**2)
-    brows = outer & front & (np.abs(u) < 1) & (np.abs(v[:, 1] - brow_y) < 0.0055)
-    neck = outer & (v[:, 1] < -0.075 + 0.0 * v[:, 2]) & ~((v[:, 2] > 0.03) & (v[:, 1] > -0.105))
-    return {
+    A = graph(cut.faces, len(v))
+    rim = at["mouth"] & at["head"]
+    within = rim.copy()
+    for _ in range(2):
+        within = ((A @ within) > 0) & outer
+    red = np.where(within, 1.0, paint(base, cut, "lips"))
+    P = sp.diags(1 / np.maximum(np.asarray(A.sum(1)).ravel(), 1)) @ A
+    lip = np.where(at["mouth"] & ~outer, 0.0, 0.6 * red + 0.4 * (P @ red)) - 0.45
+    eye = v[at["left_eye"]].mean(0)
+    fields = {"hairline": hairline_field(v), "brows": brow_field(v, eye), "lips": lip}
+    throat = (v[:, 2] > 0.02) & (v[:, 1] > -0.098)
+    masks = {
         "skin": outer,
-        "lips": lips,
-        "brows": brows,
-        "lids": lids,
+        "lips": (lip > 0) & outer,
+        "brows": (fields["brows"] > 0) & outer,
+        "lids": (paint(base, cut, "eyelids") > 0.5) & outer,
         "eyes": at["left_eye"] | at["right_eye"],
         "left_eye": at["left_eye"],
         "right_eye": at["right_eye"],
-        "scalp": outer & (hairline > 0) & ~ear,
+        "scalp": outer & (fields["hairline"] > 0) & ~ear,
         "ears": ear & outer,
         "teeth": at["teeth_upper"] | at["teeth_lower"],
         "tongue": at["tongue"],
-        "mouth": at["mouth"] & ~lips,
-        "cap": at["cap"] & ~outer,
+        "mouth": at["mouth"] & ~at["head"],
+        "cap": at["cap"],
         "sockets": (at["left_socket"] | at["right_socket"]) & ~outer,
-        "neck": neck & (hairline < 0),
-        "hairline": hairline,
+        "neck": outer & (v[:, 1] < -0.075) & ~throat & (fields["hairline"] < 0) & ~ear,
     }
+    return masks, fields
 
 
 class Caster:
@@ -305,7 +323,7 @@ class Caster:
         return None if not hits else (1 - hits[0][0], *hits[0][1:])
 
 
-def landmarks68(v, faces, outer, at, fields, hairline, actions, names) -> tuple[np.ndarray, np.ndarray]:
+def landmarks68(v, faces, outer, at, fields, actions, names) -> tuple[np.ndarray, np.ndarray]:
     """Place iBUG's 68 points by geometry: the subject's left half is measured, the right half mirrors it."""
     cast = Caster(v, faces, outer & ~fields["ears"][faces].any(1))
     eye = v[fields["left_eye"]].mean(0)
@@ -313,7 +331,7 @@ def landmarks68(v, faces, outer, at, fields, hairline, actions, names) -> tuple[
     half |= jaw_points(cast, v, fields, eye)
     for k, i in enumerate(range(22, 27)):
         u = np.linspace(-0.95, 1.0, 5)[k]
-        half[i] = cast.front(eye[0] + 0.024 * u, eye[1] + 0.018 + 0.004 * (1 - u**2) - (0.002 if k == 4 else 0))[1:]
+        half[i] = cast.front(eye[0] + 0.002 + 0.0215 * u, eye[1] + 0.0195 + 0.004 * (1 - u**2))[1:]
     half |= nose_points(cast, v, eye)
     half |= lid_points(v, faces, outer, at, eye)
     half |= mouth_points(cast, v, faces, fields, actions[names.index("jawOpen")])

@@ -51,18 +51,21 @@ def load_wide(source: str | Path = "openhead") -> Head:
     return _read(_find(source))[0]
 
 
-def load_hairline(source: str | Path = "openhead") -> Float[Tensor, " verts"]:
-    """Load the signed distance above the hairline of the mean head [m]: hair may grow where it is positive.
+def load_field(name: str, source: str | Path = "openhead") -> Float[Tensor, " verts"]:
+    """Load a smooth per-vertex field whose zero level is a region's edge, positive inside; interpolate it over faces.
+
+    OpenHead has `hairline` and `brows` (signed distances on the mean head [m]) and `lips` (dimensionless, ±0.5).
 
     Raises:
-        UserError: as `load`, or the head has no hairline.
+        UserError: as `load`, or the head has no such field.
     """
     path = _find(source)
     _read(path)
     with np.load(path, allow_pickle=False) as data:
-        if "hairline" not in data:
-            raise UserError(f"{path} has no hairline: expected an array `hairline` as in OpenHead; use the head openhead")
-        return torch.from_numpy(data["hairline"].astype(np.float32))
+        if f"field_{name}" not in data:
+            has = ", ".join(k.removeprefix("field_") for k in data.files if k.startswith("field_")) or "none"
+            raise UserError(f"{path} has no field {name!r}: expected one of: {has}; use the head openhead")
+        return torch.from_numpy(data[f"field_{name}"].astype(np.float32))
 
 
 def _find(source: str | Path) -> Path:

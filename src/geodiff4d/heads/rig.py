@@ -163,11 +163,10 @@ class Head:
 
     def shape(self, params: HeadParams) -> ShapedHead:
         """Apply identity and expression: template + both bases + static offset, and regress the joints."""
-        v = self.template + torch.einsum("vck,...k->...vc", self.shape_basis, params.shape)
-        v = v + torch.einsum("vck,...k->...vc", self.expr_basis, params.expr)
+        v = self.template + blend(self.shape_basis, params.shape) + blend(self.expr_basis, params.expr)
         if params.static_offset is not None:
             v = v + params.static_offset
-        return ShapedHead(self, v, torch.einsum("jv,...vc->...jc", self.joint_regressor, v))
+        return ShapedHead(self, v, self.joint_regressor @ v)
 
     def pose(self, params: HeadParams) -> PosedHead:
         """Apply identity, expression and joints. Differentiable in every parameter.
@@ -189,13 +188,11 @@ class Head:
         v = shaped.vertices
         if self.pose_basis is not None:
             away = (R[..., 1:, :, :] - torch.eye(3, dtype=R.dtype, device=R.device)).flatten(-3)
-            v = v + torch.einsum("vck,...k->...vc", self.pose_basis, away)
+            v = v + blend(self.pose_basis, away)
         T = joint_transforms(R, shaped.joints)
-        v = torch.einsum("vj,...jab,...vb->...va", self.skin_weights, T[..., :3, :3], v) + torch.einsum(
-            "vj,...ja->...va", self.skin_weights, T[..., :3, 3]
-        )
+        v = skin(v, T, self.skin_weights)
         if self.eyelid_basis is not None and params.eyelids is not None:
-            v = v + torch.einsum("vck,...k->...vc", self.eyelid_basis, params.eyelids)
+            v = v + blend(self.eyelid_basis, params.eyelids)
         t = params.translation
         return PosedHead(v + t[..., None, :], self.faces, _translated(T, t))
 
@@ -208,6 +205,24 @@ class Head:
             return {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x
 
         return Head(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+
+
+def blend(basis: Float[Tensor, "verts 3 terms"], weights: Float[Tensor, "*batch terms"]) -> Float[Tensor, "*batch verts 3"]:
+    """Sum a basis' displacements; one matrix product, which einsum's own plan is not."""
+    return (weights @ basis.flatten(0, 1).mT).unflatten(-1, (-1, 3))
+
+
+def skin(
+    vertices: Float[Tensor, "*batch verts 3"], T: Float[Tensor, "*batch joints 4 4"], weights: Float[Tensor, "verts joints"]
+) -> Float[Tensor, "*batch verts 3"]:
+    """Linear blend skinning: move each vertex by the weighted mean of the joints' transforms.
+
+    Vertices run along the last axis meanwhile: vectors of thousands, not of three.
+    """
+    mean = T[..., :3, :].movedim(-3, -1)
+    columns = (mean.flatten(0, -2) @ weights.mT).unflatten(0, mean.shape[:-1]).unbind(-2)
+    x, y, z = vertices.mT[..., None, :, :].unbind(-2)
+    return (columns[0] * x + columns[1] * y + columns[2] * z + columns[3]).mT.contiguous()
 
 
 def joint_transforms(
