@@ -16,7 +16,9 @@ class PairConfig:
     cross_view: bool = True
     """Drive from another camera of the same instant; off, the driving frame is the target (`--ablate cross-view`)."""
     frontal_reference: float = 0.5
-    """Share of references taken from the near-frontal camera 0."""
+    """Share of references taken from camera 0; the rest comes from any that can serve."""
+    reference_views: int = 2
+    """Cameras, the first ones, that can serve as reference."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def draw_pairs(store: tuple[int, int, int], config: PairConfig, seed: int, index
     rng = np.random.default_rng((seed, index))
     b, t = config.references, config.targets
     subject = rng.choice(subjects, b, replace=b > subjects)
-    view = np.where(rng.random(b) < config.frontal_reference, 0, rng.integers(0, views, b))
+    view = np.where(rng.random(b) < config.frontal_reference, 0, rng.integers(0, min(config.reference_views, views), b))
     instant = rng.integers(0, instants, b)
     away = rng.integers(1, instants, (b, t)) if instants > 1 else np.zeros((b, t), np.int64)
     target = np.stack([(instant[:, None] + away) % instants, rng.integers(0, views, (b, t))], -1)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d, max_pool2d
 
+from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.crops import crop_image, face_crop_box
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, random_cameras
+from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, orbit, random_cameras
 from geodiff4d.data.synthetic.expressions import random_expression
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.world import SyntheticSubject, disturbed
@@ -40,6 +41,9 @@ class StoreConfig:
     instants: int = 6
     views: int = 5
     size: int = 256
+    reference_views: int = 2
+    """Views, the first ones, that can serve as reference: only they carry a texture."""
+    supersample: float = 1.5
     crop: int = 96
     """Side of the driving crop [px]."""
     texels: int = 256
@@ -59,10 +63,17 @@ class StoreConfig:
         return {
             "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
             "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),
-            "carried": ((*n, verts, 3), "f2"), "texture": ((*n, 3, self.texels, self.texels), "u1"), "crop": ((*n, 3, self.crop, self.crop), "u1"),
+            "carried": ((*n[:2], self.reference_views, verts, 3), "f2"),
+            "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"), "crop": ((*n, 3, self.crop, self.crop), "u1"),
             "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
             "expr": ((*n[:2], 52), "f4"), "done": ((n[0],), "u1"),
         }  # fmt: skip
+
+
+def _topology() -> dict[str, np.ndarray]:
+    """The mesh that fragments and carried vertices refer to: a store outlives a new version of the head."""
+    head = openhead()
+    return {"faces": head.faces.numpy(), "uv": head.uv.numpy(), "uv_faces": head.uv_faces.numpy()}
 
 
 class Store:
@@ -79,8 +90,7 @@ class Store:
             self.config = StoreConfig(**json.loads((self.folder / "store.json").read_text()))
         except FileNotFoundError:
             raise UserError(f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one") from None
-        verts = len(openhead().template)
-        for name in self.config.arrays(verts):
+        for name in (*self.config.arrays(0), *_topology()):
             setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode="r+" if writable else "r"))
         if not writable and not self.done.all():  # type: ignore[attr-defined]
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
@@ -98,6 +108,8 @@ def build_store(
     if not path.exists():
         for name, (shape, kind) in config.arrays(len(openhead().template)).items():
             np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
+        for name, array in _topology().items():
+            np.save(folder / f"{name}.npy", array)
         write_json(path, config)
     todo = np.nonzero(Store(folder, writable=True).done == 0)[0].tolist()  # type: ignore[attr-defined]
     finished = config.subjects - len(todo)
@@ -128,6 +140,14 @@ def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadP
     return HeadParams(zero.shape, expr, rotation, neck, jaw, eyes, move)
 
 
+def _cameras(config: StoreConfig, seed: int) -> Camera:
+    """View 0 near the front, as portraits are; the others from anywhere in the rig's range."""
+    azimuth, elevation = np.random.default_rng(seed).uniform(-1, 1, 2) * (25.0, 10.0)
+    front = orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), config.size)
+    others = random_cameras(config.views - 1, seed, config.size)
+    return Camera.stack([front[0], *(others[k] for k in range(config.views - 1))])
+
+
 def _render_subject(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
     store = Store(folder, writable=True)
@@ -142,7 +162,7 @@ def _render_subject(folder: Path, s: int) -> None:
     still = head.pose(tracked.without_expression())
     store.expr[s] = m.expr.numpy()  # type: ignore[attr-defined]
     for i in range(c.instants):
-        cameras = random_cameras(c.views, (c.seed * 100_000 + s) * 100 + i, c.size)
+        cameras = _cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])
         _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], cameras)
     store.done[s] = 1  # type: ignore[attr-defined]
@@ -152,7 +172,7 @@ def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -
     """Render one instant from all its views and write the rows of the store."""
     head, c = openhead(), store.config
     v = c.views
-    frames = subject.render(truth.map(lambda x: x.expand(v, *x.shape)), cameras)
+    frames = subject.render(truth.map(lambda x: x.expand(v, *x.shape)), cameras, c.supersample)
     rgb = composite(frames.rgb, frames.mask)
     fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
     mesh = head.pose(head.neutral(v))
@@ -173,9 +193,10 @@ def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -
     store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])  # type: ignore[attr-defined]
     store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])  # type: ignore[attr-defined]
     for k in range(v):
+        box = face_crop_box(cameras[k].project(points)[0])
+        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))  # type: ignore[attr-defined]
+    for k in range(c.reference_views):
         portrait = complete(head, rgb[k], posed, cameras[k], frames.mask[k], c.texels)
         seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
         store.carried[s, i, k] = seen.half().numpy()  # type: ignore[attr-defined]
         store.texture[s, i, k] = u8(portrait.texture)  # type: ignore[attr-defined]
-        box = face_crop_box(cameras[k].project(points)[0])
-        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))  # type: ignore[attr-defined]

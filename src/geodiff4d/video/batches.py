@@ -13,7 +13,6 @@ from torch.nn.functional import grid_sample, interpolate
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.pairs import PairConfig, draw_pairs
 from geodiff4d.data.store import Store
-from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.render.meshes import Fragments
 from geodiff4d.render.meshes import interpolate as spread
 from geodiff4d.video.vae import PatchCodec, StableCodec
@@ -62,7 +61,7 @@ def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chun
     for k, kind in enumerate(LATENT_KINDS):
         images = getattr(store, kind).reshape(-1, *getattr(store, kind).shape[3:])
         for i in range(0, len(images), chunk):
-            x = torch.from_numpy(np.ascontiguousarray(images[i : i + chunk])).float() / 255
+            x = torch.from_numpy(np.array(images[i : i + chunk])).float() / 255
             with torch.no_grad():
                 flat[i : i + chunk, k] = codec.encode(x).half().numpy()
     out.flush()
@@ -77,7 +76,8 @@ class Batches:
         augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(),
     ):  # fmt: skip
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
-        self.augment, self.weights, self.head = augment, weights, openhead()
+        self.augment, self.weights = augment, weights
+        self.faces, self.uv, self.uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
 
     def __getitem__(self, index: int) -> Batch:
         p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
@@ -115,7 +115,7 @@ class Batches:
 
         Fragments are stored at half size: their coordinates are resampled, not the colours.
         """
-        head, size = self.head, self.store.config.size
+        size = self.store.config.size
         face = torch.from_numpy(self.store.face[tgt].astype(np.int64)).flatten(0, 1)
         two = take(self.store.bary, tgt, 255.0).flatten(0, 1)
         bary = torch.cat([two, 1 - two.sum(1, keepdim=True)], 1).movedim(1, -1)
@@ -124,8 +124,8 @@ class Batches:
         b, t = tgt[0].shape
         carried = carried.repeat_interleave(t, 0)
         seen = (carried[..., 2:] > 0).float()
-        own = spread(fragments, head.faces, torch.cat([carried, seen], -1))
-        uv = spread(fragments, head.uv_faces, head.uv * 2 - 1)
+        own = spread(fragments, self.faces, torch.cat([carried, seen], -1))
+        uv = spread(fragments, self.uv_faces, self.uv * 2 - 1)
         hit = (face >= 0).float()[:, None]
         maps = interpolate(torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False)
         inside = maps[:, 6:].clamp(min=1e-3)
