@@ -12,13 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.data.synthetic.bust import STRIP_ROWS
 from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, Canvas, canvas, noise, polyline, smoothstep
 from geodiff4d.data.synthetic.hair import HairStyle, angles, hairline
 from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS, Light, to_linear
 
 HAIR_ROWS = 192
-"""The hair's part of the texture lies below the atlas."""
-TEXTURE_HEIGHT = TEXTURE_SIZE + HAIR_ROWS
+"""The hair's part of the texture lies below the atlas and the skirt's strip."""
+HAIR_TOP = TEXTURE_SIZE + STRIP_ROWS
+TEXTURE_HEIGHT = HAIR_TOP + HAIR_ROWS
 RANDOMISED_SHARE = 0.3
 
 BARE = torch.tensor([0.80, 0.585, 0.475])
@@ -108,7 +110,7 @@ class Paint:
 
 
 def paint_subject(traits: Traits, style: HairStyle, key: tuple[object, ...], generator) -> Float[Tensor, "texels 8"]:  # type: ignore[no-untyped-def]
-    """Paint a subject's texture, [(512 + 192) · 512, 8]; `generator(*key, purpose)` gives the random numbers."""
+    """Paint a subject's texture, [rows · 512, 8]; `generator(*key, purpose)` gives the random numbers."""
     c = canvas()
     rng = generator(*key, "skin")
     # One bank of noise, [wavelength] → four independent channels.
@@ -137,7 +139,7 @@ def _skin(c: Canvas, traits: Traits, bank: dict[int, Tensor], rng: np.random.Gen
     """Melanin and haemoglobin maps, freckles, moles, pores and wrinkles."""
     u = rng.uniform
     blotches = 0.5 * bank[90] + 0.35 * bank[40] + 0.2 * bank[18] + 0.12 * bank[8] + 0.08 * bank[4]
-    melanin = traits.melanin * (1 + 0.10 * blotches[:, 0]) + 0.012 * blotches[:, 0] + 0.01 * bank[4][:, 1]
+    melanin = traits.melanin * (1 + 0.055 * blotches[:, 0]) + 0.012 * blotches[:, 0] + 0.008 * bank[4][:, 1]
     blood = traits.haemoglobin + 0.06 * blotches[:, 1] + 0.04 * bank[2][:, 2]
     cheeks, nose = _gauss(c, (0.045, -0.015, 0.085), 0.026), _gauss(c, (0, -0.012, 0.125), 0.018)
     sockets = _gauss(c, (0.032, 0.021, 0.092), 0.021)
@@ -147,7 +149,7 @@ def _skin(c: Canvas, traits: Traits, bank: dict[int, Tensor], rng: np.random.Gen
     if traits.freckles:
         dots = smoothstep(1.1, 2.0, bank[4][:, 3] + 0.5 * bank[8][:, 3]) * (0.25 + cheeks + nose).clamp(0, 1)
         melanin = melanin + 0.22 * traits.freckles * dots
-    moles = smoothstep(2.9, 3.3, bank[8][:, 2] + 0.3 * bank[18][:, 1])
+    moles = smoothstep(3.1, 3.5, bank[8][:, 2] + 0.3 * bank[18][:, 1]) * float(u() < 0.5)
     melanin = melanin + 0.35 * moles
     colour = BARE * torch.exp(-melanin.clamp(min=0)[:, None] * MELANIN - blood.clamp(min=-0.1)[:, None] * HAEMOGLOBIN)
     oily = (_gauss(c, (0, 0.07, 0.1), 0.035) + nose + 0.6 * cheeks).clamp(0, 1)
@@ -274,7 +276,7 @@ def _scalp(c: Canvas, paint: Paint, traits: Traits, style: HairStyle, bank: dict
     body = (1 - c.regions["ears"]).clamp(0, 1) * smoothstep(-0.09, -0.08, c.position[:, 1])
     for inner in ("eyes", "mouth", "tongue", "teeth", "lids"):
         body = body * (1 - c.regions[inner])
-    edge = smoothstep(-0.02, 0.06, margin + 0.015 * bank[4][:, 1] + 0.015 * bank[8][:, 1]) * body
+    edge = smoothstep(-0.05, 0.03, margin + 0.022 * bank[4][:, 1] + 0.018 * bank[2][:, 1] + 0.015 * bank[8][:, 1]) * body
     amount = {"bald": 0.12 + 0.2 * traits.stubble, "buzz": 0.8}.get(style.kind, 0.97)
     if style.kind == "bald":  # a shaved ring below a bare top
         edge = edge * (0.35 + 0.65 * smoothstep(1.0, 1.5, torch.from_numpy(theta.astype(np.float32))))
@@ -353,15 +355,17 @@ def eye_colour(local: Float[Tensor, "n 3"], traits: Traits) -> Float[Tensor, "n 
 
 def background(size: int, rng: np.random.Generator) -> Float[Tensor, "3 size size"]:
     """Draw a background: plain, a gradient, or blurred noise; linear RGB."""
-    kind, base = int(rng.integers(3)), _vivid(rng, 0.45)
+    kind = int(rng.integers(3))
+    base, other = (0.18 + 0.8 * _vivid(rng, 0.35) for _ in range(2))
     y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     if kind == 0:
         image = base[:, None, None].expand(3, size, size) * (1 - 0.06 * (x * x + y * y))
     elif kind == 1:
         turn = rng.uniform(0, 2 * np.pi)
         t = 0.5 + 0.35 * (x * np.cos(turn) + y * np.sin(turn))
-        image = base[:, None, None] * (1 - t) + _vivid(rng, 0.45)[:, None, None] * t
+        image = base[:, None, None] * (1 - t) + other[:, None, None] * t
     else:
-        grid = torch.from_numpy(rng.normal(0, 0.07, (1, 3, 7, 7)) + rng.normal(0, 0.12, (1, 1, 7, 7))).float()
-        image = base[:, None, None] + torch.nn.functional.interpolate(grid, (size, size), mode="bicubic", align_corners=True)[0]
+        grid = torch.from_numpy(rng.normal(0, 0.03, (1, 3, 7, 7)) + rng.normal(0, 0.28, (1, 1, 7, 7))).float()
+        cloud = torch.nn.functional.interpolate(grid, (size, size), mode="bicubic", align_corners=True)[0]
+        image = base[:, None, None] + cloud * (other - base)[:, None, None].abs().clamp(min=0.12) + 0.15 * (cloud - cloud.mean(0))
     return to_linear(image.clamp(0.02, 0.95)).contiguous()

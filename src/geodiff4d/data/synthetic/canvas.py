@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from geodiff4d.core.topology import edges
+from geodiff4d.data.synthetic.bust import STRIP_ROWS, skirt
 from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.render.meshes import rasterize_uv
 
@@ -33,7 +34,7 @@ class Canvas:
     regions: dict[str, Float[Tensor, " texels"]]
     """Soft region weights, 0 to 1."""
     fill: Int[Tensor, " pixels"]
-    """For every pixel of the square atlas the nearest texel: fills the gutters, so that bilinear reads never bleed."""
+    """For every pixel of the square atlas, then of the skirt's strip, the nearest texel: fills the gutters, so that bilinear reads never bleed."""
     points: dict[str, Float[Tensor, "points 3"]]
     """Landmark polylines on the template: brow_left, brow_right, lid_left, lid_right, lips, jaw, nose."""
 
@@ -64,9 +65,19 @@ def canvas() -> Canvas:
     normals = torch.nn.functional.normalize(spread(head.pose(head.neutral(1)).normals[0]), dim=-1)
     # Brows run from the nose outward on both sides.
     parts["brow_right"], parts["brow_left"] = parts["brow_right"].flip(0), parts["brow_left"].flip(0)
-    return Canvas(
-        spread(head.template), normals, {k: spread(v[:, None])[:, 0] for k, v in soft.items()}, fill.flatten(), parts
-    )
+    strip = _strip()
+    position, normals = torch.cat([spread(head.template), strip]), torch.cat([normals, torch.zeros_like(strip)])
+    regions = {k: torch.cat([spread(v[:, None])[:, 0], torch.zeros(len(strip))]) for k, v in soft.items()}
+    fill = torch.cat([fill.flatten(), int(covered.sum()) + torch.arange(len(strip))])
+    return Canvas(position, normals, regions, fill, parts)
+
+
+def _strip() -> Float[Tensor, "texels 3"]:
+    """Template positions of the skirt's strip, row by row from the rim outward."""
+    rings = skirt(openhead().template)
+    grid = torch.cat([rings, rings[:, :1]], 1).permute(2, 0, 1)[None]
+    size = (STRIP_ROWS, TEXTURE_SIZE)
+    return torch.nn.functional.interpolate(grid, size, mode="bilinear", align_corners=True)[0].permute(1, 2, 0).reshape(-1, 3)
 
 
 @lru_cache

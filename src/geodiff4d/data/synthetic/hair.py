@@ -150,6 +150,8 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
     # A fringe comes down from the forehead's hairline; at the temples it joins it again.
     brow = angles(np.array([0.0, 0.056, 0.107]))[1]
     end = end + style.fringe * (brow - end) * np.exp(-((phi / 0.75) ** 6))
+    # Locks end unevenly.
+    end = end + rng.normal(0, 0.012 + 0.03 * style.fringe, COLUMNS)
     hanging = np.zeros(COLUMNS)
     if style.hang_m > 0:
         behind = np.clip((np.abs(phi) - 0.95) / 0.35, 0, 1)
@@ -173,8 +175,10 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
 def _thickness(style: HairStyle, phi, theta, end, hangs, d, rng) -> np.ndarray:  # type: ignore[no-untyped-def]
     side = np.clip((theta - 0.5) / 0.9, 0, 1)
     thick = style.top_m + (style.side_m - style.top_m) * side * side * (3 - 2 * side)
-    left = np.clip((end - theta) / (0.35 + 0.25 * (style.kind == "curly")), 0, 1) ** 0.65
-    thick = thick * np.where(hangs, 1.0, 0.1 + 0.9 * left)
+    # Toward the hairline hair lies down: slowly where it is combed back, at once where it is a fringe.
+    reach, power = {"short": (0.75, 0.9), "curly": (0.5, 0.6), "buzz": (0.25, 0.8)}.get(style.kind, (0.3, 0.6))
+    left = np.clip((end - theta) / reach, 0, 1) ** power
+    thick = thick * np.where(hangs, 1.0, 0.06 + 0.94 * left)
     if style.part:
         x = d[..., 0] * 0.1
         front = np.clip(np.cos(phi) + 0.3, 0, 1) * np.clip((end - theta) / 0.2, 0, 1)

@@ -7,6 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.geometry import look_at
+from geodiff4d.render.meshes import rasterize
+
 TEXTURE_CHANNELS = 8
 """Linear RGB, specular strength, bump (3, added to the unit normal in the head's frame), hairiness."""
 
@@ -39,6 +43,10 @@ class Surface:
     openness: Float[Tensor, "n 2"]
     """Share of the sky, and of the key light, that reaches the pixel."""
 
+    def at(self, index: Int[Tensor, " m"]) -> "Surface":
+        normal, texture, openness = (x.index_select(0, index) for x in (self.normal, self.texture, self.openness))
+        return Surface(normal, self.to_eye, texture, openness)
+
 
 def shade(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3"]:
     """Return linear RGB of the pixels; `T_light` takes world directions to the head's frame."""
@@ -57,9 +65,17 @@ def shade(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Floa
     shine = (n @ half[:, None]).clamp(min=0)
     facing = (n @ surface.to_eye[:, None]).clamp(0, 1)
     rim = (1 - facing).square().square()
-    broad = shine**14 * 0.35 + shine**52 * 0.9
+    tight = shine.square().square().square().square()
+    broad = tight * (0.4 + 0.9 * tight.square())
     spec = gloss * (broad * lit * (cosine > 0) * light.key + (0.25 + rim) * 0.3 * irradiance * ao)
     return colour + spec * (1 - hairy)
+
+
+def glint(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3"]:
+    """Return the sharp reflection of the key light on a wet surface (eyes)."""
+    half = normalize(T_light @ light.direction + surface.to_eye, dim=0)
+    sharp = (normalize(surface.normal, dim=-1) @ half[:, None]).clamp(min=0) ** 350
+    return 1.6 * sharp * light.key * surface.openness[:, 1:]
 
 
 def shade_hair(
@@ -69,8 +85,10 @@ def shade_hair(
     toward = T_light @ light.direction
     half = normalize(toward + surface.to_eye, dim=0)
     albedo, gloss = surface.texture[:, :3], surface.texture[:, 3:4]
-    t1, t2 = (normalize(tangent + shift * surface.normal, dim=-1) @ half[:, None] for shift in (-0.08, 0.12))
-    first, second = (1 - t1.square()).clamp(min=0) ** 45, (1 - t2.square()).clamp(min=0) ** 12
+    # sin² of the angle between strand and half vector, for a strand tilted toward the root and toward the tip.
+    t, n = tangent @ half[:, None], surface.normal @ half[:, None]
+    first, second = (((1 - (t + k * n).square()).clamp(min=0)) for k in (-0.08, 0.12))
+    first, second = first**45, second**12
     lit = surface.openness[:, 1:] * (surface.normal @ toward[:, None] + 0.3).clamp(0, 1)
     return colour + light.key * lit * gloss * (0.5 * first + 1.2 * second * albedo.sqrt())
 
@@ -82,9 +100,9 @@ def sample_texture(texture: Float[Tensor, "texels 8"], uv: Float[Tensor, "n 2"],
     x0, y0 = x.long(), y.long()
     fx, fy = (x - x0)[:, None], (y - y0)[:, None]
     first = y0 * width + x0
-    top = torch.lerp(texture[first], texture[first + 1], fx)
-    bottom = torch.lerp(texture[first + width], texture[first + width + 1], fx)
-    return torch.lerp(top, bottom, fy)
+    top = texture.index_select(0, first).lerp_(texture.index_select(0, first + 1), fx)
+    bottom = texture.index_select(0, first + width).lerp_(texture.index_select(0, first + width + 1), fx)
+    return top.lerp_(bottom, fy)
 
 
 def to_srgb(linear: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -107,21 +125,18 @@ def visibility(
     directions: Float[Tensor, "dirs 3"],
     size: int = 96,
 ) -> Float[Tensor, "dirs verts"]:
-    """Say which vertices see each direction: 1 where the depth from there is the vertex's own, facing it or not."""
-    from geodiff4d.core.camera import Camera, pinhole
-    from geodiff4d.core.geometry import look_at
-    from geodiff4d.render.meshes import rasterize
-
-    centre, far = vertices.mean(0), 6.0
+    """Say which vertices see each direction: 1 where nothing lies before them in a depth map taken from there."""
+    centre, far = (vertices.amin(0) + vertices.amax(0)) / 2, 6.0
     radius = float((vertices - centre).norm(dim=-1).max())
     up = torch.where(directions[:, 1:2].abs() > 0.95, torch.tensor([0.0, 0, 1]), torch.tensor([0.0, 1, 0])).to(vertices)
     T = look_at(centre + far * directions, centre.expand_as(directions), up)
     K = pinhole(0.5 * size * far / radius * 0.98, size, size).to(vertices).expand(len(directions), 3, 3)
     camera = Camera(T, K, size, size)
-    batch = vertices.expand(len(directions), -1, 3)
-    depth = rasterize(batch, faces, camera).depth
-    # Look from a little above the surface, as far as a pixel of the depth map is wide.
-    xy, z = camera.project(batch + 0.003 * normals)
+    with torch.no_grad():
+        depth = rasterize(vertices.expand(len(directions), -1, 3), faces, camera).depth
+    # Look from above the surface, about as far as a pixel of the depth map is wide, or slopes shade themselves.
+    bias = radius / size
+    xy, z = camera.project((vertices + bias * normals).expand(len(directions), -1, 3))
     place = xy.long().clamp(0, size - 1)
     seen = depth.flatten(1).gather(1, place[..., 1] * size + place[..., 0])
-    return (z < seen + 0.003).float()
+    return (z < seen + bias).float()

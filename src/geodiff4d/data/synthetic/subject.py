@@ -10,18 +10,18 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, normalize
+from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
-from geodiff4d.core.geometry import axis_angle_to_matrix
 from geodiff4d.core.topology import edges, vertex_normals
 from geodiff4d.data.synthetic import appearance, hair
+from geodiff4d.data.synthetic.bust import RINGS, STRIP_ROWS, Bust, bust, skirt
 from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, noise, smooth_on_mesh, smooth_regions, smoothstep
 from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.shading import Surface, sample_texture, shade, shade_hair, to_srgb, visibility
+from geodiff4d.data.synthetic.shading import Light, Surface, glint, sample_texture, shade, shade_hair, to_srgb, visibility
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize
 
@@ -94,10 +94,10 @@ class SyntheticSubject:
         """Return the subject's background, linear RGB."""
         return appearance.background(size, generator(*self.key, "background"))
 
-    def render(self, params: HeadParams, camera: Camera, supersample: float = 2.0) -> SyntheticFrames:
+    def render(self, params: HeadParams, camera: Camera, supersample: int = 2) -> SyntheticFrames:
         """Render frames; params and camera share one batch (or both have none), square images.
 
-        `supersample` times `camera.width` must be a whole number; 2 is clean, 1.5 a third faster.
+        `supersample`² samples per pixel: 2 is clean, 1 is fast and has jagged edges.
         """
         batch = params.batch
         flat = params.map(lambda v: v.reshape(-1, *v.shape[len(batch) :]))
@@ -109,63 +109,40 @@ class SyntheticSubject:
         rgb, normal, mask = (torch.cat(x) for x in zip(*parts, strict=True))
         return SyntheticFrames(*(x.reshape(*batch, *x.shape[1:]) for x in (rgb, normal, mask)))
 
-    def _render(self, params: HeadParams, camera: Camera, supersample: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _render(self, params: HeadParams, camera: Camera, supersample: int) -> tuple[Tensor, Tensor, Tensor]:
         size, device = camera.width, params.rotation.device
-        fine = round(size * supersample)
-        if fine % size and size % (2 * (fine - size)):
-            raise ValueError(f"supersample × width must suit area pooling, got {supersample} × {size}")
-        mesh = self.mesh.to(device)
-        vertices, R_skull = mesh.posed(self.rig_on(device), params)
-        big = camera.resized(fine, fine)
-        fragments = rasterize(vertices, mesh.faces, big)
-        # Normals and light live in the skull's frame, where the texture's bumps do.
+        mesh, texture, light = self.mesh.to(device), self.texture.to(device), self.light.to(device)
+        vertices, R_skull = mesh.posed(self.rig if self.rig.template.device == device else self.rig.to(device), params)
+        fragments = rasterize(vertices, mesh.faces, camera.resized(size * supersample, size * supersample))
+        # Normals and light are taken to the skull's frame, where the texture's bumps live.
         normals = vertex_normals(vertices, mesh.faces) @ R_skull
-        if mesh.weld is not None:
-            normals = normals[:, mesh.weld]
-        back = self.background(size).to(device)
-        texture, light, position = self.texture.to(device), self.light.to(device), camera.position
-        out = []
+        eyes = camera.position - vertices.mean(1)
+        pooled = torch.zeros(len(vertices), size * size, 7, device=device)
         for i in range(len(vertices)):
-            pixel = (fragments.face_index[i].flatten() >= 0).nonzero()[:, 0]
-            face, bary = fragments.face_index[i].flatten()[pixel], fragments.bary[i].reshape(-1, 3)[pixel]
-            to_eye = normalize(R_skull[i].T @ (position[i] - vertices[i].mean(0)), dim=0)
-            colour, n = self._shade_pixels(mesh, texture, light, face, bary, normals[i], R_skull[i], to_eye)
-            R = IMAGE_NORMAL_FROM_CAM.to(device) @ big.T_cam_world[i, :3, :3] @ R_skull[i]
-            canvas = torch.zeros(fine * fine, 7, device=device)
-            canvas[pixel] = torch.cat([colour * light.exposure, n @ R.T, torch.ones_like(colour[:, :1])], 1)
-            out.append(_resolve(canvas.T.reshape(1, 7, fine, fine), size))
-        pooled = torch.cat(out)
+            view = View(normals[i], R_skull[i].T, normalize(R_skull[i].T @ eyes[i], dim=0))
+            face = fragments.face_index[i].flatten()
+            pixel = (face >= 0).nonzero()[:, 0]
+            bary = fragments.bary[i].reshape(-1, 3).index_select(0, pixel)
+            colour, n = mesh.shade(face.index_select(0, pixel), bary, view, texture, light, self.traits)
+            to_camera = IMAGE_NORMAL_FROM_CAM.to(device) @ camera.T_cam_world[i, :3, :3] @ R_skull[i]
+            values = torch.cat([colour, n @ to_camera.T, torch.ones_like(colour[:, :1])], 1)
+            fine = size * supersample
+            place = (pixel // fine // supersample) * size + pixel % fine // supersample
+            pooled[i].index_add_(0, place, values)
+        pooled = (pooled / supersample**2).mT.reshape(-1, 7, size, size)
         coverage = pooled[:, 6:]
-        rgb = to_srgb(pooled[:, :3] + (1 - coverage) * back)
-        normal = normalize(pooled[:, 3:6], dim=1, eps=1e-9) * (coverage > 0)
-        return rgb, normal, coverage
+        rgb = to_srgb(light.exposure * pooled[:, :3] + (1 - coverage) * self.background(size).to(device))
+        length = pooled[:, 3:6].square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
+        return rgb, pooled[:, 3:6] / length, coverage
 
-    def rig_on(self, device: torch.device) -> Head:
-        return self.rig if self.rig.template.device == device else self.rig.to(device)
 
-    def _shade_pixels(self, mesh: "_Mesh", texture, light, face, bary, normals, R_skull, to_eye):  # type: ignore[no-untyped-def]
-        corners = mesh.faces[face]
+@dataclass(frozen=True)
+class View:
+    """One image's normals and directions in the skull's frame."""
 
-        def spread(values: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-            return values[index[:, 0]] * weights[:, :1] + values[index[:, 1]] * weights[:, 1:2] + values[index[:, 2]] * weights[:, 2:]
-
-        attributes = spread(torch.cat([normals, mesh.openness], 1), corners, bary)
-        n = normalize(attributes[:, :3], dim=-1)
-        texels = sample_texture(texture, spread(mesh.uv, mesh.uv_faces[face], bary), TEXTURE_SIZE, appearance.TEXTURE_HEIGHT)
-        kind = mesh.face_kind[face]
-        eye = (kind == 1).nonzero()[:, 0]
-        if len(eye):
-            local = normalize(spread(mesh.eye_local, corners[eye], bary[eye]), dim=-1)
-            texels[eye, :3] = appearance.eye_colour(local, self.traits)
-            texels[eye, 3] = 0.6
-        surface = Surface(n, to_eye, texels, attributes[:, 3:])
-        colour = shade(surface, light, R_skull.T)
-        strands = (kind == 2).nonzero()[:, 0]
-        if len(strands):
-            tangent = spread(mesh.tangents, corners[strands] - mesh.head_vertices, bary[strands])
-            part = Surface(n[strands], to_eye, texels[strands], attributes[strands, 3:])
-            colour[strands] = shade_hair(part, normalize(tangent, dim=-1), colour[strands], light, R_skull.T)
-        return colour, n
+    normals: Float[Tensor, "allverts 3"]
+    T_skull_world: Float[Tensor, "3 3"]
+    to_eye: Float[Tensor, "3"]
 
 
 @dataclass(frozen=True)
@@ -183,32 +160,49 @@ class _Mesh:
     face_kind: Int[Tensor, " allfaces"]
     """0 surface, 1 eyeball, 2 hair."""
     eye_local: Float[Tensor, "verts 3"]
-    head_vertices: int
-    weld: Int[Tensor, " allverts"] | None = None
+    uv_vertex: Int[Tensor, " alluvs"]
+    """The vertex of each texture vertex."""
+    skirt_offset: Float[Tensor, "skirtverts 3"]
+    """From the rim, at rest; it turns with the root."""
+    skirt_rim: Int[Tensor, " skirtverts"]
+    first_strand: int
+    """Vertices are the head's, the skirt's, the hair's, in this order."""
 
     @staticmethod
     def build(subject: "SyntheticSubject") -> "_Mesh":
-        head, rest = openhead(), subject.rig.template
-        scale = torch.tensor([1.0, TEXTURE_SIZE / appearance.TEXTURE_HEIGHT])
-        offset = torch.tensor([0.0, scale[1]])
-        strands = hair.build(subject.style, rest, generator(*subject.key, "hair"))
-        faces, uv, uv_faces = head.faces, head.uv * scale, head.uv_faces
-        eyes = head.regions["eyes"][head.faces].all(1).long()
-        hair_rest = tangents = torch.zeros(0, 3)
-        if strands is not None:
-            faces = torch.cat([faces, strands.faces + len(rest)])
-            # A margin of a texel keeps bilinear reads off the atlas above.
-            v = (strands.uv[:, 1:] * (appearance.HAIR_ROWS - 3) + 1.5) / appearance.TEXTURE_HEIGHT + offset[1]
-            uv_faces = torch.cat([uv_faces, strands.uv_faces + len(uv)])
-            uv = torch.cat([uv, torch.cat([strands.uv[:, :1], v], 1)])
-            eyes = torch.cat([eyes, torch.full((len(strands.faces),), 2)])
-            hair_rest, tangents = strands.vertices, strands.tangents
+        head, rest, below = openhead(), subject.rig.template, bust()
+        height = appearance.TEXTURE_HEIGHT
         cloth = 0.006 * appearance.cloth_cover(head.template, generator(*subject.key, "clothes"))
+        body = rest + cloth[:, None] * vertex_normals(rest, head.faces)
+        rings = skirt(body)
+        n, loop = len(rest), len(below.loop)
+        # The skirt's first ring is the rim itself.
+        index = torch.cat([below.loop, n + torch.arange(rings[1:].numel() // 3)])
+        # A margin of a texel keeps bilinear reads inside each part of the texture.
+        parts = [
+            (below.faces, head.uv * torch.tensor([1.0, TEXTURE_SIZE / height]), below.uv_faces, 0),
+            (index[below.skirt_faces], _strip_uv(below.skirt_uv, TEXTURE_SIZE, STRIP_ROWS), below.skirt_uv_faces, 0),
+        ]
+        strands = hair.build(subject.style, rest, generator(*subject.key, "hair"))
+        hair_rest = tangents = torch.zeros(0, 3)
+        first_strand = n + loop * (len(rings) - 1)
+        if strands is not None:
+            parts.append((strands.faces + first_strand, _strip_uv(strands.uv, appearance.HAIR_TOP, appearance.HAIR_ROWS), strands.uv_faces, 2))
+            hair_rest, tangents = strands.vertices, strands.tangents
+        starts = np.cumsum([0, *(len(uv) for _, uv, _, _ in parts)])
+        faces, uv = torch.cat([f for f, _, _, _ in parts]), torch.cat([uv for _, uv, _, _ in parts])
+        uv_faces = torch.cat([f + int(start) for (_, _, f, _), start in zip(parts, starts[:-1], strict=True)])
+        kind = torch.cat([torch.full((len(f),), k) for f, _, _, k in parts])
+        kind[: len(below.faces)] = head.regions["eyes"][below.faces].all(1).long()
+        uv_vertex = torch.zeros(len(uv), dtype=torch.int64).index_put((uv_faces.flatten(),), faces.flatten())
         joints = head.joint_regressor @ head.template
         eye_centre = torch.where(head.template[:, :1] > 0, joints[3], joints[4])
-        body = rest + cloth[:, None] * vertex_normals(rest, head.faces)
-        openness = _openness(torch.cat([body, hair_rest]), faces, subject.light.direction)
-        return _Mesh(faces, uv, uv_faces, hair_rest, tangents, cloth, openness, eyes, head.template - eye_centre, len(rest))
+        skirt_offset = (rings[1:] - rings[:1]).reshape(-1, 3)
+        openness = _openness(body, below, hair_rest, parts[-1][0] - first_strand, subject.light.direction)
+        return _Mesh(
+            faces, uv, uv_faces, hair_rest, tangents, cloth, openness, kind, head.template - eye_centre, uv_vertex, skirt_offset,
+            below.loop.repeat(len(rings) - 1), first_strand,
+        )  # fmt: skip
 
     def to(self, device: torch.device) -> "_Mesh":
         if self.faces.device == device:
@@ -217,25 +211,55 @@ class _Mesh:
 
     def posed(self, rig: Head, params: HeadParams) -> tuple[Float[Tensor, "b allverts 3"], Float[Tensor, "b 3 3"]]:
         """Return all vertices in the world, clothes and hair included, and the skull's rotation."""
-        vertices, T_skull = _pose(rig, params)
+        vertices, T = _pose(rig, params)
         vertices = vertices + self.cloth[:, None] * vertex_normals(vertices, rig.faces)
-        R = T_skull[..., :3, :3]
-        strands = self.hair_rest @ R.mT + T_skull[..., None, :3, 3]
-        return torch.cat([vertices, strands], -2), R
+        R_root, R = T[..., 0, :3, :3], T[..., SKULL_JOINT, :3, :3]
+        strands = self.hair_rest @ R.mT + T[..., SKULL_JOINT, None, :3, 3]
+        below = vertices[:, self.skirt_rim] + self.skirt_offset @ R_root.mT
+        return torch.cat([vertices, below, strands], -2), R
+
+    def shade(
+        self, face: Int[Tensor, " n"], bary: Float[Tensor, "n 3"], view: View, texture: Float[Tensor, "texels 8"], light: Light, traits
+    ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:  # fmt: skip
+        """Shade the visible points of one image: linear RGB and normals, both in the skull's frame."""
+        # One table indexed by texture vertices: every attribute is read in one pass (row gathers are what this costs).
+        table = torch.cat([torch.cat([view.normals, self.openness], 1).index_select(0, self.uv_vertex), self.uv], 1)
+        at = spread(table, self.uv_faces.index_select(0, face), bary)
+        texels = sample_texture(texture, at[:, 5:], TEXTURE_SIZE, appearance.TEXTURE_HEIGHT)
+        kind = self.face_kind.index_select(0, face)
+        eye, strand = (kind == 1).nonzero()[:, 0], (kind == 2).nonzero()[:, 0]
+        if len(eye):
+            local = spread(self.eye_local, self.faces[face[eye]], bary[eye])
+            texels[eye, :3] = appearance.eye_colour(normalize(local, dim=-1), traits)
+            texels[eye, 3] = 0.05
+        surface = Surface(at[:, :3], view.to_eye, texels, at[:, 3:5])
+        colour = shade(surface, light, view.T_skull_world)
+        if len(eye):
+            colour[eye] += glint(surface.at(eye), light, view.T_skull_world)
+        if len(strand):
+            part = surface.at(strand)
+            tangent = spread(self.tangents, self.faces[face[strand]] - self.first_strand, bary[strand])
+            colour[strand] = shade_hair(part, tangent, colour[strand], light, view.T_skull_world)
+        return colour, surface.normal
 
 
-def _pose(rig: Head, params: HeadParams) -> tuple[Float[Tensor, "*batch verts 3"], Float[Tensor, "*batch 4 4"]]:
+def spread(values: Float[Tensor, "verts c"], corners: Int[Tensor, "n 3"], bary: Float[Tensor, "n 3"]) -> Float[Tensor, "n c"]:
+    """Interpolate vertex values at points given by their corners and weights."""
+    out = values.index_select(0, corners[:, 0]) * bary[:, :1]
+    for i in (1, 2):
+        out.addcmul_(values.index_select(0, corners[:, i]), bary[:, i : i + 1])
+    return out
+
+
+def _strip_uv(uv: Float[Tensor, "n 2"], top: int, rows: int) -> Float[Tensor, "n 2"]:
+    """Place unit coordinates in rows `top` to `top + rows` of the texture, a texel off its neighbours."""
+    return torch.stack([uv[:, 0], (top + 1.5 + uv[:, 1] * (rows - 3)) / appearance.TEXTURE_HEIGHT], -1)
+
+
+def _pose(rig: Head, params: HeadParams) -> tuple[Float[Tensor, "*batch verts 3"], Float[Tensor, "*batch joints 4 4"]]:
     own = replace(params, shape=params.shape[..., :0], static_offset=None)
     posed = rig.pose(own)
-    return posed.vertices, posed.T_world_joint[..., SKULL_JOINT, :, :]
-
-
-def _resolve(image: Float[Tensor, "1 c h w"], size: int) -> Float[Tensor, "1 c size size"]:
-    """Average a supersampled image down to size²."""
-    factor, rest = divmod(image.shape[-1], size)
-    if rest == 0:
-        return avg_pool2d(image, factor) if factor > 1 else image
-    return torch.nn.functional.interpolate(image, (size, size), mode="area")
+    return posed.vertices, posed.T_world_joint
 
 
 @lru_cache
@@ -275,7 +299,7 @@ def _fixed() -> Float[Tensor, " verts"]:
     """1 where a subject may deviate from the basis freely, 0 on parts that must keep fitting together."""
     head = openhead()
     free = torch.ones(len(head.template))
-    for name in ("eyes", "teeth", "tongue", "mouth", "sockets", "lids"):
+    for name in ("eyes", "sockets", "lids"):
         free[head.regions.get(name, torch.zeros_like(free, dtype=torch.bool))] = 0
     return smooth_on_mesh(free[:, None], _edges(), 6)[:, 0]
 
@@ -311,40 +335,36 @@ def _actions(head: Head, rng: np.random.Generator) -> Float[Tensor, "verts 3 exp
 @lru_cache
 def _sky() -> Float[Tensor, "dirs 3"]:
     """Directions spread evenly over the sphere, those from below left out (Fibonacci)."""
-    i = torch.arange(40) + 0.5
-    y = 1 - 1.55 * i / 40
+    i = torch.arange(24) + 0.5
+    y = 1 - 1.55 * i / 24
     turn = i * 2.399963
     r = (1 - y * y).sqrt()
     return torch.stack([r * turn.cos(), y, r * turn.sin()], -1)
 
 
-def _openness(vertices: Float[Tensor, "n 3"], faces: Int[Tensor, "m 3"], key_light: Float[Tensor, "3"]) -> Float[Tensor, "n 2"]:
+def _openness(
+    body: Float[Tensor, "verts 3"], below: Bust, strands: Float[Tensor, "hairverts 3"], strand_faces: Int[Tensor, "m 3"],
+    key_light: Float[Tensor, "3"],
+) -> Float[Tensor, "allverts 2"]:  # fmt: skip
     """Bake per vertex how much of the sky and of the (soft) key light is open, in the rest pose."""
+    vertices, n_head = torch.cat([body, strands]), len(body)
+    faces = torch.cat([below.faces, strand_faces + n_head]) if len(strands) else below.faces
     normals = vertex_normals(vertices, faces)
-    spread = torch.tensor([[0, 0, 0], [0.16, 0, 0], [-0.16, 0, 0], [0, 0.16, 0], [0, -0.16, 0], [0, 0, 0.16]])
-    directions = torch.cat([_sky(), normalize(key_light + spread, dim=-1)])
+    jitter = torch.tensor([[0, 0, 0], [0.16, 0, 0], [-0.16, 0, 0], [0, 0.16, 0], [0, -0.16, 0]])
+    directions = torch.cat([_sky(), normalize(key_light + jitter, dim=-1)])
     seen = visibility(vertices, normals, faces, directions)
     n_sky = len(_sky())
     weight = (directions[:n_sky] @ normals.T).clamp(min=0)
     sky = (weight * seen[:n_sky]).sum(0) / weight.sum(0).clamp(min=1e-3)
-    lit = seen[n_sky:].mean(0)
-    out = smooth_on_mesh(torch.stack([sky, lit], 1), edges(faces), 2)
-    n_head = len(openhead().template)
+    out = torch.stack([sky, seen[n_sky:].mean(0)], 1)
+    out[:n_head] = smooth_on_mesh(out[:n_head], _edges(), 2)
     floor = torch.zeros(len(vertices))
     regions = smooth_regions()
-    for name, low in (("mouth", 0.10), ("tongue", 0.35), ("teeth", 0.45), ("eyes", 0.55)):
+    for name, low in (("mouth", 0.10), ("tongue", 0.35), ("teeth", 0.35), ("eyes", 0.55)):
         floor[:n_head] = torch.maximum(floor[:n_head], low * regions[name])
-    # Light bounces: nothing outside the mouth is black.
-    out[:, 0] = (0.25 + 0.75 * out[:, 0]) * (1 - regions_inside(n_head, len(out)))
-    return torch.maximum(out, floor[:, None])
-
-
-def regions_inside(n_head: int, n: int) -> Float[Tensor, " n"]:
-    """1 inside the mouth, 0 elsewhere."""
-    out = torch.zeros(n)
-    out[:n_head] = (smooth_regions()["mouth"] + smooth_regions()["tongue"]).clamp(0, 1)
-    return out
-
-
-__all__ = ["SyntheticFrames", "SyntheticSubject", "fit_shape"]
-_UNUSED = (Bool, axis_angle_to_matrix)
+    inside = (regions["mouth"] + regions["tongue"] + regions["teeth"]).clamp(0, 1)
+    out[:, 0] = 0.25 + 0.75 * out[:, 0]  # light bounces: only the mouth is dark
+    out[:n_head] *= 1 - inside[:, None]
+    out = torch.maximum(out, floor[:, None])
+    # The skirt is as open as the rim it hangs from.
+    return torch.cat([out[:n_head], out[below.loop].repeat(RINGS, 1), out[n_head:]])
