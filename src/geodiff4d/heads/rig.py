@@ -8,6 +8,7 @@ pose correctives where the file has them, then skinning; eyelids are added after
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,8 +54,9 @@ class HeadParams:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "HeadParams":
         """Apply `f` to every tensor that is present."""
-        values = {x.name: getattr(self, x.name) for x in fields(self)}
-        return HeadParams(**{k: None if v is None else f(v) for k, v in values.items()})
+        values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
+        changed: dict[str, Any] = {k: None if v is None else f(v) for k, v in values.items()}
+        return HeadParams(**changed)
 
     def __getitem__(self, index: "int | slice | Tensor") -> "HeadParams":
         return self.map(lambda v: v[index])
@@ -69,7 +71,7 @@ class HeadParams:
     @staticmethod
     def stack(items: "list[HeadParams]") -> "HeadParams":
         """Stack single parameter sets into a batch; optional fields must be present in all or in none."""
-        out = {}
+        out: dict[str, Any] = {}
         for x in fields(HeadParams):
             values = [getattr(p, x.name) for p in items]
             out[x.name] = None if values[0] is None else torch.stack(values)
@@ -95,7 +97,9 @@ class Landmarks:
     face_index: Int[Tensor, " points"]
     bary: Float[Tensor, "points 3"]
 
-    def on(self, vertices: Float[Tensor, "*batch verts 3"], faces: Int[Tensor, "faces 3"]) -> Float[Tensor, "*batch points 3"]:
+    def on(
+        self, vertices: Float[Tensor, "*batch verts 3"], faces: Int[Tensor, "faces 3"]
+    ) -> Float[Tensor, "*batch points 3"]:
         """Evaluate the points on posed vertices."""
         corners = vertices[..., faces[self.face_index], :]
         return (corners * self.bary[..., None]).sum(-2)
@@ -181,7 +185,9 @@ class Head:
         for name, basis in (("shape", self.shape_basis), ("expr", self.expr_basis)):
             if getattr(params, name).shape[-1] != basis.shape[-1]:
                 got = getattr(params, name).shape[-1]
-                raise ValueError(f"{self.name} has {basis.shape[-1]} {name} coefficients, got {got}: parameters of another head?")
+                raise ValueError(
+                    f"{self.name} has {basis.shape[-1]} {name} coefficients, got {got}: parameters of another head?"
+                )
         shaped = self.shape(params)
         angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *params.eyes_pose.split(3, -1)], -2)
         R = axis_angle_to_matrix(angles)
@@ -197,7 +203,7 @@ class Head:
         return PosedHead(v + t[..., None, :], self.faces, _translated(T, t))
 
     def to(self, device: torch.device | str) -> "Head":
-        def move(x):
+        def move(x: Any) -> Any:
             if isinstance(x, Tensor):
                 return x.to(device)
             if isinstance(x, Landmarks):
@@ -207,13 +213,17 @@ class Head:
         return Head(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
 
-def blend(basis: Float[Tensor, "verts 3 terms"], weights: Float[Tensor, "*batch terms"]) -> Float[Tensor, "*batch verts 3"]:
+def blend(
+    basis: Float[Tensor, "verts 3 terms"], weights: Float[Tensor, "*batch terms"]
+) -> Float[Tensor, "*batch verts 3"]:
     """Sum a basis' displacements; one matrix product, which einsum's own plan is not."""
     return (weights @ basis.flatten(0, 1).mT).unflatten(-1, (-1, 3))
 
 
 def skin(
-    vertices: Float[Tensor, "*batch verts 3"], T: Float[Tensor, "*batch joints 4 4"], weights: Float[Tensor, "verts joints"]
+    vertices: Float[Tensor, "*batch verts 3"],
+    T: Float[Tensor, "*batch joints 4 4"],
+    weights: Float[Tensor, "verts joints"],
 ) -> Float[Tensor, "*batch verts 3"]:
     """Linear blend skinning: move each vertex by the weighted mean of the joints' transforms.
 
@@ -237,6 +247,8 @@ def joint_transforms(
     return torch.stack(out, -3)
 
 
-def _translated(T: Float[Tensor, "*batch joints 4 4"], t: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch joints 4 4"]:
+def _translated(
+    T: Float[Tensor, "*batch joints 4 4"], t: Float[Tensor, "*batch 3"]
+) -> Float[Tensor, "*batch joints 4 4"]:
     move = rigid(torch.eye(3, dtype=T.dtype, device=T.device).expand(*t.shape[:-1], 3, 3), t)
     return move[..., None, :, :] @ T
