@@ -93,7 +93,8 @@ class Diffusion:
         return 1 / (1 - a) if self.config.prediction == "v" else (1 / (1 - a)).clamp(max=limit)
 
     def _std(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.config.residual_std, device=like.device, dtype=like.dtype)[None, :, None, None, None, None]
+        std = torch.tensor(self.config.residual_std, device=like.device, dtype=like.dtype)
+        return std[None, : like.shape[1], None, None, None, None]
 
 
 SamplerName = Literal["ddim", "unipc", "dpm++"]
@@ -105,12 +106,12 @@ def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int):  # noq
     DDIM is the paper's (Sec. 4.2, η = 0, trailing spacing so that it starts at the last timestep).
 
     Raises:
-        UserError: unknown sampler or fewer than one step.
+        UserError: unknown sampler, or a number of steps that the schedule does not have.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-    if steps < 1:
-        raise UserError(f"--steps must be at least 1, got {steps}")
+    if not 1 <= steps <= config.steps:
+        raise UserError(f"--steps must be 1 to {config.steps}, got {steps}")
     shared = dict(
         num_train_timesteps=config.steps, beta_start=config.beta_start, beta_end=config.beta_end,
         beta_schedule="scaled_linear", prediction_type="sample", timestep_spacing="trailing",

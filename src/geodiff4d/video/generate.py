@@ -111,7 +111,8 @@ def generate(
     """
     device = model.device
     portrait = replace(portrait, image=portrait.image.to(device), mask=portrait.mask.to(device),
-                       camera=portrait.camera.to(device), params=portrait.params.to(device))  # fmt: skip
+                       camera=portrait.camera.to(device), params=portrait.params.to(device),
+                       normal=None if portrait.normal is None else portrait.normal.to(device))  # fmt: skip
     head, params, cameras = head.to(device), with_identity_of(portrait, params.to(device)), cameras.to(device)
     texture = complete_portrait(head, portrait)
     own = condition_images(head, texture, portrait.params[None], portrait.camera[None])

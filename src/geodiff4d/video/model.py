@@ -172,15 +172,14 @@ class VideoModel(nn.Module):
         for name in self.networks():
             part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
             save_model(folder / name, {"kind": name, "video_model": asdict(self.config), **(extra or {})}, part)
-        if isinstance(self.codec, PatchCodec):
-            self.codec.save(folder / "vae")
+        self.codec.save(folder / "vae")
 
 
 def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
     """Rebuild a config from JSON; lists become tuples.
 
     Raises:
-        UserError: a field is unknown (a newer or foreign model).
+        UserError: a field is unknown, missing or contradicts another (a newer or foreign model).
     """
 
     def build(cls: type, value: dict[str, Any]) -> Any:
@@ -192,7 +191,7 @@ def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
             VideoModelConfig(**{k: v for k, v in d.items() if k not in parts and k not in ("diffusion", "warp", "pose")}),
             **{k: build(cls, d[k]) for k, cls in parts.items()}, warp=d["warp"], pose=d["pose"],
         )  # fmt: skip
-    except (TypeError, KeyError) as error:
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise UserError(f"this model's config.json does not fit this version ({error}): update geodiff4d or retrain") from None
 
 
@@ -205,8 +204,12 @@ def load_video_model(folder: Path) -> VideoModel:
     folder = Path(folder)
     if not (folder / "unet").is_dir():
         raise UserError(f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; train one or leave --model out")
-    config, _ = load_model(folder / "unet")
-    model = VideoModel(config_from_dict(config["video_model"]), load_codec(folder / "vae"))
+    saved, _ = load_model(folder / "unet")
+    config, codec = config_from_dict(saved.get("video_model", {})), load_codec(folder / "vae")
+    try:
+        model = VideoModel(config, codec)
+    except ValueError as error:
+        raise UserError(f"{folder} holds parts of different models ({error}): copy the folder again") from None
     for name, network in model.networks().items():
         _, state = load_model(folder / name)
         try:

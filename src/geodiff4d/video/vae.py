@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import load_model, save_model
+from geodiff4d.core.files import fresh_folder, load_model, save_model
 
 
 class Codec(Protocol):
@@ -148,12 +148,17 @@ class StableCodec(nn.Module):
         parts = [self.vae.decode(z / self.scaling).sample for z in latents.split(self.chunk)]  # type: ignore[union-attr]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
+    def save(self, folder: Path) -> None:
+        """Write the diffusers folder again, so that a saved model is whole."""
+        with fresh_folder(folder) as temporary:
+            self.vae.save_pretrained(temporary)  # type: ignore[attr-defined]
+
 
 def load_codec(folder: Path) -> "PatchCodec | StableCodec":
     """Load a codec by what its `config.json` says it is.
 
     Raises:
-        UserError: the folder holds neither a patch codec nor a diffusers AutoencoderKL.
+        UserError: the folder holds neither a patch codec nor a diffusers AutoencoderKL, or a damaged one.
     """
     folder = Path(folder)
     if (folder / "diffusion_pytorch_model.safetensors").exists():
@@ -161,6 +166,9 @@ def load_codec(folder: Path) -> "PatchCodec | StableCodec":
     config, state = load_model(folder)
     if config.pop("kind", None) != "patch":
         raise UserError(f"{folder} is not a codec: expected kind \"patch\" in config.json, or a diffusers AutoencoderKL")
-    codec = PatchCodec(PatchCodecConfig(**config))
-    codec.load_state_dict({k: v.float() for k, v in state.items()})
+    try:
+        codec = PatchCodec(PatchCodecConfig(**config))
+        codec.load_state_dict({k: v.float() for k, v in state.items()})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder} does not fit its config ({str(error).splitlines()[0]}): copy the folder again") from None
     return codec
