@@ -1,9 +1,9 @@
 """Place MediaPipe's landmarks on OpenHead: detect them on renders, cast them back onto the mesh, keep those that agree.
 
-Many people (random identities), poses and half of them with the jaw open (so that upper and lower lip part) are rendered
-with simple colours: dark brows, lips, irises, hair. Every detected point is a ray to a face and barycentrics, hence a
-place on the template. A point is kept where its places agree: its median is snapped to the nearest surface of its part
-(lips and lids to skin, irises to the eyeballs) and written into the asset, whose other arrays stay as they are.
+Many people (random identities), poses and half of them with the jaw open (so that upper and lower lip part) are
+rendered with simple colours: dark brows, lips, irises, hair. Every detected point is a ray to a face and barycentrics,
+hence a place on the template. A point is kept where its places agree: its median is snapped to the nearest surface of
+its part (lips and lids to skin, irises to the eyeballs) and written into the asset, whose other arrays stay as they are.
 
     .venv/bin/python tools/derive_mediapipe_embedding.py [--renders 96] [--preview preview.png]
 """
@@ -59,7 +59,7 @@ def colours(head: Head, rng: np.random.Generator) -> Tensor:
     near = torch.cdist(head.template, brow).amin(1)
     out = _mix(out, dark, (-(near / 0.004).square()).exp() * 0.85)
     out = _mix(out, skin * torch.tensor([0.8, 0.45, 0.45]), head.regions["lips"].float())
-    x, y, z = head.template.T
+    _, y, z = head.template.T
     hair = torch.sigmoid((y - 0.075 + (0.06 - z).clamp(min=0) * -0.9) / 0.004) * ~head.regions["ears"]
     out = _mix(out, dark, hair * (0 if rng.random() < 0.2 else 1))
     for inner in ("mouth", "sockets"):
@@ -95,7 +95,9 @@ def render(head: Head, params: HeadParams, camera: Camera, rng: np.random.Genera
     iris = torch.from_numpy(rng.uniform(0.05, 0.4, 3)).float()[:, None, None]
     eye = torch.where(angle < 12, 0.02, torch.where(angle < 29, iris, torch.full_like(iris, 0.9)))
     colour = torch.where(axis.norm(dim=0) > 0.5, eye, colour)
-    light = torch.nn.functional.normalize(torch.tensor([rng.uniform(-0.6, 0.6), rng.uniform(0.1, 0.8), 1.0]), dim=0).float()
+    light = torch.nn.functional.normalize(
+        torch.tensor([rng.uniform(-0.6, 0.6), rng.uniform(0.1, 0.8), 1.0]), dim=0
+    ).float()
     shade = 0.45 + 0.6 * (torch.nn.functional.normalize(normal, dim=0) * light[:, None, None]).sum(0).clamp(min=0)
     image = torch.where(fragments.mask, colour * shade, float(rng.uniform(0.2, 0.8))).clamp(0, 1).pow(0.75)
     return torch.nn.functional.avg_pool2d(image, SUPERSAMPLING), fragments[0]

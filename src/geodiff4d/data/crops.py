@@ -8,21 +8,29 @@ Boxes are (left, top, side) in pixels of the uncut image and may reach beyond it
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.heads.rig import Head
 
 CANONICAL_SCALE = 1.6
 FACE_SCALE = 1.1
 SMOOTHING_FRAMES = 5.0
 
 
+def head_region(head: Head) -> Bool[Tensor, " verts"]:
+    """Vertices of the head without neck and shoulders: above a plane that rises from the chin to the nape."""
+    chin = head.landmarks68.on(head.template, head.faces)[8]
+    height = head.template[:, 1] - chin[1] + 0.012 - 0.25 * (chin[2] - head.template[:, 2])
+    return height > 0
+
+
 def canonical_crop_box(camera: Camera, vertices: Float[Tensor, "*batch verts 3"]) -> tuple[float, float, float]:
     """Return the canonical crop of one camera from the head's vertices in the world, over all frames given.
 
     A head that moves through the picture widens the crop until it is always inside, so that the box can stay fixed.
-    `camera` is single, or has the batch of the vertices. Pass the head without neck and shoulders: the crop is about it.
+    `camera` is single, or has the batch of the vertices. Pass the head without neck and shoulders.
     """
     points, _ = camera.project(vertices) if camera.batch else _project_all(camera, vertices)
     points = points.reshape(-1, *points.shape[-2:]).double()
@@ -46,7 +54,9 @@ def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) 
     return left, top, side
 
 
-def face_crop_track(points: Float[Tensor, "frames points 2"], scale: float = FACE_SCALE) -> list[tuple[float, float, float]]:
+def face_crop_track(
+    points: Float[Tensor, "frames points 2"], scale: float = FACE_SCALE
+) -> list[tuple[float, float, float]]:
     """Return one driving crop per frame: the median side for all, and centres smoothed over time."""
     low, high = points.amin(1), points.amax(1)
     side = float(scale * (high - low).amax(-1).median())
@@ -66,7 +76,7 @@ def crop_image(
 ) -> Float[Tensor, "channels size size"]:
     """Cut a square and resample it to `size`², subpixel-exact and antialiased.
 
-    The camera of the result is `camera.cropped(*box, size)`. Beyond the border the edge is repeated, or `fill` is shown.
+    The camera of the result is `camera.cropped(*box, size)`. Beyond the border the edge is repeated, or `fill`.
 
     Example:
         >>> crop_image(torch.rand(3, 48, 64), (8.0, 0.0, 48.0), 16).shape

@@ -1,0 +1,1 @@
+"""Perception and fitting: a photograph or video in, a clip with cameras, masks and head parameters out."""

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from geodiff4d.core.images import to_uint8
 
 WORKER = Path(__file__).with_name("mediapipe_worker.py")
 ENVIRONMENT_VARIABLE = "GEODIFF4D_TRACK_ENV"
-MAX_SIDE = 1280
+MAX_SIDE = 1024
 """Larger images are shrunk for the detector, which looks at 192² and 256² crops of them."""
 
 
@@ -42,13 +42,16 @@ class Detection:
     faces: int = 1
     """How many faces were seen; this one is the largest, or in a video the one followed."""
     mask: Float[Tensor, "1 height width"] | None = None
-    """Where a person is, 0 to 1."""
+    """Where a person is, 0 to 1, half precision; it spans the image but may have fewer pixels."""
 
 
+@runtime_checkable
 class Detector(Protocol):
     """Anything that finds one face per image."""
 
-    def detect(self, images: Iterable[Float[Tensor, "3 height width"]], video: bool = False) -> list[Detection | None]:
+    def detect(
+        self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
+    ) -> list[Detection | None]:
         """Return a detection per image, None where there is no face; `video` says that images follow each other."""
         ...
 
@@ -90,7 +93,9 @@ class MediaPipeDetector:
     on_done: Callable[[int], None] | None = None
     """Called with the number of images done so far."""
 
-    def detect(self, images: Iterable[Float[Tensor, "3 height width"]], video: bool = False) -> list[Detection | None]:
+    def detect(
+        self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
+    ) -> list[Detection | None]:
         """Find a face in each image.
 
         Raises:
@@ -126,7 +131,9 @@ class MediaPipeDetector:
         if process.returncode != 0 or not (folder / "detections.npz").exists():
             lines = log.read_text(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit code {process.returncode}"
-            raise UserError(f"the landmark detector failed ({reason}): remove .track-env and run `make track-env` again")
+            raise UserError(
+                f"the landmark detector failed ({reason}): remove .track-env and run `make track-env` again"
+            )
 
 
 def _put(path: Path, image: Float[Tensor, "3 height width"]) -> tuple[int, int]:
@@ -152,10 +159,7 @@ def _read(folder: Path, sizes: list[tuple[int, int]], masks: bool) -> list[Detec
         p = points[i] * torch.tensor([width / stored[1], height / stored[0]])
         mask = None
         if masks:
-            m = torch.from_numpy(np.load(folder / f"{i:05d}_mask.npy", allow_pickle=False)).float()[None] / 255
-            mask = m
-            if m.shape[1:] != (height, width):
-                mask = torch.nn.functional.interpolate(m[None], size=(height, width), mode="bilinear")[0]
+            mask = torch.from_numpy(np.load(folder / f"{i:05d}_mask.npy", allow_pickle=False)).half()[None] / 255
         box = torch.cat([p.amin(0), p.amax(0)])
         out.append(Detection(p, torch.arange(len(p)), float(scores[i]), box, int(faces[i]), mask))
     return out

@@ -20,7 +20,7 @@ import numpy as np
 POINTS = 478
 MAX_FACES = 4
 MASK_SIDE = 2.8
-"""Side of the square that the matte looks at closely, in face heights: hair and the start of the shoulders are in it."""
+"""Side of the square that the matte looks at closely, in face heights: hair and shoulders are in it."""
 
 
 def box(points):
@@ -102,7 +102,10 @@ class Faces:
             height, width = image.shape[:2]
             tries.append(square(np.array([0.0, 0.0, width, height]), 1.5))
             for left, top, side in tries:
-                faces = [f + [left, top] for f in self.in_image(self.still, cut(image, left, top, side))]
+                faces = [
+                    f + np.array([left, top], np.float32)
+                    for f in self.in_image(self.still, cut(image, left, top, side))
+                ]
                 if faces:
                     break
         return faces, [score_of(f, seen) for f in faces]
@@ -164,7 +167,9 @@ def serve(folder):
             previous = box(faces[k]) if request["video"] else None
         if segment:
             mask = segment(image, points[i] if faces else None)
-            np.save(folder / f"{i:05d}_mask.npy", (np.clip(mask, 0, 1) * 255).round().astype(np.uint8), allow_pickle=False)
+            np.save(
+                folder / f"{i:05d}_mask.npy", (np.clip(mask, 0, 1) * 255).round().astype(np.uint8), allow_pickle=False
+            )
         print(f"done {i + 1}", flush=True)
     np.savez(folder / "detections.npz", points=points, scores=scores, faces=counts)
 

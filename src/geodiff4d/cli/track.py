@@ -1,0 +1,46 @@
+"""Track a portrait or a video: fit the head to its landmarks, cut out the foreground, write a clip."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d track`."""
+
+    input: Annotated[Path, tyro.conf.Positional]
+    """Picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face."""
+    out: Path
+    """Clip folder to write; it replaces an older one."""
+    head: str = "openhead"
+    """`openhead`, or the path of a head's file (your own flame2023.pkl)."""
+    detector: Literal["mediapipe"] = "mediapipe"
+    """Who finds the landmarks; `make track-env` installs it."""
+    size: int = 256
+    """Side of the square crop that is written [px]."""
+    limit: int | None = None
+    """Track at most so many frames of a video."""
+    focal_px: float | None = None
+    """Focal length of the uncut picture, if you know it; else EXIF's, else assumed."""
+
+
+def run(args: Args) -> None:
+    from geodiff4d.cli import progress
+    from geodiff4d.heads import load_head
+    from geodiff4d.tracking.detect import MediaPipeDetector
+    from geodiff4d.tracking.track import TrackConfig, track
+
+    config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
+    clip = track(args.input, args.out, load_head(args.head), MediaPipeDetector(), config, progress.track)
+    for note in clip.extra["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+    show = "overlay.mp4" if (clip.folder / "overlay.mp4").exists() else "overlay.png"
+    error, focal, origin = (clip.extra[k] for k in ("error_px_at_256", "focal_px", "focal_source"))
+    print(
+        f"{clip.folder}: {len(clip)} frame{'s' if len(clip) > 1 else ''}, landmarks {error:.2f} px off at 256 px, "
+        f"focal length {focal:.0f} px ({origin}); look at {show}"
+    )

@@ -1,0 +1,126 @@
+"""The foreground of a tracked portrait: head, hair, neck and the start of the shoulders.
+
+A segmentation of the person (or, without one, the tracked head grown by a hair's breadth) is joined with the head's
+own silhouette, its edge drawn to the picture's by a guided filter (He et al. 2010), and cut where OpenHead's bust ends:
+what the model cannot move must not be foreground (VHAP overwrites its masks with a neck line for the same reason).
+All lengths are shares of the head's size, so that they mean the same at any resolution.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy.ndimage import (
+    binary_erosion,
+    binary_fill_holes,
+    distance_transform_edt,
+    gaussian_filter,
+    label,
+    uniform_filter,
+)
+from torch import Tensor
+
+HAIR_REACH = 0.55
+"""How far hair may stand off the skull."""
+BODY_REACH = 0.06
+"""How far clothes may stand off neck and shoulders."""
+FADE = 0.04
+"""Width of the soft cut."""
+BARE_GROWTH = 0.03
+"""Growth of the head's silhouette where there is no segmentation."""
+FILTER_RADIUS, FILTER_EPSILON = 0.02, 1e-3
+
+
+def matte(
+    image: Float[Tensor, "3 size size"],
+    person: Float[Tensor, "1 size size"] | None,
+    mesh: Bool[Tensor, "size size"],
+    head: Bool[Tensor, "size size"],
+) -> Float[Tensor, "1 size size"]:
+    """Return the foreground, 0 to 1, of one image.
+
+    `person` is a segmentation, if there is one; `mesh` the silhouette of the whole tracked head and bust, `head` of the
+    part above the chin (`data.crops.head_region`).
+    """
+    whole, skull = mesh.numpy(), head.numpy()
+    if not whole.any():
+        return torch.zeros_like(image[:1]) if person is None else person
+    size_px = _extent(skull if skull.any() else whole)
+    if person is None:
+        foreground = np.clip(1 - (_distance_to(whole) - BARE_GROWTH * size_px) / (0.02 * size_px), 0, 1)
+    else:
+        # The mesh is wrong at its rim (ears, chin), never inside.
+        core = binary_erosion(skull, iterations=max(int(0.05 * size_px), 1))
+        foreground = np.maximum(person[0].numpy(), gaussian_filter(core.astype(np.float32), 0.01 * size_px))
+        foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
+    foreground = foreground * allowed(whole, skull, size_px)
+    return torch.from_numpy(_without_islands(foreground)).float().clamp(0, 1)[None]
+
+
+def allowed(whole: np.ndarray, skull: np.ndarray, size_px: float) -> np.ndarray:
+    """Weight [h, w] of where foreground may be: far around the skull, close to neck and bust, not below it."""
+    outside = _distance_to(whole)
+    beyond_skull = _distance_to(skull) if skull.any() else outside
+    rows = np.arange(len(whole))[:, None]
+    chin = np.nonzero(skull.any(1))[0].max() if skull.any() else 0
+    # Beside the skull hair may reach far; from the chin down the reach narrows to that of clothes.
+    narrowing = np.clip((rows - (chin - 0.15 * size_px)) / (0.3 * size_px), 0, 1)
+    reach = (HAIR_REACH * (1 - narrowing) + BODY_REACH * narrowing) * size_px
+    near = np.clip(1 - (np.minimum(outside, beyond_skull) - reach) / (FADE * size_px), 0, 1)
+    # Below the bust's lower edge the distance grows downward: no reach there at all.
+    columns = np.nonzero(whole.any(0))[0]
+    bottom = np.full(whole.shape[1], -1.0)
+    bottom[columns] = [np.nonzero(whole[:, c])[0].max() for c in columns]
+    bottom = np.interp(np.arange(whole.shape[1]), columns, bottom[columns])
+    cut = np.clip(1 - (rows - bottom + FADE * size_px) / (FADE * size_px), 0, 1)
+    ends_inside = bottom < len(whole) - 1.5
+    below_chin = np.clip((rows - chin) / (0.1 * size_px), 0, 1)
+    return near * np.where(ends_inside, 1 - below_chin * (1 - cut), 1.0)
+
+
+def _distance_to(mask: np.ndarray) -> np.ndarray:
+    """Distance of each pixel to a mask [px], zero inside it."""
+    return np.asarray(distance_transform_edt(~mask))
+
+
+def _extent(mask: np.ndarray) -> float:
+    """Longer side of a mask's box [px]."""
+    rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    return float(max(np.ptp(rows), np.ptp(columns)) + 1)
+
+
+def _guided(image: np.ndarray, mask: np.ndarray, radius: int) -> np.ndarray:
+    """Let a mask's soft edge follow the image's: a local linear model of the mask in the three colours."""
+
+    def mean(x: np.ndarray) -> np.ndarray:
+        return uniform_filter(x, 2 * radius + 1, mode="nearest", axes=(-2, -1))
+
+    m, I = mean(mask), mean(image)  # noqa: E741
+    covariance = mean(image * mask) - I * m
+    variance = mean(image[:, None] * image[None]) - I[:, None] * I[None] + FILTER_EPSILON * np.eye(3)[:, :, None, None]
+    a = np.linalg.solve(np.moveaxis(variance, (0, 1), (-2, -1)), np.moveaxis(covariance, 0, -1)[..., None])[..., 0]
+    b = m - (a * np.moveaxis(I, 0, -1)).sum(-1)
+    out = (np.moveaxis(mean(np.moveaxis(a, -1, 0)), 0, -1) * np.moveaxis(image, 0, -1)).sum(-1) + mean(b)
+    # Only the edge is in question; a little contrast takes the filter's haze away.
+    edge = uniform_filter(((mask > 0.02) & (mask < 0.98)).astype(np.float32), 2 * radius + 1) > 0
+    return np.where(edge, np.clip((out - 0.1) / 0.8, 0, 1), mask)
+
+
+def _without_islands(mask: np.ndarray) -> np.ndarray:
+    """Fill holes, and drop what is not connected with the largest part."""
+    parts = np.empty(mask.shape, np.int32)
+    label(mask > 0.3, output=parts)
+    if parts.max() > 1:
+        largest = np.bincount(parts.ravel())[1:].argmax() + 1
+        others = (parts > 0) & (parts != largest)
+        near = _distance_to(others) < 3
+        mask = np.where(near & (parts != largest), 0.0, mask)
+    holes = binary_fill_holes(mask > 0.5) & (mask <= 0.5)
+    return np.where(holes, 1.0, mask)
+
+
+def smooth_over_time(masks: Float[Tensor, "frames 1 size size"]) -> Float[Tensor, "frames 1 size size"]:
+    """Take the flicker out of a video's masks: each becomes ¼, ½, ¼ of its neighbours and itself."""
+    if len(masks) < 3:
+        return masks
+    before, after = torch.cat([masks[:1], masks[:-1]]), torch.cat([masks[1:], masks[-1:]])
+    return before / 4 + masks / 2 + after / 4

@@ -1,0 +1,339 @@
+"""Tracking without a detector: landmarks projected from the head itself must give the head back."""
+
+import json
+import os
+import stat
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
+from geodiff4d.core.images import write_image
+from geodiff4d.core.video import write_video
+from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_track, head_region
+from geodiff4d.heads import Head, HeadParams, load_head
+from geodiff4d.tracking import mediapipe_worker
+from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
+from geodiff4d.tracking.fit import FRONT, Layout, fit, landmark_head
+from geodiff4d.tracking.matte import matte
+from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
+from geodiff4d.tracking.track import TrackConfig, focal_length, track
+
+WIDTH, HEIGHT, FOCAL = 320, 240, 640.0
+
+
+@pytest.fixture(scope="module")
+def head() -> Head:
+    return load_head("openhead")
+
+
+def camera() -> Camera:
+    return Camera(rigid(FRONT, torch.tensor([0.02, -0.03, 1.0])), pinhole(FOCAL, WIDTH, HEIGHT), WIDTH, HEIGHT)
+
+
+def motion(head: Head, frames: int, roll_deg: float = 0.0) -> HeadParams:
+    """A person who turns, nods, smiles and looks around."""
+    g = torch.Generator().manual_seed(1)
+    t = torch.linspace(0, 1, frames)
+    p = head.neutral(frames)
+    zero = torch.zeros_like(t)
+    expr = p.expr.clone()
+    for name, weight in (("jawOpen", 0.5 * t), ("mouthSmileLeft", 0.6 * (1 - t)), ("mouthSmileRight", 0.6 * (1 - t))):
+        expr[:, head.expression_names.index(name)] = weight
+    gaze = torch.stack([zero, 0.2 * t, zero] * 2, -1)
+    rotation = torch.stack([0.1 * t, 0.4 * t - 0.2, zero + np.deg2rad(roll_deg)], -1)
+    shape = 0.7 * torch.randn(p.shape.shape[-1], generator=g)
+    return replace(p, shape=shape.expand(frames, -1), expr=expr, rotation=rotation, eyes_pose=gaze)
+
+
+def detections(head: Head, params: HeadParams, noise_px: float = 0.0) -> list[Detection | None]:
+    mesh = head.pose(params)
+    points, _ = camera().expand(*params.batch).project(head.mediapipe.on(mesh.vertices, head.faces))
+    points = points + noise_px * torch.randn(points.shape, generator=torch.Generator().manual_seed(2))
+    return [Detection(p, head.mediapipe_index, 1.0, torch.cat([p.amin(0), p.amax(0)])) for p in points]
+
+
+def rotation_error_deg(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    R = axis_angle_to_matrix(a).mT @ axis_angle_to_matrix(b)
+    return torch.rad2deg(torch.acos(((R.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2).clamp(-1, 1)))
+
+
+@pytest.mark.parametrize("roll_deg", [0.0, 45.0, -45.0])
+def test_pose_of_a_photo(head, roll_deg):
+    truth = motion(head, 2, roll_deg)[1:]
+    result = fit(head, detections(head, truth, 0.3), WIDTH, HEIGHT, FOCAL)
+    assert result.error < 1
+    assert rotation_error_deg(result.params.rotation, truth.rotation).max() < 3
+    # The camera carries the distance: the metric size of the head gives it.
+    depth = result.camera.T_cam_world[2, 3] - camera().T_cam_world[2, 3]
+    assert abs(depth) < 0.08
+
+
+def test_video_shares_identity_and_follows_motion(head):
+    frames = 6
+    truth = motion(head, frames)
+    seen = detections(head, truth, 0.3)
+    seen[2] = None
+    result = fit(head, seen, WIDTH, HEIGHT, FOCAL)
+    assert result.error < 1 and result.seen.tolist() == [True, True, False, True, True, True]
+    assert (result.params.shape == result.params.shape[:1]).all()
+    assert rotation_error_deg(result.params.rotation, truth.rotation).max() < 1.5
+    jaw = head.expression_names.index("jawOpen")
+    assert (result.params.expr[:, jaw] - truth.expr[:, jaw]).abs().max() < 0.15
+    assert (result.params.expr >= 0).all() and (result.params.expr <= 1).all()
+    assert (result.params.eyes_pose[-1, 1] - truth.eyes_pose[-1, 1]).abs() < 0.08
+    # The mean motion is the camera's, so the clip's head stays at the origin.
+    assert result.params.translation.mean(0).abs().max() < 1e-5
+
+
+def test_outliers_lose_their_weight(head):
+    truth = motion(head, 1)
+    [d] = detections(head, truth)
+    points = d.points.clone()
+    points[::20] += 25
+    result = fit(head, [replace(d, points=points)], WIDTH, HEIGHT, FOCAL)
+    assert rotation_error_deg(result.params.rotation, truth.rotation).max() < 3
+
+
+def test_landmark_head_moves_as_the_mesh(head):
+    params = motion(head, 3)
+    small = landmark_head(head, head.mediapipe)
+    assert Layout(small).arkit
+    double = params.map(lambda v: v.double())
+    points = small.pose(double).vertices[:, : len(head.mediapipe_index)]
+    expected = head.mediapipe.on(head.pose(params).vertices, head.faces)
+    assert (points.float() - expected).norm(dim=-1).max() < 2e-4
+
+
+def test_solver_against_one_dense_problem():
+    g = torch.Generator().manual_seed(0)
+    frames, n, shared = 5, 3, 2
+    A, B, b = (torch.randn(frames, 6, k, generator=g, dtype=torch.float64) for k in (n, shared, 1))
+
+    def model(x: Unknowns) -> Normal:
+        r = A @ x.frame[..., None] + B @ x.shared[:, None] - b
+        gradient = (A.mT @ r)[..., 0], (B.mT @ r)[..., 0].sum(0)
+        return Normal(0.5 * float(r.square().sum()), A.mT @ A, A.mT @ B, (B.mT @ B).sum(0), *gradient)
+
+    def zeros(*size: int) -> torch.Tensor:
+        return torch.zeros(*size, dtype=torch.float64)
+
+    smoothness = torch.tensor([2.0, 0.0, 0.3], dtype=torch.float64)
+    limits = Limits(zeros(n) + 1, zeros(shared) + 1, smoothness, zeros(n) - torch.inf, zeros(n) + torch.inf)
+    got = minimise(model, Unknowns(zeros(frames, n), zeros(shared)), limits, steps=20, tolerance=1e-14)
+    bends = torch.from_numpy(np.kron(np.diff(np.eye(frames), n=2, axis=0), np.diag(smoothness.sqrt())))
+    top = torch.cat([torch.block_diag(*A), B.flatten(0, 1)], 1)
+    dense = torch.cat([top, torch.cat([bends, zeros(len(bends), shared)], 1)])
+    right = torch.cat([b.flatten(), zeros(len(bends))])
+    expected = torch.linalg.lstsq(dense, right[:, None]).solution[:, 0]
+    torch.testing.assert_close(torch.cat([got.frame.flatten(), got.shared]), expected)
+    held = replace(limits, low=zeros(n), high=zeros(n) + 0.1)
+    inside = minimise(model, Unknowns(zeros(frames, n), zeros(shared)), held, steps=40)
+    assert inside.frame.min() >= 0 and inside.frame.max() <= 0.1
+
+
+@dataclass
+class FakeDetector:
+    """Answers with what it was given."""
+
+    answers: list[Detection | None]
+
+    def detect(self, images, video=False):
+        return self.answers[: len(list(images))]
+
+
+def test_photo_to_clip(head, tmp_path):
+    truth = motion(head, 1)
+    [d] = detections(head, truth)
+    write_image(tmp_path / "me.png", torch.rand(3, HEIGHT, WIDTH))
+    mask = torch.ones(1, HEIGHT // 2, WIDTH // 2).half()
+    clip = track(
+        tmp_path / "me.png",
+        tmp_path / "clip",
+        head,
+        FakeDetector([replace(d, mask=mask, faces=2)]),
+        TrackConfig(size=64),
+    )
+    frame = clip.frame(0)
+    assert frame.image.shape == (3, 64, 64) and (clip.folder / "overlay.png").exists()
+    assert clip.extra["focal_source"].startswith("assumed") and "2 faces" in clip.extra["notes"][0]
+    # The canonical crop: the head's box takes 1/1.6 of the side and is centred.
+    xy, _ = frame.camera.project(head.pose(frame.params).vertices[head_region(head)])
+    low, high = xy.amin(0), xy.amax(0)
+    assert abs(float((high - low).max()) - 64 / 1.6) < 0.5 and ((low + high) / 2 - 32).abs().max() < 0.5
+
+
+def test_video_to_clip(head, tmp_path):
+    seen = detections(head, motion(head, 4))
+    write_video(tmp_path / "me.mp4", [torch.full((3, HEIGHT, WIDTH), 0.1 * t) for t in range(4)], fps=25)
+    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackConfig(size=32, limit=3))
+    assert len(clip) == 3 and clip.fps == 25 and (clip.folder / "overlay.mp4").exists()
+    assert torch.equal(clip.params(0).shape, clip.params(2).shape)
+
+
+@pytest.mark.parametrize("bad", ["missing", "directory", "text", "truncated", "no face", "empty video"])
+def test_bad_input_is_one_line_and_leaves_nothing(head, tmp_path, bad):
+    source = tmp_path / "in.png"
+    if bad == "directory":
+        source.mkdir()
+    elif bad == "text":
+        source.write_text("not a picture")
+    elif bad == "empty video":
+        source = tmp_path / "in.mp4"
+        source.write_bytes(b"")
+    elif bad != "missing":
+        write_image(source, torch.rand(3, 40, 40))
+        if bad == "truncated":
+            source.write_bytes(source.read_bytes()[:200])
+    with pytest.raises(UserError) as error:
+        track(source, tmp_path / "clip", head, FakeDetector([None]))
+    assert "expected" in str(error.value) or "truncated" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} <= {"in.png", "in.mp4"}
+
+
+def test_exif_focal_length(tmp_path):
+    from PIL import ExifTags, Image
+
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 85
+    Image.new("RGB", (360, 240)).save(tmp_path / "a.jpg", exif=exif)
+    focal, source = focal_length(tmp_path / "a.jpg", 360, 240, TrackConfig())
+    assert source == "exif (85 mm)" and focal == pytest.approx(85 / 36 * 360, rel=0.01)
+    assert focal_length(tmp_path / "a.jpg", 360, 240, TrackConfig(focal_px=500.0)) == (500.0, "given")
+
+
+STUB = """#!{python}
+import json, sys
+from pathlib import Path
+import numpy as np
+folder = Path(sys.argv[2])
+request = json.loads((folder / "request.json").read_text())
+n = request["count"]
+points = np.full((n, 478, 2), np.nan, np.float32)
+for i in range(n):
+    image = np.load(folder / f"{{i:05d}}.npy", allow_pickle=False)
+    assert image.dtype == np.uint8 and image.shape[2] == 3
+    if image.mean() > 64:
+        points[i] = np.arange(478)[:, None] % image.shape[1]
+    np.save(folder / f"{{i:05d}}_mask.npy", np.full(image.shape[:2], 255, np.uint8))
+    print(f"done {{i + 1}}", flush=True)
+if {fails}:
+    sys.exit("RuntimeError: model file is damaged")
+np.savez(folder / "detections.npz", points=points, scores=np.ones(n, np.float32), faces=np.ones(n, np.int64))
+"""
+
+
+def stub(tmp_path: Path, fails: bool = False) -> Path:
+    path = tmp_path / "env/bin/python"
+    path.parent.mkdir(parents=True)
+    path.write_text(STUB.format(python=sys.executable, fails=fails))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_worker_protocol(tmp_path):
+    done: list[int] = []
+    detector = MediaPipeDetector(python=stub(tmp_path), on_done=done.append)
+    bright, dark, large = torch.full((3, 20, 30), 0.9), torch.zeros(3, 20, 30), torch.full((3, 1500, 2048), 0.9)
+    found = detector.detect([bright, dark, large])
+    assert done == [1, 2, 3] and found[1] is None
+    assert found[0].points.shape == (478, 2) and found[0].mask.shape == (1, 20, 30) and found[0].mask.min() == 1
+    # Large images are shrunk for the detector; the points come back in the image's own pixels.
+    assert found[2].points.max() == pytest.approx(477 * 2, rel=0.01)
+    assert detector.detect([]) == []
+
+
+def test_a_broken_detector_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match=r"model file is damaged.*make track-env"):
+        MediaPipeDetector(python=stub(tmp_path, fails=True)).detect([torch.rand(3, 8, 8)])
+
+
+def test_no_detector_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path))
+    with pytest.raises(UserError, match="make track-env"):
+        track_environment()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(stub(tmp_path).parents[1]))
+    assert track_environment() == tmp_path / "env/bin/python"
+
+
+def test_worker_follows_a_face():
+    def face(x: float, size: float) -> np.ndarray:
+        return np.array([[x, 0.0], [x + size, size]])
+
+    faces = [face(0, 10), face(40, 20)]
+    assert mediapipe_worker.choose(faces, None) == 1
+    assert mediapipe_worker.choose(faces, mediapipe_worker.box(face(2, 10))) == 0
+
+
+def disc(size: int, centre: tuple[float, float], radius: float) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < radius**2
+
+
+def test_matte_keeps_hair_and_cuts_the_body():
+    size = 96
+    head = disc(size, (48, 36), 18)
+    mesh = head.clone()
+    mesh[50:76, 36:60] = True
+    hair = disc(size, (48, 34), 26)
+    person = hair.clone()
+    person[50:, 10:86] = True
+    image = torch.where(person, 0.8, 0.2).expand(3, size, size).contiguous()
+    out = matte(image, person.float()[None], mesh, head)[0]
+    assert out[head].min() > 0.95, "the head is foreground"
+    assert out[12, 48] > 0.9 and out[34, 26] > 0.9, "so is hair beyond the skull"
+    assert out[60, 48] > 0.9 and out[60, 12] < 0.1, "the neck is, far shoulders are not"
+    assert out[90:].max() < 0.05, "nothing is below the bust"
+    assert out[5, 5] == 0 and out.min() >= 0 and out.max() <= 1
+    # A hole in the segmentation inside the head is filled; a bystander is dropped.
+    person[30:34, 44:50] = False
+    person[0:8, 0:8] = True
+    out = matte(image, person.float()[None], mesh, head)[0]
+    assert out[32, 47] > 0.95 and out[2, 2] == 0
+
+
+def test_matte_without_segmentation_is_the_head_grown():
+    head = disc(64, (32, 30), 16)
+    out = matte(torch.rand(3, 64, 64), None, head, head)[0]
+    assert out[head].min() > 0.95 and (out > 0.5).sum() < 1.3 * head.sum()
+
+
+def test_crops():
+    image = torch.rand(3, 40, 60)
+    torch.testing.assert_close(crop_image(image, (10.0, 5.0, 20.0), 20), image[:, 5:25, 10:30])
+    flat = torch.full((1, 30, 30), 0.7)
+    assert (crop_image(flat, (-10.3, -7.9, 50.0), 16) - 0.7).abs().max() < 1e-6, "edges are repeated"
+    filled = crop_image(flat, (-30.0, 0.0, 30.0), 8, fill=0.5)
+    assert (filled - 0.5).abs().max() < 0.11 and filled[0, 4, 0] == 0.5
+    # The camera of a crop sees what the crop shows.
+    c = camera()
+    box = canonical_crop_box(c, torch.randn(4, 50, 3, generator=torch.Generator().manual_seed(0)) * 0.05)
+    point = torch.tensor([[0.01, 0.02, 0.03]])
+    (xy,), (xy_crop,) = c.project(point)[0], c.cropped(*box, 64).project(point)[0]
+    torch.testing.assert_close((xy - torch.tensor(box[:2])) * 64 / box[2], xy_crop)
+    track = face_crop_track(torch.rand(9, 5, 2) * 10 + 20)
+    assert len({side for _, _, side in track}) == 1
+
+
+@pytest.mark.assets
+def test_mediapipe_finds_a_real_face(head, tmp_path):
+    if not os.environ.get(ENVIRONMENT_VARIABLE) and not Path(".track-env/bin/python").exists():
+        pytest.skip("needs `make track-env`")
+    data = pytest.importorskip("skimage.data")
+    picture = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+    write_image(tmp_path / "astronaut.png", picture)
+    clip = track(tmp_path / "astronaut.png", tmp_path / "clip", head, MediaPipeDetector())
+    assert clip.extra["error_px_at_256"] < 1.5
+    p = clip.params(0)
+    assert p.rotation.abs().max() < 0.3
+    assert p.expr[head.expression_names.index("mouthSmileLeft")] > 0.2, "she smiles"
+    mask = clip.frame(0).mask
+    assert 0.15 < mask.mean() < 0.6
+    assert json.loads((clip.folder / "transforms.json").read_text())["geodiff4d"]["head"] == "openhead"
