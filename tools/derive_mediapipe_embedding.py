@@ -3,7 +3,7 @@
 Many people (random identities), poses and half of them with the jaw open (so that upper and lower lip part) are
 rendered with simple colours: dark brows, lips, irises, hair. Every detected point is a ray to a face and barycentrics,
 hence a place on the template. A point is kept where its places agree: its median is snapped to the nearest surface of
-its part (lips and lids to skin, irises to the eyeballs) and written into the asset, whose other arrays stay as they are.
+its part (lips and lids to skin, irises to the eyeballs) and written into the asset; its other arrays stay as they are.
 
     .venv/bin/python tools/derive_mediapipe_embedding.py [--renders 96] [--preview preview.png]
 """

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line of help), in the order a user meets them.
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
+    "track": ("geodiff4d.cli.track", "fit the head to a portrait or a video: a clip with masks and parameters"),
 }
 
 USAGE = "usage: geodiff4d [-h] [--version] [--debug] COMMAND …"

@@ -112,8 +112,7 @@ def _without_islands(mask: np.ndarray) -> np.ndarray:
     if parts.max() > 1:
         largest = np.bincount(parts.ravel())[1:].argmax() + 1
         others = (parts > 0) & (parts != largest)
-        near = _distance_to(others) < 3
-        mask = np.where(near & (parts != largest), 0.0, mask)
+        mask = np.where((_distance_to(others) < 3) & (parts != largest), 0.0, mask)
     holes = binary_fill_holes(mask > 0.5) & (mask <= 0.5)
     return np.where(holes, 1.0, mask)
 
