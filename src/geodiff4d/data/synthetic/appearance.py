@@ -15,7 +15,8 @@ from torch import Tensor
 from geodiff4d.data.synthetic.bust import STRIP_ROWS
 from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, Canvas, canvas, noise, polyline, smoothstep
 from geodiff4d.data.synthetic.hair import HairStyle, angles, hairline
-from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS, Light, to_linear
+from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS, to_linear
+from geodiff4d.data.synthetic.stage import vivid
 
 HAIR_ROWS = 192
 """The hair's part of the texture lies below the atlas and the skirt's strip."""
@@ -30,7 +31,14 @@ HAIR_COLOURS = (
     (0.012, 0.010, 0.009), (0.018, 0.012, 0.009), (0.035, 0.019, 0.011), (0.075, 0.038, 0.018), (0.16, 0.085, 0.038),
     (0.36, 0.23, 0.10), (0.52, 0.38, 0.19), (0.21, 0.06, 0.018), (0.28, 0.27, 0.26), (0.55, 0.54, 0.52),
 )  # fmt: skip
-IRIS_COLOURS = ((0.07, 0.03, 0.012), (0.14, 0.065, 0.022), (0.16, 0.12, 0.04), (0.10, 0.15, 0.07), (0.10, 0.20, 0.33), (0.22, 0.28, 0.32))
+IRIS_COLOURS = (
+    (0.07, 0.03, 0.012),
+    (0.14, 0.065, 0.022),
+    (0.16, 0.12, 0.04),
+    (0.10, 0.15, 0.07),
+    (0.10, 0.20, 0.33),
+    (0.22, 0.28, 0.32),
+)
 
 
 @dataclass(frozen=True)
@@ -59,38 +67,25 @@ def draw_traits(rng: np.random.Generator) -> Traits:
     age = float(rng.uniform(0, 1) ** 1.3)
     hair = torch.tensor(HAIR_COLOURS[int(rng.integers(8, 10)) if rng.random() < 0.5 * max(0, age - 0.45) else fair])
     if randomised and rng.random() < 0.6:
-        hair = to_linear(_vivid(rng))
+        hair = to_linear(vivid(rng))
     eyes = int(rng.integers(0, 2)) if melanin > 0.5 else int(rng.integers(0, 6))
-    cloth = to_linear(torch.stack([_vivid(rng, 0.65), _vivid(rng, 0.65)]))
+    cloth = to_linear(torch.stack([vivid(rng, 0.65), vivid(rng, 0.65)]))
     man = rng.random() < 0.5
+    u = rng.uniform
     return Traits(
-        melanin, float(rng.normal(0.12, 0.12)), hair * float(rng.uniform(0.8, 1.2)), hair * float(rng.uniform(0.45, 0.9)),
-        torch.tensor(IRIS_COLOURS[eyes]) * float(rng.uniform(0.7, 1.4)), cloth, float(rng.uniform(0.5, 1.1)),
-        float(rng.uniform(0.3, 1) if rng.random() < 0.25 and melanin < 0.4 else 0), float(rng.uniform(0.15, 1) if man and rng.random() < 0.6 else 0),
-        age, float(rng.uniform(0.3, 1) if not man and rng.random() < 0.6 else 0), randomised,
-    )  # fmt: skip
-
-
-def draw_light(rng: np.random.Generator, melanin: float) -> Light:
-    """Draw a key light from the front half, and ambient light with a direction; darker skin gets a longer exposure."""
-    azimuth, elevation = rng.uniform(-1.1, 1.1), rng.uniform(0.1, 0.95)
-    direction = np.array([np.sin(azimuth) * np.cos(elevation), np.sin(elevation), np.cos(azimuth) * np.cos(elevation)])
-    warmth = rng.normal(0, 0.06)
-    tint = np.array([1 + warmth, 1, 1 - warmth])
-    share = rng.uniform(0.35, 0.7)
-    gradient = np.outer(np.array([1 - warmth, 1, 1 + warmth]), np.r_[rng.normal(0, 0.12), rng.uniform(0.08, 0.25), rng.uniform(0.0, 0.15)])
-    vector = lambda x: torch.from_numpy(np.asarray(x, dtype=np.float32))  # noqa: E731
-    return Light(
-        vector(direction), vector(1.15 * share * tint), vector((1.02 - share) * (2 - tint)), vector(gradient * (1.1 - share)),
-        float(rng.uniform(0.92, 1.12) * (1 + 0.55 * melanin)),
-    )  # fmt: skip
-
-
-def _vivid(rng: np.random.Generator, saturation: float = 0.9) -> Tensor:
-    """A random sRGB colour, from grey to `saturation`."""
-    hue, s, v = rng.uniform(0, 1), rng.uniform(0, saturation), rng.uniform(0.12, 0.9)
-    ramp = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    return torch.tensor(v * (1 - s * (1 - ramp)), dtype=torch.float32)
+        melanin=melanin,
+        haemoglobin=float(rng.normal(0.12, 0.12)),
+        hair_colour=hair * float(u(0.8, 1.2)),
+        brow_colour=hair * float(u(0.45, 0.9)),
+        iris=torch.tensor(IRIS_COLOURS[eyes]) * float(u(0.7, 1.4)),
+        cloth=cloth,
+        lip_redness=float(u(0.5, 1.1)),
+        freckles=float(u(0.3, 1)) if rng.random() < 0.25 and melanin < 0.4 else 0.0,
+        stubble=float(u(0.15, 1)) if man and rng.random() < 0.6 else 0.0,
+        age=age,
+        makeup=float(u(0.3, 1)) if not man and rng.random() < 0.6 else 0.0,
+        randomised=randomised,
+    )
 
 
 @dataclass
@@ -114,7 +109,10 @@ def paint_subject(traits: Traits, style: HairStyle, key: tuple[object, ...], gen
     c = canvas()
     rng = generator(*key, "skin")
     # One bank of noise, [wavelength] → four independent channels.
-    bank = {w: noise(c.position, rng, w / 1000, 4) for w in (90, 40, 18, 8, 4, 2)}
+    bank = {
+        w: c.spread(noise(c.vertices, rng, w / 1000, 4)) if w > 30 else noise(c.position, rng, w / 1000, 4)
+        for w in (90, 40, 18, 8, 4, 2)
+    }
     paint = _skin(c, traits, bank, rng)
     if traits.randomised:
         _patterns(c, paint, generator(*key, "patterns"))
@@ -164,7 +162,7 @@ def _skin(c: Canvas, traits: Traits, bank: dict[int, Tensor], rng: np.random.Gen
 
 def _patterns(c: Canvas, paint: Paint, rng: np.random.Generator) -> None:
     """Domain randomisation: blend the skin toward a palette laid out by noise, stripes or face paint."""
-    palette = to_linear(torch.stack([_vivid(rng, 0.8) for _ in range(4)]))
+    palette = to_linear(torch.stack([vivid(rng, 0.8) for _ in range(4)]))
     wave = float(rng.choice([0.12, 0.06, 0.03]))
     field = noise(c.position, rng, wave, 3, octaves=4)
     kind = int(rng.integers(4))
@@ -177,8 +175,17 @@ def _patterns(c: Canvas, paint: Paint, rng: np.random.Generator) -> None:
         phase = c.position @ axis / axis.norm(dim=0) * (2 * np.pi / rng.uniform(0.012, 0.05)) + 1.2 * field
         layers, strength = smoothstep(0.1, 0.5, phase.sin()), rng.uniform(0.3, 0.8)
     else:  # paint over eyes, cheeks or half the face
-        masks = [_gauss(c, (0.035, 0.022, 0.09), 0.03), smoothstep(-0.002, 0.002, c.position[:, 0] * float(rng.choice([-1, 1]))), _gauss(c, (0.045, -0.02, 0.085), 0.022)]
-        layers = smoothstep(0.3, 0.45, torch.stack([masks[int(i)] for i in rng.permutation(3)], 1) * (rng.random(3) < 0.6).astype(np.float32) + 0.06 * field)
+        masks = [
+            _gauss(c, (0.035, 0.022, 0.09), 0.03),
+            smoothstep(-0.002, 0.002, c.position[:, 0] * float(rng.choice([-1, 1]))),
+            _gauss(c, (0.045, -0.02, 0.085), 0.022),
+        ]
+        layers = smoothstep(
+            0.3,
+            0.45,
+            torch.stack([masks[int(i)] for i in rng.permutation(3)], 1) * (rng.random(3) < 0.6).astype(np.float32)
+            + 0.06 * field,
+        )
         strength = rng.uniform(0.5, 0.95)
     target = paint.colour * (1 - 0.5 * strength) + palette[3] * 0.5 * strength if kind < 2 else paint.colour
     for i in range(3):
@@ -191,9 +198,13 @@ def _lips_and_mouth(c: Canvas, paint: Paint, traits: Traits, bank: dict[int, Ten
     skin = paint.colour[lips > 0.2].mean(0) if bool((lips > 0.2).any()) else BARE
     red = skin * torch.exp(-0.9 * traits.lip_redness * HAEMOGLOBIN * (1 - 0.35 * traits.melanin) - 0.10 * MELANIN)
     if traits.makeup > 0.4:
-        red = torch.lerp(red, to_linear(torch.tensor([rng.uniform(0.45, 0.85), rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.4)])).float(), 0.7 * traits.makeup)
+        red = torch.lerp(
+            red,
+            to_linear(torch.tensor([rng.uniform(0.45, 0.85), rng.uniform(0.05, 0.3), rng.uniform(0.1, 0.4)])).float(),
+            0.7 * traits.makeup,
+        )
     elif traits.randomised and rng.random() < 0.6:
-        red = to_linear(_vivid(rng))
+        red = to_linear(vivid(rng))
     creases = 1 - 0.18 * smoothstep(0.2, 1.2, noise(c.position * torch.tensor([1.0, 0.15, 0.15]), rng, 0.0025)[:, 0])
     paint.mix(red * creases[:, None], 0.92 * lips)
     paint.set_gloss(0.10 + 0.25 * traits.makeup, lips)
@@ -212,7 +223,7 @@ def _lips_and_mouth(c: Canvas, paint: Paint, traits: Traits, bank: dict[int, Ten
 def _lids(c: Canvas, paint: Paint, traits: Traits, rng: np.random.Generator) -> None:
     """Lash line, pink waterline and shadow above; the eyeballs themselves are coloured where they are seen."""
     outside = 1 - c.regions["eyes"]
-    shadow = to_linear(_vivid(rng, 0.6)) if traits.makeup > 0.3 or traits.randomised and rng.random() < 0.3 else None
+    shadow = to_linear(vivid(rng, 0.6)) if traits.makeup > 0.3 or (traits.randomised and rng.random() < 0.3) else None
     for side in ("left", "right"):
         line = c.points[f"lid_{side}"]
         near = (c.position - line.mean(0)).norm(dim=1) < 0.035
@@ -221,9 +232,11 @@ def _lids(c: Canvas, paint: Paint, traits: Traits, rng: np.random.Generator) -> 
         distance, _, offset = polyline(c.position[near], line)
         d[near], offset_y[near] = distance, offset[:, 1]
         if shadow is not None:
-            paint.mix(shadow, (0.55 * traits.makeup + 0.2) * smoothstep(0.011, 0.003, d) * (offset_y > -0.001) * outside)
+            paint.mix(
+                shadow, (0.55 * traits.makeup + 0.2) * smoothstep(0.011, 0.003, d) * (offset_y > -0.001) * outside
+            )
         upper = smoothstep(-0.002, 0.001, offset_y)
-        lash = smoothstep(0.0026, 0.0008, d) * (0.35 + 0.55 * upper) * outside
+        lash = (0.4 * smoothstep(0.0026, 0.0008, d) + 0.55 * upper * smoothstep(0.0042, 0.0016, d)) * outside
         paint.mix(torch.tensor([0.012, 0.009, 0.008]), lash * (0.8 + 0.2 * traits.makeup))
         paint.mix(paint.colour * torch.tensor([0.72, 0.6, 0.6]), 0.5 * smoothstep(0.007, 0.002, d) * outside * upper)
 
@@ -232,8 +245,17 @@ def _stubble(c: Canvas, paint: Paint, traits: Traits, bank: dict[int, Tensor]) -
     if not traits.stubble:
         return
     x, y, z = c.position.unbind(1)
-    jaw = smoothstep(-0.018, -0.036, y + 0.25 * (x.abs() - 0.045).clamp(min=0) * -1) * smoothstep(-0.125, -0.10, y) * smoothstep(-0.005, 0.02, z)
-    sides = smoothstep(0.056, 0.064, x.abs()) * smoothstep(0.02, 0.0, y) * smoothstep(0.012, 0.025, z) * smoothstep(-0.125, -0.1, y)
+    jaw = (
+        smoothstep(-0.018, -0.036, y + 0.25 * (x.abs() - 0.045).clamp(min=0) * -1)
+        * smoothstep(-0.125, -0.10, y)
+        * smoothstep(-0.005, 0.02, z)
+    )
+    sides = (
+        smoothstep(0.056, 0.064, x.abs())
+        * smoothstep(0.02, 0.0, y)
+        * smoothstep(0.012, 0.025, z)
+        * smoothstep(-0.125, -0.1, y)
+    )
     area = torch.maximum(jaw, sides) * (1 - smoothstep(0.15, 0.5, c.regions["lips"] + c.regions["mouth"]))
     area = area * smoothstep(-0.3, 0.25, (area - 0.5) * 2 + 0.25 * bank[8][:, 0] + 0.2 * bank[4][:, 2])
     dots = smoothstep(-0.6 + 0.4 * (1 - traits.stubble), 1.0, bank[2][:, 0] + 0.6 * bank[4][:, 0])
@@ -268,7 +290,9 @@ def _brows(c: Canvas, paint: Paint, traits: Traits, rng: np.random.Generator) ->
         paint.set_gloss(0.02, full)
 
 
-def _scalp(c: Canvas, paint: Paint, traits: Traits, style: HairStyle, bank: dict[int, Tensor], rng: np.random.Generator) -> None:
+def _scalp(
+    c: Canvas, paint: Paint, traits: Traits, style: HairStyle, bank: dict[int, Tensor], rng: np.random.Generator
+) -> None:
     """Colour the scalp inside the hairline, whose edge is broken into strands; ears stay skin."""
     phi, theta = angles(c.position.numpy())
     line = hairline(style, rng)(phi)
@@ -276,7 +300,9 @@ def _scalp(c: Canvas, paint: Paint, traits: Traits, style: HairStyle, bank: dict
     body = (1 - c.regions["ears"]).clamp(0, 1) * smoothstep(-0.09, -0.08, c.position[:, 1])
     for inner in ("eyes", "mouth", "tongue", "teeth", "lids"):
         body = body * (1 - c.regions[inner])
-    edge = smoothstep(-0.05, 0.03, margin + 0.022 * bank[4][:, 1] + 0.018 * bank[2][:, 1] + 0.015 * bank[8][:, 1]) * body
+    edge = (
+        smoothstep(-0.05, 0.03, margin + 0.022 * bank[4][:, 1] + 0.018 * bank[2][:, 1] + 0.015 * bank[8][:, 1]) * body
+    )
     amount = {"bald": 0.12 + 0.2 * traits.stubble, "buzz": 0.8}.get(style.kind, 0.97)
     if style.kind == "bald":  # a shaved ring below a bare top
         edge = edge * (0.35 + 0.65 * smoothstep(1.0, 1.5, torch.from_numpy(theta.astype(np.float32))))
@@ -287,17 +313,21 @@ def _scalp(c: Canvas, paint: Paint, traits: Traits, style: HairStyle, bank: dict
 
 def _clothes(c: Canvas, paint: Paint, traits: Traits, bank: dict[int, Tensor], rng: np.random.Generator) -> None:
     cover = cloth_cover(c.position, rng)
-    x, y, z = c.position.unbind(1)
+    x, y, _ = c.position.unbind(1)
     first, second = traits.cloth
     kind = int(rng.integers(6))
     pitch = float(rng.uniform(0.008, 0.03))
     wave_y, wave_x = torch.sin(2 * np.pi * (y + 0.35 * x.abs()) / pitch), torch.sin(2 * np.pi * x / pitch)
-    layers = {
-        0: torch.zeros_like(x), 1: smoothstep(-0.1, 0.1, wave_y), 2: smoothstep(-0.1, 0.1, wave_x),
-        3: 0.5 * (smoothstep(-0.1, 0.1, wave_y) + smoothstep(-0.1, 0.1, wave_x)), 4: smoothstep(0.2, 0.4, bank[18][:, 2]), 5: torch.zeros_like(x),
-    }  # fmt: skip
+    rows, columns = smoothstep(-0.1, 0.1, wave_y), smoothstep(-0.1, 0.1, wave_x)
+    plain = torch.zeros_like(x)
+    layers = (plain, rows, columns, 0.5 * (rows + columns), smoothstep(0.2, 0.4, bank[18][:, 2]), plain)
     colour = torch.lerp(first.expand(len(x), 3), second.expand(len(x), 3), layers[kind][:, None])
-    knit = 1 + 0.10 * torch.sin(2 * np.pi * y / 0.004) * torch.sin(2 * np.pi * x / 0.004) + 0.06 * bank[18][:, 1] + 0.05 * bank[2][:, 1]
+    knit = (
+        1
+        + 0.10 * torch.sin(2 * np.pi * y / 0.004) * torch.sin(2 * np.pi * x / 0.004)
+        + 0.06 * bank[18][:, 1]
+        + 0.05 * bank[2][:, 1]
+    )
     edge = smoothstep(0.35, 0.6, cover) * (1 - smoothstep(0.8, 0.98, cover))
     paint.mix(colour * (knit * (1 - 0.35 * edge))[:, None], smoothstep(0.3, 0.45, cover))
     sharp = smoothstep(0.3, 0.45, cover)
@@ -331,7 +361,11 @@ def hair_texture(traits: Traits, style: HairStyle, rng: np.random.Generator) -> 
     tone = torch.exp(0.30 * f + 0.28 * m + 0.12 * s) * (0.7 + 0.35 * smoothstep(0.0, 0.5, v))
     colour = traits.hair_colour * tone[..., None]
     if traits.randomised and rng.random() < 0.4:
-        colour = torch.lerp(colour, to_linear(_vivid(rng)) * tone[..., None], smoothstep(0.2, 0.8, s + rng.uniform(0, 2) * (v - 0.5))[..., None])
+        colour = torch.lerp(
+            colour,
+            to_linear(vivid(rng)) * tone[..., None],
+            smoothstep(0.2, 0.8, s + rng.uniform(0, 2) * (v - 0.5))[..., None],
+        )
     out = torch.zeros(rows, width, TEXTURE_CHANNELS)
     out[..., :3], out[..., 3], out[..., 7] = colour.clamp(0.003, 0.9), 0.10 + 0.05 * f.clamp(-1, 1), 1.0
     out[..., 4:7] = 0.10 * torch.stack([f, m, f.roll(1, 1)], -1)
@@ -351,21 +385,3 @@ def eye_colour(local: Float[Tensor, "n 3"], traits: Traits) -> Float[Tensor, "n 
     iris = iris * (1 - 0.75 * smoothstep(0.40, iris_radius, angle))[:, None]
     colour = torch.lerp(sclera.to(local), iris, smoothstep(iris_radius + 0.03, iris_radius - 0.02, angle)[:, None])
     return colour * (1 - 0.985 * smoothstep(pupil + 0.03, pupil - 0.02, angle))[:, None]
-
-
-def background(size: int, rng: np.random.Generator) -> Float[Tensor, "3 size size"]:
-    """Draw a background: plain, a gradient, or blurred noise; linear RGB."""
-    kind = int(rng.integers(3))
-    base, other = (0.18 + 0.8 * _vivid(rng, 0.35) for _ in range(2))
-    y, x = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
-    if kind == 0:
-        image = base[:, None, None].expand(3, size, size) * (1 - 0.06 * (x * x + y * y))
-    elif kind == 1:
-        turn = rng.uniform(0, 2 * np.pi)
-        t = 0.5 + 0.35 * (x * np.cos(turn) + y * np.sin(turn))
-        image = base[:, None, None] * (1 - t) + other[:, None, None] * t
-    else:
-        grid = torch.from_numpy(rng.normal(0, 0.03, (1, 3, 7, 7)) + rng.normal(0, 0.28, (1, 1, 7, 7))).float()
-        cloud = torch.nn.functional.interpolate(grid, (size, size), mode="bicubic", align_corners=True)[0]
-        image = base[:, None, None] + cloud * (other - base)[:, None, None].abs().clamp(min=0.12) + 0.15 * (cloud - cloud.mean(0))
-    return to_linear(image.clamp(0.02, 0.95)).contiguous()

@@ -55,7 +55,14 @@ def bust() -> Bust:
         return torch.cat([torch.stack([a, c, b], 1), torch.stack([a, d, c], 1)])
 
     v, u = torch.meshgrid(torch.linspace(0, 1, RINGS + 1), torch.linspace(0, 1, n + 1), indexing="ij")
-    return Bust(faces, head.uv_faces[keep], torch.from_numpy(loop), quads(n, True), quads(n + 1, False), torch.stack([u, v], -1).reshape(-1, 2))
+    return Bust(
+        faces,
+        head.uv_faces[keep],
+        torch.from_numpy(loop),
+        quads(n, True),
+        quads(n + 1, False),
+        torch.stack([u, v], -1).reshape(-1, 2),
+    )
 
 
 def _loop(faces: np.ndarray, template: np.ndarray) -> np.ndarray:

@@ -59,13 +59,14 @@ def nominal_head() -> NominalHead:
 
 
 def orbit(
-    azimuth_deg: Float[Tensor, " cameras"], elevation_deg: Float[Tensor, " cameras"], size: int = 256, radius_m: float = 1.0
+    azimuth_deg: Float[Tensor, " cameras"],
+    elevation_deg: Float[Tensor, " cameras"],
+    size: int = 256,
+    radius_m: float = 1.0,
 ) -> Camera:
     """Return cameras on a sphere around the nominal head's centre; positive azimuth sees the person's left side."""
     azimuth, elevation = torch.deg2rad(azimuth_deg), torch.deg2rad(elevation_deg)
-    direction = torch.stack(
-        [azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], -1
-    )
+    direction = torch.stack([azimuth.sin() * elevation.cos(), elevation.sin(), azimuth.cos() * elevation.cos()], -1)
     nominal = nominal_head()
     target = nominal.centre.expand_as(direction)
     up = torch.tensor([0.0, 1.0, 0.0]).expand_as(direction)
@@ -108,8 +109,8 @@ def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) ->
 def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], size: int | None = None) -> Camera:
     """Return the camera(s) of the canonical crop: square, centred on the projected head, side 1.6 × its box.
 
-    `head_vertices` are world points of the head without the neck (`vertices[..., head_region(), :]`), of one frame or of
-    a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
+    `head_vertices` are world points of the head without the neck (`vertices[..., head_region(), :]`), of one frame or
+    of a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
     """
     if not camera.batch:
         xy, _ = camera.project(head_vertices)

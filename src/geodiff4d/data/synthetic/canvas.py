@@ -34,9 +34,20 @@ class Canvas:
     regions: dict[str, Float[Tensor, " texels"]]
     """Soft region weights, 0 to 1."""
     fill: Int[Tensor, " pixels"]
-    """For every pixel of the square atlas, then of the skirt's strip, the nearest texel: fills the gutters, so that bilinear reads never bleed."""
+    """For every pixel of the square atlas, then of the skirt's strip, the nearest texel.
+
+    It fills the gutters, so that bilinear reads never bleed.
+    """
+    vertices: Float[Tensor, "verts 3"]
+    """Template vertices: what varies slowly is evaluated there and spread."""
+    corners: Int[Tensor, "texels 3"]
+    bary: Float[Tensor, "texels 3"]
     points: dict[str, Float[Tensor, "points 3"]]
     """Landmark polylines on the template: brow_left, brow_right, lid_left, lid_right, lips, jaw, nose."""
+
+    def spread(self, values: Float[Tensor, "verts c"]) -> Float[Tensor, "texels c"]:
+        """Interpolate vertex values at the texels."""
+        return sum(values.index_select(0, self.corners[:, i]) * self.bary[:, i : i + 1] for i in range(3))  # type: ignore[return-value]
 
 
 @lru_cache
@@ -69,7 +80,11 @@ def canvas() -> Canvas:
     position, normals = torch.cat([spread(head.template), strip]), torch.cat([normals, torch.zeros_like(strip)])
     regions = {k: torch.cat([spread(v[:, None])[:, 0], torch.zeros(len(strip))]) for k, v in soft.items()}
     fill = torch.cat([fill.flatten(), int(covered.sum()) + torch.arange(len(strip))])
-    return Canvas(position, normals, regions, fill, parts)
+    # The strip's vertices are its own texels.
+    n = len(head.template)
+    own = (n + torch.arange(len(strip)))[:, None].expand(-1, 3)
+    corners, bary = torch.cat([corners, own]), torch.cat([bary, torch.full((len(strip), 3), 1 / 3)])
+    return Canvas(position, normals, regions, fill, torch.cat([head.template, strip]), corners, bary, parts)
 
 
 def _strip() -> Float[Tensor, "texels 3"]:
@@ -77,7 +92,11 @@ def _strip() -> Float[Tensor, "texels 3"]:
     rings = skirt(openhead().template)
     grid = torch.cat([rings, rings[:, :1]], 1).permute(2, 0, 1)[None]
     size = (STRIP_ROWS, TEXTURE_SIZE)
-    return torch.nn.functional.interpolate(grid, size, mode="bilinear", align_corners=True)[0].permute(1, 2, 0).reshape(-1, 3)
+    return (
+        torch.nn.functional.interpolate(grid, size, mode="bilinear", align_corners=True)[0]
+        .permute(1, 2, 0)
+        .reshape(-1, 3)
+    )
 
 
 @lru_cache
@@ -93,17 +112,28 @@ def smooth_regions(rounds: int = 1) -> dict[str, Float[Tensor, " verts"]]:
     return out
 
 
-def smooth_on_mesh(values: Float[Tensor, "verts c"], pairs: Int[Tensor, "edges 2"], rounds: int) -> Float[Tensor, "verts c"]:
+def smooth_on_mesh(
+    values: Float[Tensor, "verts c"], pairs: Int[Tensor, "edges 2"], rounds: int
+) -> Float[Tensor, "verts c"]:
     """Average each vertex with its neighbours, half and half, `rounds` times."""
     degree = torch.zeros(len(values)).index_add(0, pairs.flatten(), torch.ones(pairs.numel())).clamp(min=1)[:, None]
     for _ in range(rounds):
-        total = torch.zeros_like(values).index_add(0, pairs[:, 0], values[pairs[:, 1]]).index_add(0, pairs[:, 1], values[pairs[:, 0]])
+        total = (
+            torch.zeros_like(values)
+            .index_add(0, pairs[:, 0], values[pairs[:, 1]])
+            .index_add(0, pairs[:, 1], values[pairs[:, 0]])
+        )
         values = 0.5 * values + 0.5 * total / degree
     return values
 
 
 def noise(
-    points: Float[Tensor, "n 3"], rng: np.random.Generator, wavelength: float, channels: int = 1, octaves: int = 1, gain: float = 0.55
+    points: Float[Tensor, "n 3"],
+    rng: np.random.Generator,
+    wavelength: float,
+    channels: int = 1,
+    octaves: int = 1,
+    gain: float = 0.55,
 ) -> Float[Tensor, "n channels"]:
     """Sum octaves of lattice noise over 3-D points, about unit standard deviation; `wavelength` [m] is the coarsest."""
     total, power = torch.zeros(len(points), channels), 0.0
@@ -114,8 +144,10 @@ def noise(
         volume = torch.from_numpy(np.pad(lattice, ((0, 0), (0, 1), (0, 1), (0, 1)), mode="wrap"))
         x = points @ torch.from_numpy(Q.astype(np.float32)) * (2**octave / wavelength)
         x = x + torch.from_numpy(rng.uniform(0, LATTICE, 3).astype(np.float32))
-        cell = x.floor()
-        x = (cell + fade(x - cell)).remainder(LATTICE)
+        if wavelength > 0.01:  # small patterns do not show the creases
+            cell = x.floor()
+            x = cell + fade(x - cell)
+        x = x.remainder(LATTICE)
         values = grid_sample(volume[None], (x / LATTICE * 2 - 1).view(1, 1, 1, -1, 3), align_corners=True)
         total += gain**octave * values.view(channels, -1).T
         power += gain ** (2 * octave)
@@ -133,8 +165,10 @@ def smoothstep(low: float, high: float, x: Tensor) -> Tensor:
     return fade(((x - low) / (high - low)).clamp(0, 1))
 
 
-def polyline(points: Float[Tensor, "n 3"], line: Float[Tensor, "m 3"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n 3"]]:
-    """Return each point's distance [m] to a polyline, the place of the nearest point on it (0 to 1), and the offset to it."""
+def polyline(
+    points: Float[Tensor, "n 3"], line: Float[Tensor, "m 3"]
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n 3"]]:
+    """Return each point's distance [m] to a polyline, the nearest place on it (0 to 1), and the offset from there."""
     starts, ends = line[:-1], line[1:]
     along = ends - starts
     length = along.norm(dim=-1)

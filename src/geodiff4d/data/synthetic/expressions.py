@@ -24,8 +24,9 @@ _PAIRED = (
     "mouthUpperUp", "noseSneer",
 )  # fmt: skip
 _SINGLE = (
-    "browInnerUp", "cheekPuff", "jawForward", "jawLeft", "jawOpen", "jawRight", "mouthClose", "mouthFunnel", "mouthLeft",
-    "mouthPucker", "mouthRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper", "tongueOut",
+    "browInnerUp", "cheekPuff", "jawForward", "jawLeft", "jawOpen", "jawRight", "mouthClose", "mouthFunnel",
+    "mouthLeft", "mouthPucker", "mouthRight", "mouthRollLower", "mouthRollUpper", "mouthShrugLower",
+    "mouthShrugUpper", "tongueOut",
 )  # fmt: skip
 ACTIONS: tuple[str, ...] = tuple(sorted([*_SINGLE, *(f"{p}{s}" for p in _PAIRED for s in ("Left", "Right"))]))
 """The 52 ARKit actions in alphabetical order: OpenHead's expression basis."""
@@ -48,7 +49,14 @@ VISEMES: tuple[dict[str, float], ...] = (
 )
 EMOTIONS: tuple[dict[str, float], ...] = (
     {"mouthSmile": 0.85, "cheekSquint": 0.55, "eyeSquint": 0.25, "mouthDimple": 0.2},
-    {"mouthSmile": 0.95, "jawOpen": 0.4, "cheekSquint": 0.75, "eyeSquint": 0.5, "mouthUpperUp": 0.45, "browOuterUp": 0.2},
+    {
+        "mouthSmile": 0.95,
+        "jawOpen": 0.4,
+        "cheekSquint": 0.75,
+        "eyeSquint": 0.5,
+        "mouthUpperUp": 0.45,
+        "browOuterUp": 0.2,
+    },
     {"mouthFrown": 0.75, "browInnerUp": 0.75, "mouthShrugLower": 0.4, "eyeLookDown": 0.3, "eyeSquint": 0.15},
     {"browDown": 0.9, "noseSneer": 0.45, "eyeSquint": 0.4, "mouthPress": 0.5, "mouthFrown": 0.3},
     {"browDown": 0.8, "noseSneer": 0.6, "mouthUpperUp": 0.6, "mouthLowerDown": 0.6, "jawOpen": 0.3, "eyeWide": 0.3},
@@ -137,16 +145,35 @@ def _draw(rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.2:
         return np.clip(pose_of(EMOTIONS[rng.integers(len(EMOTIONS))]) * rng.uniform(0.4, 1.15), 0, 1)
     add(0.45, "jawOpen", low=0.1)
-    add(0.7, "mouthSmile", "mouthSmile", "mouthFrown", "mouthPucker", "mouthFunnel", "mouthStretch", "mouthDimple", "cheekPuff")
-    add(0.35, "mouthUpperUp", "mouthLowerDown", "mouthPress", "mouthRollLower", "mouthRollUpper", "mouthShrugLower", "mouthShrugUpper")
-    add(0.15, "mouthLeft", "mouthRight", "jawLeft", "jawRight", "jawForward")
+    add(
+        0.7,
+        "mouthSmile",
+        "mouthSmile",
+        "mouthFrown",
+        "mouthPucker",
+        "mouthFunnel",
+        "mouthStretch",
+        "mouthDimple",
+        "cheekPuff",
+    )
+    add(
+        0.45,
+        "mouthUpperUp",
+        "mouthLowerDown",
+        "mouthPress",
+        "mouthRollLower",
+        "mouthRollUpper",
+        "mouthShrugLower",
+        "mouthShrugUpper",
+    )
+    add(0.22, "mouthLeft", "mouthRight", "jawLeft", "jawRight", "jawForward")
     add(0.5, "browDown", "browInnerUp", "browOuterUp")
     add(0.35, "eyeBlink", "eyeSquint", "eyeWide")
     add(0.15, "eyeBlink", low=0.8)
     add(0.3, "noseSneer", "cheekSquint")
     if rng.random() < 0.1:
         values |= {"tongueOut": rng.uniform(0.4, 1), "jawOpen": max(values.get("jawOpen", 0), rng.uniform(0.3, 0.7))}
-    if "jawOpen" in values and rng.random() < 0.12:
+    if "jawOpen" in values and rng.random() < 0.15:
         values["mouthClose"] = values["jawOpen"] * rng.uniform(0.5, 0.9)
     return pose_of(values)
 
@@ -179,7 +206,9 @@ def _events(
 
 
 def _with_blinks(expr: np.ndarray, rng: np.random.Generator, fps: float, gap: float = 2.8) -> np.ndarray:
-    return np.maximum(expr, _events(len(expr), rng, fps, gap, 0.04, 0.11, lambda r: pose_of({"eyeBlink": r.uniform(0.9, 1.0)})))
+    return np.maximum(
+        expr, _events(len(expr), rng, fps, gap, 0.04, 0.11, lambda r: pose_of({"eyeBlink": r.uniform(0.9, 1.0)}))
+    )
 
 
 def _idle_gaze(frames: int, rng: np.random.Generator, fps: float, amount: float = 0.25, gap: float = 1.4) -> np.ndarray:
@@ -198,32 +227,57 @@ def _speech(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarr
         for _ in range(syllables):
             length = fps * rng.uniform(0.15, 0.3)
             pose = pose_of(VISEMES[rng.integers(len(VISEMES))]) * rng.uniform(0.6, 1.3)
-            expr = np.maximum(expr, _bump(frames, t, max(2.5, length * 0.55), length * 0.15, max(2.5, length * 0.6))[:, None] * pose)
+            expr = np.maximum(
+                expr, _bump(frames, t, max(2.5, length * 0.55), length * 0.15, max(2.5, length * 0.6))[:, None] * pose
+            )
             t += length
         t += fps * rng.uniform(0.1, 0.7)
-    brows = _events(frames, rng, fps, 1.2, 0.3, 0.2, lambda r: pose_of({"browInnerUp": r.uniform(0.1, 0.6), "browOuterUp": r.uniform(0, 0.5)}))
+    brows = _events(
+        frames,
+        rng,
+        fps,
+        1.2,
+        0.3,
+        0.2,
+        lambda r: pose_of({"browInnerUp": r.uniform(0.1, 0.6), "browOuterUp": r.uniform(0, 0.5)}),
+    )
     return _with_blinks(np.maximum(expr, brows), rng, fps), _idle_gaze(frames, rng, fps, 0.15)
 
 
 def _emotions(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray, np.ndarray]:
-    expr = _events(frames, rng, fps, 0.25, 0.7, 0.35, lambda r: pose_of(EMOTIONS[r.integers(len(EMOTIONS))]) * r.uniform(0.6, 1.1))
+    expr = _events(
+        frames, rng, fps, 0.25, 0.7, 0.35, lambda r: pose_of(EMOTIONS[r.integers(len(EMOTIONS))]) * r.uniform(0.6, 1.1)
+    )
     return _with_blinks(expr, rng, fps), _idle_gaze(frames, rng, fps, 0.2)
 
 
 def _blinks(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray, np.ndarray]:
-    poses = ({"eyeBlink": 1.0}, {"eyeBlink": 0.6}, {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.4}, {"eyeBlinkRight": 1.0, "cheekSquintRight": 0.4}, {"eyeWide": 0.8, "browOuterUp": 0.5}, {"eyeSquint": 0.8, "browDown": 0.4})  # fmt: skip
+    poses = (
+        {"eyeBlink": 1.0},
+        {"eyeBlink": 0.6},
+        {"eyeBlinkLeft": 1.0, "cheekSquintLeft": 0.4},
+        {"eyeBlinkRight": 1.0, "cheekSquintRight": 0.4},
+        {"eyeWide": 0.8, "browOuterUp": 0.5},
+        {"eyeSquint": 0.8, "browDown": 0.4},
+    )
     expr = _events(frames, rng, fps, 0.3, 0.15, 0.14, lambda r: pose_of(poses[r.integers(len(poses))]))
     return _with_blinks(expr, rng, fps, gap=1.0), _idle_gaze(frames, rng, fps, 0.15)
 
 
 def _gaze(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray, np.ndarray]:
-    expr = 0.08 * np.abs(_noise(frames, len(ACTIONS), rng, fps * 0.5)) * pose_of({"browInnerUp": 1, "mouthSmile": 1, "browOuterUp": 1})
+    expr = (
+        0.08
+        * np.abs(_noise(frames, len(ACTIONS), rng, fps * 0.5))
+        * pose_of({"browInnerUp": 1, "mouthSmile": 1, "browOuterUp": 1})
+    )
     return _with_blinks(expr, rng, fps), _idle_gaze(frames, rng, fps, 0.7, gap=0.7)
 
 
 def _tongue(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray, np.ndarray]:
     def draw(r: np.random.Generator) -> np.ndarray:
-        return pose_of({"tongueOut": r.uniform(0.5, 1), "jawOpen": r.uniform(0.3, 0.7), "mouthLowerDown": r.uniform(0, 0.3)})
+        return pose_of(
+            {"tongueOut": r.uniform(0.5, 1), "jawOpen": r.uniform(0.3, 0.7), "mouthLowerDown": r.uniform(0, 0.3)}
+        )
 
     return _with_blinks(_events(frames, rng, fps, 0.4, 0.5, 0.3, draw), rng, fps), _idle_gaze(frames, rng, fps, 0.2)
 
@@ -247,4 +301,11 @@ def _mixed(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarra
     return expr, gaze
 
 
-_KINDS = {"speech": _speech, "emotions": _emotions, "blinks": _blinks, "gaze": _gaze, "tongue": _tongue, "extremes": _extremes}
+_KINDS = {
+    "speech": _speech,
+    "emotions": _emotions,
+    "blinks": _blinks,
+    "gaze": _gaze,
+    "tongue": _tongue,
+    "extremes": _extremes,
+}

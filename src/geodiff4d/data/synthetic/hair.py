@@ -1,7 +1,7 @@
-"""Hair with volume: a mesh of strands that leave the crown, follow the skull to the hairline, and hang where they are long.
+"""Hair with volume: a mesh of strands that leave the crown, follow the skull to the hairline, and hang where long.
 
-Strands are indexed by their azimuth φ around the crown (0 = forehead, π/2 = the person's left) and follow the polar angle
-θ; the skull is read from the subject's own vertices as a radius per direction, so hair fits whoever wears it.
+Strands are indexed by their azimuth φ around the crown (0 = forehead, π/2 = the person's left) and follow the polar
+angle θ; the skull is read from the subject's own vertices as a radius per direction, so hair fits whoever wears it.
 """
 
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ TILT = np.radians(20.0)
 """The crown lies this far behind the top of the head."""
 HAIRLINE = np.array(
     [
-        [0.000, 0.100, 0.088], [0.030, 0.100, 0.080], [0.055, 0.086, 0.060], [0.066, 0.058, 0.047], [0.074, 0.028, 0.030],
-        [0.078, 0.004, 0.022], [0.080, 0.034, 0.004], [0.080, 0.036, -0.010], [0.078, 0.004, -0.034], [0.066, -0.046, -0.064],
-        [0.030, -0.060, -0.086], [0.000, -0.062, -0.092],
+        [0.000, 0.100, 0.088], [0.030, 0.100, 0.080], [0.055, 0.086, 0.060], [0.066, 0.058, 0.047],
+        [0.074, 0.028, 0.030], [0.078, 0.004, 0.022], [0.080, 0.034, 0.004], [0.080, 0.036, -0.010],
+        [0.078, 0.004, -0.034], [0.066, -0.046, -0.064], [0.030, -0.060, -0.086], [0.000, -0.062, -0.092],
     ]
 )  # fmt: skip
 """Forehead, temple, sideburn, over and behind the ear, nape: points of the person's left side on the template."""
@@ -67,16 +67,27 @@ def draw_style(rng: np.random.Generator) -> HairStyle:
     """Draw a style: one in nine bald, every other kind about as often."""
     kind = str(rng.choice(["bald", "buzz", "short", "short", "crop", "bob", "long", "long", "curly"]))
     u = rng.uniform
-    base = HairStyle(kind, lumps_m=u(0.001, 0.0025), recession=max(0.0, rng.normal(0.1, 0.35)) if kind in ("buzz", "short", "bald") else 0.0)
+    base = HairStyle(
+        kind,
+        lumps_m=u(0.001, 0.0025),
+        recession=max(0.0, rng.normal(0.1, 0.35)) if kind in ("buzz", "short", "bald") else 0.0,
+    )
     part = float(rng.choice([-1, 1]) * u(0.015, 0.035)) if rng.random() < 0.6 else 0.0
+    some = rng.random()
     sizes = {
-        "bald": {}, "buzz": dict(top_m=u(0.004, 0.008), side_m=u(0.002, 0.005), lumps_m=0.0004),
-        "short": dict(top_m=u(0.014, 0.03), side_m=u(0.006, 0.014), part=part, fringe=u(0, 0.2)),
-        "crop": dict(top_m=u(0.016, 0.028), side_m=u(0.01, 0.018), fringe=u(0.35, 0.8)),
-        "bob": dict(top_m=u(0.014, 0.024), side_m=u(0.016, 0.028), hang_m=u(0.05, 0.1), part=part, fringe=u(0.4, 0.85) * (rng.random() < 0.5)),
-        "long": dict(top_m=u(0.012, 0.022), side_m=u(0.014, 0.026), hang_m=u(0.12, 0.22), part=part, fringe=u(0.4, 0.8) * (rng.random() < 0.3)),
-        "curly": dict(top_m=u(0.028, 0.055), side_m=u(0.022, 0.045), curls_m=u(0.004, 0.008), hang_m=u(0, 0.05) * (rng.random() < 0.4)),
-    }  # fmt: skip
+        "bald": {},
+        "buzz": {"top_m": u(0.004, 0.008), "side_m": u(0.002, 0.005), "lumps_m": 0.0004},
+        "short": {"top_m": u(0.014, 0.03), "side_m": u(0.006, 0.014), "part": part, "fringe": u(0, 0.2)},
+        "crop": {"top_m": u(0.016, 0.028), "side_m": u(0.01, 0.018), "fringe": u(0.35, 0.8)},
+        "bob": {"top_m": u(0.014, 0.024), "side_m": u(0.016, 0.028), "hang_m": u(0.05, 0.1), "part": part},
+        "long": {"top_m": u(0.012, 0.022), "side_m": u(0.014, 0.026), "hang_m": u(0.12, 0.22), "part": part},
+        "curly": {"top_m": u(0.028, 0.055), "side_m": u(0.022, 0.045), "curls_m": u(0.004, 0.008)},
+    }
+    share = {"bob": 0.5, "long": 0.35}.get(kind, 0.0)
+    if some < share:
+        base = replace(base, fringe=u(0.4, 0.85))
+    if kind == "curly" and some < 0.4:
+        base = replace(base, hang_m=u(0, 0.05))
     return replace(base, **sizes[kind])
 
 
@@ -105,11 +116,18 @@ def _hairline() -> tuple[np.ndarray, np.ndarray]:
 def hairline(style: HairStyle, rng: np.random.Generator) -> PchipInterpolator:
     """Return θ of the hairline over φ in [-π, π]: a little uneven, and different on both sides."""
     phi, theta = _hairline()
-    theta = theta - 0.16 * style.recession * np.exp(-(((phi - 0.55) / 0.3) ** 2)) - 0.05 * min(style.recession, 1) * np.exp(-((phi / 0.8) ** 2))
+    theta = (
+        theta
+        - 0.16 * style.recession * np.exp(-(((phi - 0.55) / 0.3) ** 2))
+        - 0.05 * min(style.recession, 1) * np.exp(-((phi / 0.8) ** 2))
+    )
     both = np.r_[-phi[::-1][:-1], phi], np.r_[theta[::-1][:-1], theta]
     smooth = PchipInterpolator(*both)
     grid = np.linspace(-np.pi, np.pi, 241)
-    uneven = gaussian_filter1d(rng.normal(size=240), 3, mode="wrap") * 0.035 + gaussian_filter1d(rng.normal(size=240), 14, mode="wrap") * 0.08
+    uneven = (
+        gaussian_filter1d(rng.normal(size=240), 3, mode="wrap") * 0.035
+        + gaussian_filter1d(rng.normal(size=240), 14, mode="wrap") * 0.08
+    )
     return PchipInterpolator(grid, smooth(grid) + rng.normal(0, 0.03) + np.r_[uneven, uneven[:1]])
 
 
@@ -141,14 +159,17 @@ def _waves(phi: np.ndarray, theta: np.ndarray, rng: np.random.Generator, low: in
 
 
 def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.random.Generator) -> HairMesh | None:
-    """Grow hair on a subject's rest vertices; None for bald heads. The hairline must be drawn from an equal generator."""
+    """Grow hair on a subject's rest vertices; None for bald heads.
+
+    The hairline comes first from the generator: the scalp is painted with a generator of the same key.
+    """
     line = hairline(style, rng)
     if style.kind == "bald":
         return None
     phi = -np.pi + 2 * np.pi * (np.arange(COLUMNS) + 0.5) / COLUMNS
     end = line(phi)
     # A fringe comes down from the forehead's hairline; at the temples it joins it again.
-    brow = angles(np.array([0.0, 0.056, 0.107]))[1]
+    brow = angles(np.array([[0.0, 0.056, 0.107]]))[1][0]
     end = end + style.fringe * (brow - end) * np.exp(-((phi / 0.75) ** 6))
     # Locks end unevenly.
     end = end + rng.normal(0, 0.012 + 0.03 * style.fringe, COLUMNS)
@@ -166,7 +187,12 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
     thick = _thickness(style, P, theta, end[:, None], hanging[:, None] > 0, d, rng)
     points = CENTRE + d * (base + thick)[..., None]
     if style.curls_m > 0:
-        points += d * (style.curls_m * gaussian_filter(rng.normal(size=P.shape), (1.1, 0.7), mode=("wrap", "nearest")) * 3)[..., None]
+        points += (
+            d
+            * (style.curls_m * gaussian_filter(rng.normal(size=P.shape), (1.1, 0.7), mode=("wrap", "nearest")) * 3)[
+                ..., None
+            ]
+        )
     if style.hang_m > 0:
         points = np.concatenate([points, _hang(points, hanging, rng)], 1)
     return _mesh(points, hanging > 0)
@@ -184,6 +210,9 @@ def _thickness(style: HairStyle, phi, theta, end, hangs, d, rng) -> np.ndarray: 
         front = np.clip(np.cos(phi) + 0.3, 0, 1) * np.clip((end - theta) / 0.2, 0, 1)
         thick = thick - 0.55 * style.top_m * front * np.exp(-(((x - style.part) / 0.006) ** 2))
         thick = thick * (1 - 0.3 * front * np.clip((x - style.part) * np.sign(style.part) / 0.03, 0, 1))
+    # Beside the face, hanging hair lies close to the temples.
+    temple = np.clip((np.abs(phi) - 0.9) / 0.9, 0, 1)
+    thick = np.where(hangs, thick * (0.35 + 0.65 * temple), thick)
     lumps = 0.7 * _waves(phi, theta, rng, 6, 34, 14) + 0.7 * _waves(phi, theta, rng, 2, 7, 5)
     return np.maximum(thick + style.lumps_m * lumps * np.clip(thick / 0.01, 0.1, 1), 0.001)
 
@@ -232,8 +261,15 @@ def _mesh(points: np.ndarray, hanging: np.ndarray) -> HairMesh:
         inward[:, 1] = 0
         inner = vertices - 0.006 * inward / np.maximum(np.linalg.norm(inward, axis=1, keepdims=True), 1e-9)
         low = faces.min(1) % rows >= ROWS - 6
-        faces, uv_faces = np.concatenate([faces, faces[low][:, ::-1] + len(vertices)]), np.concatenate([uv_faces, uv_faces[low][:, ::-1]])
-        vertices, tangent = np.concatenate([vertices, inner]), np.concatenate([tangent, tangent])
+        faces, uv_faces = (
+            np.concatenate([faces, faces[low][:, ::-1] + len(vertices)]),
+            np.concatenate([uv_faces, uv_faces[low][:, ::-1] + len(uv)]),
+        )
+        vertices, tangent, uv = (
+            np.concatenate([vertices, inner]),
+            np.concatenate([tangent, tangent]),
+            np.concatenate([uv, uv]),
+        )
     as_float = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))  # noqa: E731
     as_int = lambda x: torch.from_numpy(np.ascontiguousarray(x)).long()  # noqa: E731
     return HairMesh(as_float(vertices), as_int(faces), as_float(uv), as_int(uv_faces), as_float(tangent))

@@ -29,7 +29,13 @@ class Light:
     exposure: float
 
     def to(self, device: torch.device) -> "Light":
-        return Light(self.direction.to(device), self.key.to(device), self.ambient.to(device), self.gradient.to(device), self.exposure)
+        return Light(
+            self.direction.to(device),
+            self.key.to(device),
+            self.ambient.to(device),
+            self.gradient.to(device),
+            self.exposure,
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,11 @@ def glint(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Floa
 
 
 def shade_hair(
-    surface: Surface, tangent: Float[Tensor, "n 3"], colour: Float[Tensor, "n 3"], light: Light, T_light: Float[Tensor, "3 3"]
+    surface: Surface,
+    tangent: Float[Tensor, "n 3"],
+    colour: Float[Tensor, "n 3"],
+    light: Light,
+    T_light: Float[Tensor, "3 3"],
 ) -> Float[Tensor, "n 3"]:
     """Add the two highlights of a strand (Kajiya and Kay 1989, with the shifts of Marschner et al. 2003)."""
     toward = T_light @ light.direction
@@ -93,7 +103,9 @@ def shade_hair(
     return colour + light.key * lit * gloss * (0.5 * first + 1.2 * second * albedo.sqrt())
 
 
-def sample_texture(texture: Float[Tensor, "texels 8"], uv: Float[Tensor, "n 2"], width: int, height: int) -> Float[Tensor, "n 8"]:
+def sample_texture(
+    texture: Float[Tensor, "texels 8"], uv: Float[Tensor, "n 2"], width: int, height: int
+) -> Float[Tensor, "n 8"]:
     """Read a texture [height · width, 8] bilinearly at uv in [0, 1]."""
     x = (uv[:, 0] * width - 0.5).clamp(0, width - 1.001)
     y = (uv[:, 1] * height - 0.5).clamp(0, height - 1.001)

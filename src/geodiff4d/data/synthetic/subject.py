@@ -6,7 +6,7 @@ clothes lie outside the head mesh (design: the world must be harder than its tra
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -15,13 +15,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
-from geodiff4d.core.topology import edges, vertex_normals
-from geodiff4d.data.synthetic import appearance, hair
+from geodiff4d.core.topology import vertex_normals
+from geodiff4d.data.synthetic import appearance, hair, stage
 from geodiff4d.data.synthetic.bust import RINGS, STRIP_ROWS, Bust, bust, skirt
 from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, noise, smooth_on_mesh, smooth_regions, smoothstep
+from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, smooth_on_mesh, smooth_regions
+from geodiff4d.data.synthetic.identity import fit_shape, head_edges, personal_rig
 from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.shading import Light, Surface, glint, sample_texture, shade, shade_hair, to_srgb, visibility
+from geodiff4d.data.synthetic.shading import (
+    Light,
+    Surface,
+    glint,
+    sample_texture,
+    shade,
+    shade_hair,
+    to_srgb,
+    visibility,
+)
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize
 
@@ -48,7 +58,8 @@ class SyntheticSubject:
     Example:
         >>> subject = SyntheticSubject(0, "train")  # doctest: +SKIP
         >>> expr, jaw, eyes = random_expression(0, 4)  # doctest: +SKIP
-        >>> frames = subject.render(subject.params(expr, jaw_pose=jaw, eyes_pose=eyes), random_cameras(4, 0))  # doctest: +SKIP
+        >>> params = subject.params(expr, jaw_pose=jaw, eyes_pose=eyes)  # doctest: +SKIP
+        >>> frames = subject.render(params, random_cameras(4, 0))  # doctest: +SKIP
     """
 
     def __init__(self, seed: int, split: Split = "train"):
@@ -57,18 +68,23 @@ class SyntheticSubject:
         rng = generator(*self.key, "traits")
         self.traits = appearance.draw_traits(rng)
         self.style = hair.draw_style(rng)
-        self.light = appearance.draw_light(generator(*self.key, "light"), self.traits.melanin)
-        self.rig = _personal_rig(self.key)
+        self.light = stage.draw_light(generator(*self.key, "light"), self.traits.melanin)
+        self.rig = personal_rig(self.key)
         self.tracked_shape: Float[Tensor, " shapes"] = fit_shape(self.rig.template)
         self.mesh = _Mesh.build(self)
-        self._texture: Tensor | None = None
+        self._looks: dict[torch.device, _Look] = {}
+        self._backgrounds: dict[tuple[int, torch.device], Tensor] = {}
 
-    @property
+    @cached_property
     def texture(self) -> Float[Tensor, "texels 8"]:
         """The painted atlas, made when it is first needed."""
-        if self._texture is None:
-            self._texture = appearance.paint_subject(self.traits, self.style, self.key, generator)
-        return self._texture
+        return appearance.paint_subject(self.traits, self.style, self.key, generator)
+
+    def _look(self, device: torch.device) -> "_Look":
+        if device not in self._looks:
+            parts = (x.to(device) for x in (self.rig, self.mesh, self.texture, self.light))
+            self._looks[device] = _Look(*parts, self.traits)
+        return self._looks[device]
 
     def params(
         self, expr: Float[Tensor, "*batch 52"], rotation: Float[Tensor, "*batch 3"] | None = None,
@@ -83,16 +99,25 @@ class SyntheticSubject:
 
         shape = self.tracked_shape.to(expr).expand(*expr.shape[:-1], -1)
         return HeadParams(
-            shape, expr, given(rotation, 3), given(neck_pose, 3), given(jaw_pose, 3), given(eyes_pose, 6), given(translation, 3)
+            shape,
+            expr,
+            given(rotation, 3),
+            given(neck_pose, 3),
+            given(jaw_pose, 3),
+            given(eyes_pose, 6),
+            given(translation, 3),
         )
 
     def vertices(self, params: HeadParams) -> Float[Tensor, "*batch verts 3"]:
         """Pose the subject's own geometry (without hair): its identity and actions, not `params.shape`."""
         return _pose(self.rig, params)[0]
 
-    def background(self, size: int) -> Float[Tensor, "3 size size"]:
-        """Return the subject's background, linear RGB."""
-        return appearance.background(size, generator(*self.key, "background"))
+    def background(self, size: int, device: torch.device | str = "cpu") -> Float[Tensor, "3 size size"]:
+        """Return the subject's background, linear RGB; the same from every camera."""
+        key = (size, torch.device(device))
+        if key not in self._backgrounds:
+            self._backgrounds[key] = stage.background(size, generator(*self.key, "background")).to(device)
+        return self._backgrounds[key]
 
     def render(self, params: HeadParams, camera: Camera, supersample: int = 2) -> SyntheticFrames:
         """Render frames; params and camera share one batch (or both have none), square images.
@@ -111,8 +136,9 @@ class SyntheticSubject:
 
     def _render(self, params: HeadParams, camera: Camera, supersample: int) -> tuple[Tensor, Tensor, Tensor]:
         size, device = camera.width, params.rotation.device
-        mesh, texture, light = self.mesh.to(device), self.texture.to(device), self.light.to(device)
-        vertices, R_skull = mesh.posed(self.rig if self.rig.template.device == device else self.rig.to(device), params)
+        look = self._look(device)
+        mesh = look.mesh
+        vertices, R_skull = mesh.posed(look.rig, params)
         fragments = rasterize(vertices, mesh.faces, camera.resized(size * supersample, size * supersample))
         # Normals and light are taken to the skull's frame, where the texture's bumps live.
         normals = vertex_normals(vertices, mesh.faces) @ R_skull
@@ -123,7 +149,7 @@ class SyntheticSubject:
             face = fragments.face_index[i].flatten()
             pixel = (face >= 0).nonzero()[:, 0]
             bary = fragments.bary[i].reshape(-1, 3).index_select(0, pixel)
-            colour, n = mesh.shade(face.index_select(0, pixel), bary, view, texture, light, self.traits)
+            colour, n = mesh.shade(face.index_select(0, pixel), bary, view, look)
             to_camera = IMAGE_NORMAL_FROM_CAM.to(device) @ camera.T_cam_world[i, :3, :3] @ R_skull[i]
             values = torch.cat([colour, n @ to_camera.T, torch.ones_like(colour[:, :1])], 1)
             fine = size * supersample
@@ -131,7 +157,8 @@ class SyntheticSubject:
             pooled[i].index_add_(0, place, values)
         pooled = (pooled / supersample**2).mT.reshape(-1, 7, size, size)
         coverage = pooled[:, 6:]
-        rgb = to_srgb(light.exposure * pooled[:, :3] + (1 - coverage) * self.background(size).to(device))
+        behind = (1 - coverage) * self.background(size, device)
+        rgb = to_srgb(look.light.exposure * pooled[:, :3] + behind)
         length = pooled[:, 3:6].square().sum(1, keepdim=True).sqrt().clamp(min=1e-9)
         return rgb, pooled[:, 3:6] / length, coverage
 
@@ -143,6 +170,17 @@ class View:
     normals: Float[Tensor, "allverts 3"]
     T_skull_world: Float[Tensor, "3 3"]
     to_eye: Float[Tensor, "3"]
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a subject looks like, on one device."""
+
+    rig: Head
+    mesh: "_Mesh"
+    texture: Float[Tensor, "texels 8"]
+    light: Light
+    traits: appearance.Traits
 
 
 @dataclass(frozen=True)
@@ -187,7 +225,14 @@ class _Mesh:
         hair_rest = tangents = torch.zeros(0, 3)
         first_strand = n + loop * (len(rings) - 1)
         if strands is not None:
-            parts.append((strands.faces + first_strand, _strip_uv(strands.uv, appearance.HAIR_TOP, appearance.HAIR_ROWS), strands.uv_faces, 2))
+            parts.append(
+                (
+                    strands.faces + first_strand,
+                    _strip_uv(strands.uv, appearance.HAIR_TOP, appearance.HAIR_ROWS),
+                    strands.uv_faces,
+                    2,
+                )
+            )
             hair_rest, tangents = strands.vertices, strands.tangents
         starts = np.cumsum([0, *(len(uv) for _, uv, _, _ in parts)])
         faces, uv = torch.cat([f for f, _, _, _ in parts]), torch.cat([uv for _, uv, _, _ in parts])
@@ -200,8 +245,8 @@ class _Mesh:
         skirt_offset = (rings[1:] - rings[:1]).reshape(-1, 3)
         openness = _openness(body, below, hair_rest, parts[-1][0] - first_strand, subject.light.direction)
         return _Mesh(
-            faces, uv, uv_faces, hair_rest, tangents, cloth, openness, kind, head.template - eye_centre, uv_vertex, skirt_offset,
-            below.loop.repeat(len(rings) - 1), first_strand,
+            faces, uv, uv_faces, hair_rest, tangents, cloth, openness, kind, head.template - eye_centre, uv_vertex,
+            skirt_offset, below.loop.repeat(len(rings) - 1), first_strand,
         )  # fmt: skip
 
     def to(self, device: torch.device) -> "_Mesh":
@@ -219,31 +264,33 @@ class _Mesh:
         return torch.cat([vertices, below, strands], -2), R
 
     def shade(
-        self, face: Int[Tensor, " n"], bary: Float[Tensor, "n 3"], view: View, texture: Float[Tensor, "texels 8"], light: Light, traits
+        self, face: Int[Tensor, " n"], bary: Float[Tensor, "n 3"], view: View, look: "_Look"
     ) -> tuple[Float[Tensor, "n 3"], Float[Tensor, "n 3"]]:  # fmt: skip
         """Shade the visible points of one image: linear RGB and normals, both in the skull's frame."""
         # One table indexed by texture vertices: every attribute is read in one pass (row gathers are what this costs).
         table = torch.cat([torch.cat([view.normals, self.openness], 1).index_select(0, self.uv_vertex), self.uv], 1)
         at = spread(table, self.uv_faces.index_select(0, face), bary)
-        texels = sample_texture(texture, at[:, 5:], TEXTURE_SIZE, appearance.TEXTURE_HEIGHT)
+        texels = sample_texture(look.texture, at[:, 5:], TEXTURE_SIZE, appearance.TEXTURE_HEIGHT)
         kind = self.face_kind.index_select(0, face)
         eye, strand = (kind == 1).nonzero()[:, 0], (kind == 2).nonzero()[:, 0]
         if len(eye):
             local = spread(self.eye_local, self.faces[face[eye]], bary[eye])
-            texels[eye, :3] = appearance.eye_colour(normalize(local, dim=-1), traits)
+            texels[eye, :3] = appearance.eye_colour(normalize(local, dim=-1), look.traits)
             texels[eye, 3] = 0.05
         surface = Surface(at[:, :3], view.to_eye, texels, at[:, 3:5])
-        colour = shade(surface, light, view.T_skull_world)
+        colour = shade(surface, look.light, view.T_skull_world)
         if len(eye):
-            colour[eye] += glint(surface.at(eye), light, view.T_skull_world)
+            colour[eye] += glint(surface.at(eye), look.light, view.T_skull_world)
         if len(strand):
             part = surface.at(strand)
             tangent = spread(self.tangents, self.faces[face[strand]] - self.first_strand, bary[strand])
-            colour[strand] = shade_hair(part, tangent, colour[strand], light, view.T_skull_world)
+            colour[strand] = shade_hair(part, tangent, colour[strand], look.light, view.T_skull_world)
         return colour, surface.normal
 
 
-def spread(values: Float[Tensor, "verts c"], corners: Int[Tensor, "n 3"], bary: Float[Tensor, "n 3"]) -> Float[Tensor, "n c"]:
+def spread(
+    values: Float[Tensor, "verts c"], corners: Int[Tensor, "n 3"], bary: Float[Tensor, "n 3"]
+) -> Float[Tensor, "n c"]:
     """Interpolate vertex values at points given by their corners and weights."""
     out = values.index_select(0, corners[:, 0]) * bary[:, :1]
     for i in (1, 2):
@@ -260,76 +307,6 @@ def _pose(rig: Head, params: HeadParams) -> tuple[Float[Tensor, "*batch verts 3"
     own = replace(params, shape=params.shape[..., :0], static_offset=None)
     posed = rig.pose(own)
     return posed.vertices, posed.T_world_joint
-
-
-@lru_cache
-def _wide() -> Head:
-    from geodiff4d.heads.openhead import load_wide
-
-    return load_wide()
-
-
-@lru_cache
-def _fit_matrix() -> tuple[Float[Tensor, "shapes coordinates"], Float[Tensor, " coordinates"]]:
-    """Least squares of the exposed basis, as one matrix; the weight follows the surface that a tracker sees."""
-    head = openhead()
-    weight = torch.ones(len(head.template))
-    for name in ("mouth", "teeth", "tongue", "eyes", "sockets", "neck"):
-        weight[head.regions.get(name, torch.zeros_like(weight, dtype=torch.bool))] = 0.15
-    w = weight.repeat_interleave(3).sqrt()
-    A = head.shape_basis.reshape(-1, head.shape_basis.shape[-1]) * w[:, None]
-    # A little of the prior (unit variance, in the basis's own units) keeps weak components tame.
-    inverse = torch.linalg.solve(A.T @ A + 1e-5 * torch.eye(A.shape[1]), A.T)
-    return inverse * w, w
-
-
-def fit_shape(vertices: Float[Tensor, "verts 3"]) -> Float[Tensor, " shapes"]:
-    """Return the exposed shape coefficients that come nearest to a neutral mesh."""
-    inverse, _ = _fit_matrix()
-    return inverse @ (vertices - openhead().template).flatten()
-
-
-@lru_cache
-def _edges() -> Int[Tensor, "edges 2"]:
-    return edges(openhead().faces)
-
-
-@lru_cache
-def _fixed() -> Float[Tensor, " verts"]:
-    """1 where a subject may deviate from the basis freely, 0 on parts that must keep fitting together."""
-    head = openhead()
-    free = torch.ones(len(head.template))
-    for name in ("eyes", "sockets", "lids"):
-        free[head.regions.get(name, torch.zeros_like(free, dtype=torch.bool))] = 0
-    return smooth_on_mesh(free[:, None], _edges(), 6)[:, 0]
-
-
-def _personal_rig(key: tuple[object, ...]) -> Head:
-    """Return the subject's own head: wide identity, smooth offsets, personal actions; it has no shape basis left."""
-    head, wide = openhead(), _wide()
-    rng = generator(*key, "identity")
-    # Shrunk a little: full variance of the phenotype space holds faces that nobody has.
-    weights = torch.from_numpy(np.clip(rng.normal(0, 0.85, wide.shape_basis.shape[-1]), -2.2, 2.2).astype(np.float32))
-    template = wide.template + wide.shape_basis @ weights
-    offset = 0.0017 * noise(head.template, rng, 0.10, 3) + 0.0004 * noise(head.template, rng, 0.04, 3)
-    template = template + offset * _fixed()[:, None]
-    return replace(head, template=template, shape_basis=template.new_zeros(len(template), 3, 0), expr_basis=_actions(head, generator(*key, "actions")))
-
-
-def _actions(head: Head, rng: np.random.Generator) -> Float[Tensor, "verts 3 exprs"]:
-    """Personalise the expression basis: log-normal strength per action and side, and a smooth change of direction."""
-    names = head.expression_names
-    gain = np.exp(rng.normal(0, 0.15, (2, len(names))))
-    for i, name in enumerate(names):
-        if name.startswith(("eyeBlink", "tongueOut", "mouthClose")):
-            gain[:, i] = 1 + 0.2 * np.clip(gain[:, i] - 1, -0.2, 0.2)  # lids still meet
-    left = smoothstep(-0.02, 0.02, head.template[:, 0])[:, None]
-    gains = torch.from_numpy(gain.astype(np.float32))
-    basis = head.expr_basis * (left * gains[0] + (1 - left) * gains[1])[:, None]
-    field = noise(head.template, rng, 0.07, 12).view(-1, 3, 4)
-    mixing = torch.from_numpy(rng.normal(0, 0.5, (4, len(names))).astype(np.float32))
-    size = head.expr_basis.norm(dim=1, keepdim=True) * _fixed()[:, None, None]
-    return basis + 0.13 * size * (field @ mixing)
 
 
 @lru_cache
@@ -357,7 +334,7 @@ def _openness(
     weight = (directions[:n_sky] @ normals.T).clamp(min=0)
     sky = (weight * seen[:n_sky]).sum(0) / weight.sum(0).clamp(min=1e-3)
     out = torch.stack([sky, seen[n_sky:].mean(0)], 1)
-    out[:n_head] = smooth_on_mesh(out[:n_head], _edges(), 2)
+    out[:n_head] = smooth_on_mesh(out[:n_head], head_edges(), 2)
     floor = torch.zeros(len(vertices))
     regions = smooth_regions()
     for name, low in (("mouth", 0.10), ("tongue", 0.35), ("teeth", 0.35), ("eyes", 0.55)):

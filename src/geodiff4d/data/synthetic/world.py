@@ -81,8 +81,10 @@ def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
     return len(records) == frames * views and records[0].get("w") == size
 
 
-def write_clip(folder: Path, subject: SyntheticSubject, kind: TrackKind, frames: int, views: int, size: int) -> Float[Tensor, "3 h w"]:
-    """Render a subject's track in some of the rig's views as a clip with its true parameters; returns its first image."""
+def write_clip(
+    folder: Path, subject: SyntheticSubject, kind: TrackKind, frames: int, views: int, size: int
+) -> Float[Tensor, "3 h w"]:
+    """Render a subject's track in some of the rig's views as a clip with true parameters; return its first image."""
     params = subject_motion(subject, frames, kind)
     chosen = chosen_views(views)
     cameras = subject_cameras(subject, params, chosen, size)

@@ -1,0 +1,71 @@
+"""Render people of the open world as clips: pictures, exact normals, masks, cameras and head parameters."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+SIZES = {"debug": 64, "embedded": 256, "paper": 512}
+SHEET_COLUMNS, SHEET_MAX = 8, 64
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d synth`."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write to: one clip OUT/<split>_<seed> per person, and a contact sheet. Finished clips are kept."""
+    subjects: int = 8
+    """How many people."""
+    frames: int = 24
+    """Frames per person."""
+    views: int = 4
+    """Cameras of the 16-view rig per frame; the front one comes first."""
+    size: int | None = None
+    """Side of the square pictures [px]; without it, the preset's."""
+    split: Literal["train", "val", "test"] = "train"
+    """No person is in two splits."""
+    seed: int = 0
+    """Seed of the first person; the others follow."""
+    preset: Literal["debug", "embedded", "paper"] = "embedded"
+    """Picture size: 64, 256 or 512."""
+
+
+def run(args: Args) -> None:
+    import torch
+
+    from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.core.images import read_image, write_image
+    from geodiff4d.data.synthetic import SyntheticSubject
+    from geodiff4d.data.synthetic.world import chosen_views, is_complete, track_of, write_clip
+
+    size = args.size or SIZES[args.preset]
+    for name, value, low, high in (
+        ("--subjects", args.subjects, 1, 1_000_000),
+        ("--frames", args.frames, 1, 99_999),
+        ("--size", size, 16, 4096),
+        ("--seed", args.seed, 0, 2**31),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{name} is {value}: expected {low} to {high}")
+    chosen_views(args.views)
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
+    fronts, written = [], 0
+    for seed in progress.track(range(args.seed, args.seed + args.subjects), "people"):
+        folder = args.out / f"{args.split}_{seed}"
+        if not is_complete(folder, args.frames, args.views, size):
+            write_clip(
+                folder, SyntheticSubject(seed, args.split), track_of(seed, args.split), args.frames, args.views, size
+            )
+            written += 1
+        if len(fronts) < SHEET_MAX:
+            fronts.append(read_image(folder / "reference.png"))
+    fronts += [torch.ones_like(fronts[0])] * (-len(fronts) % min(SHEET_COLUMNS, len(fronts)))
+    columns = min(SHEET_COLUMNS, len(fronts))
+    rows = [torch.cat(fronts[i : i + columns], 2) for i in range(0, len(fronts), columns)]
+    write_image(args.out / f"{args.split}_sheet.png", torch.cat(rows, 1))
+    kept = f", {args.subjects - written} were there" if written < args.subjects else ""
+    print(f"{args.out}: {args.subjects} people, {args.frames} frames × {args.views} views at {size} px{kept}")
