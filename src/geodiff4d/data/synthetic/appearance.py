@@ -180,12 +180,9 @@ def _patterns(c: Canvas, paint: Paint, rng: np.random.Generator) -> None:
             smoothstep(-0.002, 0.002, c.position[:, 0] * float(rng.choice([-1, 1]))),
             _gauss(c, (0.045, -0.02, 0.085), 0.022),
         ]
-        layers = smoothstep(
-            0.3,
-            0.45,
-            torch.stack([masks[int(i)] for i in rng.permutation(3)], 1) * (rng.random(3) < 0.6).astype(np.float32)
-            + 0.06 * field,
-        )
+        chosen = torch.from_numpy((rng.random(3) < 0.6).astype(np.float32))
+        shapes = torch.stack([masks[int(i)] for i in rng.permutation(3)], 1) * chosen
+        layers = smoothstep(0.3, 0.45, shapes + 0.06 * field)
         strength = rng.uniform(0.5, 0.95)
     target = paint.colour * (1 - 0.5 * strength) + palette[3] * 0.5 * strength if kind < 2 else paint.colour
     for i in range(3):
@@ -377,11 +374,11 @@ def eye_colour(local: Float[Tensor, "n 3"], traits: Traits) -> Float[Tensor, "n 
     angle = torch.acos(local[:, 2].clamp(-1, 1))
     turn = torch.atan2(local[:, 1], local[:, 0])
     iris_radius, pupil = 0.50, 0.19
-    sclera = torch.tensor([0.70, 0.64, 0.60]) * (1 - 0.35 * smoothstep(0.6, 1.25, angle))[:, None]
-    sclera = sclera * (1 - smoothstep(0.8, 1.3, angle)[:, None] * torch.tensor([0.0, 0.25, 0.25]))
+    white, veins = local.new_tensor([0.70, 0.64, 0.60]), local.new_tensor([0.0, 0.25, 0.25])
+    sclera = white * (1 - 0.35 * smoothstep(0.6, 1.25, angle))[:, None]
+    sclera = sclera * (1 - smoothstep(0.8, 1.3, angle)[:, None] * veins)
     spokes = 1 + 0.22 * torch.sin(turn * 23 + 2 * torch.sin(turn * 5)) + 0.15 * torch.sin(turn * 41 + 1)
-    inner = smoothstep(0.42, pupil, angle)
-    iris = traits.iris.to(local) * spokes[:, None] * (0.75 + 0.75 * inner)[:, None]
+    iris = traits.iris.to(local) * (spokes * (0.75 + 0.75 * smoothstep(0.42, pupil, angle)))[:, None]
     iris = iris * (1 - 0.75 * smoothstep(0.40, iris_radius, angle))[:, None]
-    colour = torch.lerp(sclera.to(local), iris, smoothstep(iris_radius + 0.03, iris_radius - 0.02, angle)[:, None])
+    colour = torch.lerp(sclera, iris, smoothstep(iris_radius + 0.03, iris_radius - 0.02, angle)[:, None])
     return colour * (1 - 0.985 * smoothstep(pupil + 0.03, pupil - 0.02, angle))[:, None]

@@ -65,7 +65,8 @@ def canvas() -> Canvas:
     rank = torch.full_like(face, -1)
     rank[covered] = torch.arange(int(covered.sum()))
     square = covered.view(TEXTURE_SIZE, TEXTURE_SIZE).numpy()
-    rows, columns = distance_transform_edt(~square, return_distances=False, return_indices=True)
+    indices = distance_transform_edt(~square, return_distances=False, return_indices=True)
+    rows, columns = np.asarray(indices)
     fill = rank.view(TEXTURE_SIZE, TEXTURE_SIZE)[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
     soft = smooth_regions()
     marks = head.landmarks68.on(head.template, head.faces)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
-from scipy.spatial import cKDTree
+from scipy.ndimage import gaussian_filter1d
+from scipy.spatial import KDTree
 
 from geodiff4d.data.synthetic.cameras import openhead
 
@@ -132,7 +132,7 @@ def hairline(style: HairStyle, rng: np.random.Generator) -> PchipInterpolator:
 
 
 @lru_cache
-def _skull_neighbours() -> tuple[np.ndarray, np.ndarray, cKDTree]:
+def _skull_neighbours() -> tuple[np.ndarray, np.ndarray, KDTree]:
     """Vertices whose radius makes the skull (ears, eyes and mouth left out), and a tree over their directions."""
     head = openhead()
     inside = torch.zeros(len(head.template), dtype=torch.bool)
@@ -140,7 +140,7 @@ def _skull_neighbours() -> tuple[np.ndarray, np.ndarray, cKDTree]:
         inside |= head.regions.get(name, torch.zeros_like(inside))
     keep = np.nonzero(~inside.numpy() & (head.template[:, 1] > -0.12).numpy())[0]
     d = head.template[keep].numpy() - CENTRE
-    return keep, d, cKDTree(d / np.linalg.norm(d, axis=1, keepdims=True))
+    return keep, d, KDTree(d / np.linalg.norm(d, axis=1, keepdims=True))
 
 
 def skull_radius(vertices: np.ndarray, directions: np.ndarray) -> np.ndarray:
@@ -187,12 +187,9 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
     thick = _thickness(style, P, theta, end[:, None], hanging[:, None] > 0, d, rng)
     points = CENTRE + d * (base + thick)[..., None]
     if style.curls_m > 0:
-        points += (
-            d
-            * (style.curls_m * gaussian_filter(rng.normal(size=P.shape), (1.1, 0.7), mode=("wrap", "nearest")) * 3)[
-                ..., None
-            ]
-        )
+        curls = gaussian_filter1d(rng.normal(size=P.shape), 1.1, axis=0, mode="wrap")
+        curls = gaussian_filter1d(curls, 0.7, axis=1, mode="nearest")
+        points += d * (3 * style.curls_m * curls)[..., None]
     if style.hang_m > 0:
         points = np.concatenate([points, _hang(points, hanging, rng)], 1)
     return _mesh(points, hanging > 0)

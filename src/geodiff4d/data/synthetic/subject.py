@@ -72,6 +72,7 @@ class SyntheticSubject:
         self.rig = personal_rig(self.key)
         self.tracked_shape: Float[Tensor, " shapes"] = fit_shape(self.rig.template)
         self.mesh = _Mesh.build(self)
+        self._rigs: dict[torch.device, Head] = {self.rig.template.device: self.rig}
         self._looks: dict[torch.device, _Look] = {}
         self._backgrounds: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -80,10 +81,15 @@ class SyntheticSubject:
         """The painted atlas, made when it is first needed."""
         return appearance.paint_subject(self.traits, self.style, self.key, generator)
 
+    def _rig_on(self, device: torch.device) -> Head:
+        if device not in self._rigs:
+            self._rigs[device] = self.rig.to(device)
+        return self._rigs[device]
+
     def _look(self, device: torch.device) -> "_Look":
         if device not in self._looks:
-            parts = (x.to(device) for x in (self.rig, self.mesh, self.texture, self.light))
-            self._looks[device] = _Look(*parts, self.traits)
+            mesh, texture, light = self.mesh.to(device), self.texture.to(device), self.light.to(device)
+            self._looks[device] = _Look(self._rig_on(device), mesh, texture, light, self.traits)
         return self._looks[device]
 
     def params(
@@ -110,7 +116,7 @@ class SyntheticSubject:
 
     def vertices(self, params: HeadParams) -> Float[Tensor, "*batch verts 3"]:
         """Pose the subject's own geometry (without hair): its identity and actions, not `params.shape`."""
-        return _pose(self.rig, params)[0]
+        return _pose(self._rig_on(params.expr.device), params)[0]
 
     def background(self, size: int, device: torch.device | str = "cpu") -> Float[Tensor, "3 size size"]:
         """Return the subject's background, linear RGB; the same from every camera."""
@@ -320,8 +326,8 @@ def _sky() -> Float[Tensor, "dirs 3"]:
 
 
 def _openness(
-    body: Float[Tensor, "verts 3"], below: Bust, strands: Float[Tensor, "hairverts 3"], strand_faces: Int[Tensor, "m 3"],
-    key_light: Float[Tensor, "3"],
+    body: Float[Tensor, "verts 3"], below: Bust, strands: Float[Tensor, "hairverts 3"],
+    strand_faces: Int[Tensor, "m 3"], key_light: Float[Tensor, "3"],
 ) -> Float[Tensor, "allverts 2"]:  # fmt: skip
     """Bake per vertex how much of the sky and of the (soft) key light is open, in the rest pose."""
     vertices, n_head = torch.cat([body, strands]), len(body)
