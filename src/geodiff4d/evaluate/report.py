@@ -214,7 +214,8 @@ def _grid(grid: Grid) -> str:
         for column, cell in zip(_filled(grid.columns, count, ""), _filled(cells, count, None), strict=True):
             parts.append(f'<div class="cell">{_picture(cell, where.format(column).strip(" ·"))}</div>')
     style = f"--n:{count};--cell:{grid.cell_px}px;--most:{grid.max_cell_px}px"
-    kind = "grid labelled" if labelled else "grid" if grid.columns or len(grid.rows) > 1 else "grid strip"
+    strip = count > 1 and len(grid.rows) == 1 and not grid.columns
+    kind = "grid labelled" if labelled else "grid strip" if strip else "grid"
     return _figure(
         f'<div class="scroll"><div class="{kind}" style="{style}">{"".join(parts)}</div></div>', grid.caption, "wide"
     )
