@@ -208,8 +208,8 @@ def _thickness(style: HairStyle, phi, theta, end, hangs, d, rng) -> np.ndarray: 
         thick = thick - 0.55 * style.top_m * front * np.exp(-(((x - style.part) / 0.006) ** 2))
         thick = thick * (1 - 0.3 * front * np.clip((x - style.part) * np.sign(style.part) / 0.03, 0, 1))
     # Beside the face, hanging hair lies close to the temples.
-    temple = np.clip((np.abs(phi) - 0.9) / 0.9, 0, 1)
-    thick = np.where(hangs, thick * (0.35 + 0.65 * temple), thick)
+    if style.hang_m > 0:
+        thick = thick * (1 - 0.6 * np.exp(-(((np.abs(phi) - 1.1) / 0.3) ** 2)) * np.clip((theta - 0.6) / 0.6, 0, 1))
     lumps = 0.7 * _waves(phi, theta, rng, 6, 34, 14) + 0.7 * _waves(phi, theta, rng, 2, 7, 5)
     return np.maximum(thick + style.lumps_m * lumps * np.clip(thick / 0.01, 0.1, 1), 0.001)
 

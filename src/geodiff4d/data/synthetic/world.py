@@ -17,6 +17,8 @@ from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.heads.rig import HeadParams
 
+WORLD_VERSION = 1
+"""Goes up whenever a subject's pictures change: figures on test subjects compare within one version only."""
 DISTURBANCE = {"rotation": np.radians(1.0), "translation": 0.002, "jaw_pose": np.radians(2.0), "expr": 0.1}
 """Stationary standard deviation per coordinate: radians, metres, radians, ARKit weight."""
 MEMORY = 0.9
@@ -89,6 +91,7 @@ def write_clip(
     chosen = chosen_views(views)
     cameras = subject_cameras(subject, params, chosen, size)
     extra = {"subject_seed": subject.seed, "split": subject.split, "track": kind, "params": "truth"}
+    extra["world_version"] = WORLD_VERSION
     first: Tensor | None = None
     with ClipWriter(folder, head="openhead", extra=extra) as clip:
         for t in range(frames):
