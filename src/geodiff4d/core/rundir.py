@@ -73,6 +73,11 @@ def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, Tenso
             _, index, key = name.split(".", 2)
             whole["state"].setdefault(int(index), {})[key] = value
     optimiser.load_state_dict(whole)
+    # Moments lie in memory as their weights do: fused kernels pair them by address, and files know no channels-last.
+    for parameter, state in optimiser.state.items():
+        for key, value in state.items():
+            if value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _git(*arguments: str) -> str | None:

@@ -6,7 +6,7 @@ Ranges are ours (the paper names the operations only); `docs/PAPER.md` lists the
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample
 
@@ -44,7 +44,7 @@ def augment_crops(
     ).view(n, 2, 3)
     x = grid_sample(crops, affine_grid(theta, list(crops.shape), align_corners=False), padding_mode="border", align_corners=False)
 
-    def column(v: Tensor) -> Float[Tensor, "n 1 1 1"]:
+    def column(v: Shaped[Tensor, " n"]) -> Shaped[Tensor, "n 1 1 1"]:
         return v[:, None, None, None]
 
     grey = x.mean(1, keepdim=True)

@@ -105,7 +105,7 @@ def generate(
     """Generate one frame for each (head pose, camera, driving crop).
 
     Args:
-        params: target head parameters; their shape is replaced by the portrait's and their expression is not read.
+        params: target head parameters in the portrait's shape (`with_identity_of`); their expression is not read.
         drop_expression: use the null expression, as a control.
         progress: called with the number of frames finished.
     """
@@ -113,9 +113,9 @@ def generate(
     portrait = replace(portrait, image=portrait.image.to(device), mask=portrait.mask.to(device),
                        camera=portrait.camera.to(device), params=portrait.params.to(device),
                        normal=None if portrait.normal is None else portrait.normal.to(device))  # fmt: skip
-    head, params, cameras = head.to(device), with_identity_of(portrait, params.to(device)), cameras.to(device)
+    head, params, cameras = head.to(device), params.to(device), cameras.to(device)
     texture = complete_portrait(head, portrait)
-    own = condition_images(head, texture, portrait.params[None], portrait.camera[None])
+    own = condition_images(head, texture, HeadParams.stack([portrait.params]), Camera.stack([portrait.camera]))
     own_pose = model.pose_planes(own.pose)
     image_latent = model.codec.encode(portrait.on_grey[None])
     kv = model.reference_kv(image_latent, own_pose[:, :, 0])

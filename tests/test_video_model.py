@@ -1,0 +1,511 @@
+"""The joint model from end to end at toy size: conditions, sampling, folders, generation, training."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.geometry import look_at
+from geodiff4d.data.augment import AugmentConfig, augment_crops
+from geodiff4d.data.pairs import PairConfig, draw_pairs
+from geodiff4d.data.store import Store, StoreConfig
+from geodiff4d.heads import load_head
+from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.diffusion import DiffusionConfig
+from geodiff4d.video.expression import ExpressionConfig
+from geodiff4d.video.generate import Portrait, generate
+from geodiff4d.video.model import (
+    ConditionImages,
+    Conditions,
+    VideoModel,
+    VideoModelConfig,
+    config_from_dict,
+    load_video_model,
+)
+from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.train import ImageTraining, Objective, train_image
+from geodiff4d.video.unet import UNetConfig
+from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
+
+GOLDEN = Path(__file__).parent / "golden" / "image_loss.txt"
+SIZE = 32
+CHANNELS = 6
+
+UNET = UNetConfig(
+    in_channels=2 * CHANNELS + CHANNELS + 2, out_channels=CHANNELS, widths=(16, 16), layers=1,
+    down_attention=(False, True), up_attention=(1, 0), heads=2, groups=8, ff_factor=2, cross_dim=None,
+    expression_dim=4, expression_layers=1, expression_ff_factor=2, expression_latent=8,
+)  # fmt: skip
+EMBEDDED = VideoModelConfig(
+    unet=UNET,
+    reference=replace(UNET, in_channels=2 * CHANNELS, expression_dim=None, expression_latent=None, reference=True),
+    expression=ExpressionConfig(size=16, widths=(8, 8), attention=True, squeeze=4, latent=8, tokens=4, token_dim=4),
+    diffusion=DiffusionConfig(prediction="residual"), size=SIZE, pose="codec", warp=True,
+)  # fmt: skip
+"""Like the embedded preset: warp, pose map through the codec, residual around both."""
+PAPER = replace(
+    EMBEDDED, unet=replace(UNET, in_channels=CHANNELS + 3),
+    reference=replace(EMBEDDED.reference, in_channels=CHANNELS + 3), diffusion=DiffusionConfig(),
+    pose="interpolate", warp=False,
+)  # fmt: skip
+"""Like the paper: noise prediction, pose map resized, nothing else."""
+
+
+@pytest.fixture(scope="module")
+def codec() -> PatchCodec:
+    torch.manual_seed(0)
+    codec = PatchCodec(PatchCodecConfig(factor=4, channels=CHANNELS, trunk=8, detail=8))
+    waves = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    codec.fit_basis(torch.nn.functional.interpolate(waves, size=(SIZE, SIZE), mode="bicubic").clamp(0, 1))
+    return codec
+
+
+def build(config: VideoModelConfig, codec: PatchCodec, seed: int = 0) -> VideoModel:
+    """Random weights in every module: those that start at zero would hide what they do."""
+    torch.manual_seed(seed)
+    model = VideoModel(config, codec)
+    for network in model.networks().values():
+        for p in network.parameters():
+            p.data = torch.randn_like(p) * 0.15 + (p.data if p.ndim == 1 else 0)
+    return model.eval()
+
+
+def images(frames: int = 3, seed: int = 0) -> ConditionImages:
+    g = torch.Generator().manual_seed(seed)
+    return ConditionImages(*(torch.rand(1, c, frames, SIZE, SIZE, generator=g) for c in (3, 3, 2)))
+
+
+def ingredients(model: VideoModel, frames: int = 3) -> tuple:
+    """Return (conditions, expression latents, reference, start) of a random clip."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        portrait = model.codec.encode(torch.rand(1, 3, SIZE, SIZE, generator=g))
+        pose = model.pose_planes(torch.rand(1, 3, 1, SIZE, SIZE, generator=g))[:, :, 0]
+        latents = model.expression(torch.rand(frames, 3, 16, 16, generator=g))[None]
+        start = portrait[:, None].expand(-1, len(model.config.domains), -1, -1, -1)
+        return model.conditions(images(frames)), latents, model.reference_kv(portrait, pose), start
+
+
+FAST = SampleConfig(steps=2, autocast=False)
+VARIANTS = {
+    "embedded": EMBEDDED, "paper": PAPER, "without normals": replace(EMBEDDED, normals=False),
+    "without normals, paper": replace(PAPER, normals=False),
+    "without joint attention": replace(EMBEDDED, joint_attention=False),
+    "v": replace(PAPER, diffusion=DiffusionConfig(prediction="v")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_samples(codec, name):
+    model = build(VARIANTS[name], codec)
+    conditions, latents, kv, start = ingredients(model)
+    z = sample(model, conditions, latents, kv, start, FAST)
+    d = len(model.config.domains)
+    assert z.shape == (1, d, CHANNELS, 3, 8, 8) and z.isfinite().all()
+    pictures = model.decode_latents(z)
+    assert pictures.shape == (1, d, 3, 3, SIZE, SIZE) and pictures.min() >= 0 and pictures.max() <= 1
+
+
+@torch.no_grad()
+def test_normals_reach_colours_only_by_joint_attention(codec):
+    for joint in (True, False):
+        model = build(replace(EMBEDDED, joint_attention=joint), codec)
+        conditions, latents, kv, _ = ingredients(model)
+        g = torch.Generator().manual_seed(3)
+        z, t = torch.randn(conditions.base.shape, generator=g), torch.tensor([600])
+        other = z.clone()
+        other[:, 1] += 1
+        a, b = (model.predict_clean(x, t, conditions, latents, kv) for x in (z, other))
+        moved = a - b
+        assert moved[:, 1].abs().max() > 1e-2
+        assert (moved[:, 0].abs().max() > 1e-4) == joint
+
+
+@torch.no_grad()
+def test_the_portrait_matters(codec):
+    model = build(EMBEDDED, codec)
+    conditions, latents, _, start = ingredients(model)
+    a, b = torch.rand(2, 1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+    pose = torch.zeros(1, CHANNELS, 8, 8)
+    outs = [
+        sample(model, conditions, latents, model.reference_kv(model.codec.encode(x), pose), start, FAST) for x in (a, b)
+    ]
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_dropped_warps_leave_the_pose_alone(codec):
+    model = build(EMBEDDED, codec)
+    one, other = images(seed=0), images(seed=1)
+    two = ConditionImages(*(torch.cat([getattr(x, k) for x in (one, other)]) for k in ("pose", "warp", "visibility")))
+    whole = model.conditions(two)
+    some = model.conditions(two, keep_warp=torch.tensor([True, False]))
+    assert torch.equal(some.planes[0], whole.planes[0]) and torch.equal(some.base[0], whole.base[0])
+    assert torch.equal(some.planes[1, :CHANNELS], whole.planes[1, :CHANNELS])
+    assert some.planes[1, CHANNELS:].abs().max() == 0 and some.base[1, 0].abs().max() == 0
+    assert torch.equal(some.base[1, 1], whole.base[1, 1]), "the pose map is the normals' base with or without a warp"
+
+
+def test_missing_warps_and_wrong_widths_are_named(codec):
+    model = build(EMBEDDED, codec)
+    with pytest.raises(ValueError, match="warped portrait"):
+        model.conditions(ConditionImages(images().pose))
+    with pytest.raises(ValueError, match=r"unet\.in_channels must be 20"):
+        VideoModel(replace(EMBEDDED, unet=replace(UNET, in_channels=7)), codec)
+    with pytest.raises(ValueError, match="residual"):
+        replace(EMBEDDED, warp=False)
+
+
+# Sampling
+
+
+class Oracle(VideoModel):
+    """Predict a known function of the expression latents, and note what is asked."""
+
+    def predict_clean(self, z_t, t, conditions: Conditions, latent, reference):
+        self.asked.append((t.item(), latent.clone(), z_t.clone()))
+        return latent.mean(-1)[:, None, None, :, None, None].expand_as(z_t)
+
+
+@pytest.fixture
+def oracle(codec) -> Oracle:
+    oracle = Oracle(EMBEDDED, codec).eval()
+    oracle.asked = []
+    return oracle
+
+
+def ask(oracle: Oracle, frames: int = 3, reference=None, progress=lambda n: None, **options) -> torch.Tensor:
+    """Sample with the frame's number as its expression."""
+    latents = torch.arange(1.0, frames + 1)[None, :, None].expand(1, -1, 8)
+    conditions = Conditions(torch.zeros(1, 14, frames, 8, 8), torch.zeros(1, 2, CHANNELS, frames, 8, 8))
+    return sample(oracle, conditions, latents, [], reference, replace(FAST, **options), progress)
+
+
+def test_guidance_extrapolates_from_the_null_expression(oracle):
+    """null + g·(driven - null), with the null's prediction 0 and the driven frame's 1, 2, 3 here."""
+    for guidance in (1.0, 2.5, 0.0):
+        z = ask(oracle, guidance=guidance)
+        assert_close(z.mean((0, 1, 2, 4, 5)), guidance * torch.arange(1.0, 4), atol=1e-5, rtol=1e-5)
+
+
+def test_without_guidance_there_is_one_branch(oracle):
+    ask(oracle, guidance=1.0)
+    assert len(oracle.asked) == 2
+    ask(oracle, guidance=2.5)
+    assert len(oracle.asked) == 2 + 4
+    assert [a[1].abs().max() == 0 for a in oracle.asked[2:]] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc", "dpm++"])
+def test_every_sampler_reaches_the_prediction_from_the_last_timestep(oracle, sampler):
+    z = ask(oracle, sampler=sampler, guidance=1.0, steps=5)
+    assert oracle.asked[0][0] == 999 and len(oracle.asked) == 5
+    assert_close(z[0, 0, 0, :, 0, 0], torch.arange(1.0, 4), atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_bound_the_memory_and_do_not_look_ahead(oracle):
+    done: list[int] = []
+    ask(oracle, frames=5, chunk=2, progress=done.append)
+    assert done == [2, 2, 1] and max(a[1].shape[1] for a in oracle.asked) == 2
+    first = oracle.asked[0][2]
+    oracle.asked.clear()
+    ask(oracle, frames=2, chunk=2)
+    assert torch.equal(first, oracle.asked[0][2]), "a clip's beginning does not depend on its length"
+
+
+def test_starts_are_noised_alike_in_both_domains(oracle):
+    start = torch.stack([torch.full((1, CHANNELS, 8, 8), 30.0), torch.full((1, CHANNELS, 8, 8), -30.0)], 1)
+    first: dict[str, torch.Tensor] = {}
+    for kind in ("reference", "blurred", "noise"):
+        oracle.asked.clear()
+        ask(oracle, reference=start, start=kind)
+        first[kind] = oracle.asked[0][2]
+    noise = first["noise"]
+    assert torch.equal(noise[:, 0], noise[:, 1])
+    a = oracle.diffusion.alpha(torch.tensor([999])).sqrt()
+    for kind in ("reference", "blurred"):
+        # A constant image is its own blur.
+        assert_close(first[kind] - noise, (a * start[:, :, :, None]).expand_as(noise), atol=1e-4, rtol=1e-4)
+
+
+def test_samples_repeat_with_their_seed(codec):
+    model = build(EMBEDDED, codec)
+    made = [sample(model, *ingredients(model), replace(FAST, seed=s)) for s in (3, 3, 4)]
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+# Folders
+
+
+@torch.no_grad()
+def test_a_model_survives_its_folder(codec, tmp_path):
+    model = build(EMBEDDED, codec)
+    model.save(tmp_path / "model", extra={"preset": "tiny"})
+    again = load_video_model(tmp_path / "model")
+    assert again.config == model.config and not again.training
+    for k, v in model.state_dict().items():
+        assert_close(again.state_dict()[k], v.half().float(), atol=0, rtol=0)
+    z, other = (sample(m, *ingredients(m), FAST) for m in (model, again))
+    assert_close(other, z, atol=0.05, rtol=0.05)
+    assert json.loads((tmp_path / "model/unet/config.json").read_text())["preset"] == "tiny"
+
+
+def test_configurations_round_trip_through_json():
+    for config in VARIANTS.values():
+        assert config_from_dict(json.loads(json.dumps(asdict(config)))) == config
+
+
+def test_foreign_configurations_are_refused():
+    good = json.loads(json.dumps(asdict(EMBEDDED)))
+    for change in (
+        {"colour": 1}, {"unet": {**good["unet"], "depth": 3}}, {"unet": None}, {"warp": False},
+        {"unet": {**good["unet"], "widths": [8]}}, {"expression": []},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="does not fit this version"):
+            config_from_dict({**good, **change})
+    with pytest.raises(UserError, match="unet"):
+        config_from_dict({})
+
+
+def test_damaged_folders_are_refused(codec, tmp_path):
+    folder = tmp_path / "model"
+    with pytest.raises(UserError, match="not a video model"):
+        load_video_model(folder)
+    model = build(EMBEDDED, codec)
+
+    def fresh() -> None:
+        model.save(folder)
+
+    fresh()
+    weights = folder / "reference/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="damaged"):
+        load_video_model(folder)
+    fresh()
+    weights.unlink()
+    with pytest.raises(UserError, match="no weights"):
+        load_video_model(folder)
+    fresh()
+    weights.write_bytes((folder / "expression/model.safetensors").read_bytes())
+    with pytest.raises(UserError, match="does not fit its config"):
+        load_video_model(folder)
+    fresh()
+    PatchCodec(PatchCodecConfig(factor=4, channels=5, trunk=8, detail=8)).save(folder / "vae")
+    with pytest.raises(UserError, match="parts of different models"):
+        load_video_model(folder)
+    fresh()
+    (folder / "unet/config.json").write_text("{}")
+    with pytest.raises(UserError, match="does not fit this version"):
+        load_video_model(folder)
+
+
+# Generation
+
+
+def cameras(head, *yaw: float) -> Camera:
+    a = torch.tensor(yaw)
+    middle = head.landmarks68.on(head.template, head.faces).mean(0).expand(len(yaw), -1)
+    eye = middle + torch.stack([a.sin(), torch.zeros_like(a), a.cos()], -1)
+    T = look_at(eye, middle, torch.tensor([0.0, 1, 0]).expand_as(eye))
+    return Camera(T, pinhole(SIZE * 3.0, SIZE, SIZE).expand(len(yaw), 3, 3), SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", ["embedded", "paper", "without normals"])
+def test_a_portrait_is_driven(codec, name):
+    head, model = load_head("openhead"), build(VARIANTS[name], codec)
+    view, g = cameras(head, 0.0)[0], torch.Generator().manual_seed(0)
+    portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), view, head.neutral())
+    made = generate(
+        model, head, portrait, head.neutral(2), cameras(head, -0.3, 0.4), torch.rand(2, 3, 16, 16, generator=g), FAST
+    )
+    assert made.rgb.shape == made.normal.shape == (2, 3, SIZE, SIZE) and made.mask.shape == (2, 1, SIZE, SIZE)
+    assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.tokens.shape == (2, 4, 4)
+    length = made.normal.norm(dim=1)
+    assert ((length < 1e-3) | ((length - 1).abs() < 1e-2)).all()
+    if name == "embedded":
+        normal = torch.nn.functional.normalize(torch.randn(3, SIZE, SIZE, generator=g), dim=0)
+        own = generate(
+            model, head, replace(portrait, normal=normal), head.neutral(2), cameras(head, -0.3, 0.4),
+            torch.rand(2, 3, 16, 16, generator=g), FAST,
+        )  # fmt: skip
+        assert not torch.equal(own.rgb, made.rgb)
+
+
+# Pairs and augmentation
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    store=st.tuples(st.integers(1, 9), st.integers(2, 6), st.integers(2, 5)), cross=st.booleans(),
+    references=st.integers(1, 6), seed=st.integers(0, 99), index=st.integers(0, 10**9),
+)  # fmt: skip
+def test_pairs_are_drawn_as_said(store, cross, references, seed, index):
+    config = PairConfig(references=references, targets=4, cross_view=cross, reference_views=2)
+    p, again = (draw_pairs(store, config, seed, index) for _ in range(2))
+    assert all(np.array_equal(v, getattr(again, k)) for k, v in vars(p).items())
+    subjects, instants, views = store
+    assert p.subject.max() < subjects and p.driving_view.max() < views
+    assert references > subjects or len(set(p.subject.tolist())) == references
+    assert (p.reference[:, 0] < instants).all() and (p.reference[:, 1] < min(2, views)).all()
+    assert (p.target[..., 0] != p.reference[:, None, 0]).all() and (p.target < (instants, views)).all()
+    assert ((p.driving_view != p.target[..., 1]) == cross).all()
+
+
+def test_pairs_of_one_view_need_the_ablation():
+    with pytest.raises(ValueError, match="ablate cross-view"):
+        draw_pairs((2, 2, 1), PairConfig(), 0, 0)
+    alone = draw_pairs((1, 1, 1), PairConfig(cross_view=False), 0, 0)
+    assert alone.target.max() == alone.reference.max() == alone.driving_view.max() == 0
+
+
+def test_batches_differ_by_index():
+    drawn = {draw_pairs((50, 6, 5), PairConfig(), 0, i).target.tobytes() for i in range(20)}
+    assert len(drawn) == 20
+
+
+def test_augmented_crops_stay_pictures():
+    crops = torch.rand(6, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    out, again, other = (augment_crops(crops, AugmentConfig(), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert out.shape == crops.shape and out.min() >= 0 and out.max() <= 1
+    assert torch.equal(out, again) and not torch.equal(out, other)
+    assert (out - crops).abs().mean((1, 2, 3)).min() > 0.01
+    nothing = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0)
+    assert_close(augment_crops(crops, nothing, torch.Generator()), crops, atol=1e-5, rtol=0)
+
+
+# Training
+
+
+class TinyStore(Store):
+    """A store in memory: two people of two colours, an expression that is a stripe, two triangles for a head."""
+
+    def __init__(self, subjects: int = 2, instants: int = 3, views: int = 2):
+        self.config = StoreConfig(
+            subjects=subjects, instants=instants, views=views, size=SIZE, crop=16, texels=16, grid=8, reference_views=2
+        )
+        rng, n = np.random.default_rng(0), (subjects, instants, views)
+        for name, (shape, kind) in self.config.arrays(4).items():
+            setattr(self, name, np.zeros(shape, kind))
+        ramp = np.linspace(0, 1, SIZE)
+        self.expr[:] = rng.normal(0, 1, self.expr.shape)
+        for s, i, v in np.ndindex(n):
+            stripe = 0.5 + 0.3 * np.cos(6 * ramp + 2 * self.expr[s, i, 0])
+            picture = np.stack([np.outer(stripe, ramp), np.outer(ramp, stripe), np.full((SIZE, SIZE), 0.2 + 0.6 * s)])
+            turn = np.broadcast_to(np.array([0.3 + 0.4 * v, 0.5, 0.9])[:, None, None], picture.shape)
+            self.rgb[s, i, v], self.pose[s, i, v] = picture * 255, turn * 255
+            self.normal[s, i, v] = (turn * 0.8 + 0.2 * stripe[:, None]) * 255
+            self.crop[s, i, v] = picture[:, ::2, ::2] * 255
+            self.texture[s, i, min(v, 1)] = picture[:, ::2, ::2] * 255
+        a, b = np.meshgrid(np.linspace(0, 1, SIZE // 2), np.linspace(0, 1, SIZE // 2))
+        self.face[:] = np.where(a + b < 1, 0, -1)
+        self.bary[:] = np.stack([a, b]) * (a + b < 1) * 255
+        corners = np.array([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])
+        self.carried[..., :2], self.carried[..., 2] = corners, np.array([1.0, 1, 1, 0])
+        self.cover[:], self.focus[:] = 255, rng.integers(0, 255, self.focus.shape)
+        self.faces = self.uv_faces = np.array([[1, 2, 0], [2, 1, 3]])
+        self.uv = ((corners + 1) / 2).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def batches(codec, tmp_path_factory) -> Batches:
+    store = TinyStore()
+    latents = encode_store(store, codec, tmp_path_factory.mktemp("store") / "latents.npy")
+    return Batches(store, latents, PairConfig(references=2, targets=2), seed=0)
+
+
+TRAINING = ImageTraining(
+    steps=4, lr=2e-3, warmup=1, pairs=PairConfig(references=2, targets=2), autocast=False, log_every=1, save_every=2
+)  # fmt: skip
+
+
+def test_batches_are_functions_of_their_index(batches):
+    a, b, c = batches[5], batches[5], batches[6]
+    for k in vars(a):
+        assert torch.equal(getattr(a, k), getattr(b, k)), k
+    assert not torch.equal(a.target, c.target)
+    assert a.target.shape == (2, 2, CHANNELS, 2, 8, 8) and a.warp.shape == (2, 3, 2, SIZE, SIZE)
+    assert a.weight.mean().item() == pytest.approx(1, abs=1e-5)
+    assert a.warp.min() >= 0 and a.warp.max() <= 1 and set(a.visibility[:, 1].unique().tolist()) == {0.0, 1.0}
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
+    whole = train_image(tmp_path / "whole", EMBEDDED, codec, batches, TRAINING)
+
+    def stop(step: int, total: int, record: dict) -> None:
+        if step == 2:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_image(tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=stop)
+    seen: list[int] = []
+    resumed = train_image(
+        tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=lambda step, *_: seen.append(step)
+    )
+    assert seen == [2, 3]
+    for k, v in whole.state_dict().items():
+        assert torch.equal(v, resumed.state_dict()[k]), k
+    # What is saved for use is the average that is returned.
+    saved = load_video_model(tmp_path / "parts/model")
+    assert_close(saved.unet.conv_in.weight, whole.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
+    with pytest.raises(UserError, match="another configuration"):
+        train_image(tmp_path / "parts", EMBEDDED, codec, batches, replace(TRAINING, lr=1.0))
+
+
+def test_ten_steps_lose_what_they_lost_before(codec, batches, tmp_path):
+    """float32, no autocast. To renew the file after a wanted change: delete it and run this test once."""
+    losses: list[float] = []
+    config = replace(TRAINING, steps=10, save_every=100)
+    train_image(
+        tmp_path, EMBEDDED, codec, batches, config, progress=lambda step, total, r: losses.append(r["loss"])
+    )  # fmt: skip
+    if not GOLDEN.exists():
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text("".join(f"{x:.5f}\n" for x in losses))
+    expected = [float(x) for x in GOLDEN.read_text().split()]
+    assert losses == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("config", [EMBEDDED, replace(EMBEDDED, normals=False)], ids=["joint", "without normals"])
+def test_one_batch_can_be_learnt(codec, batches, config):
+    torch.manual_seed(0)
+    model = VideoModel(config, codec)
+    objective, batch = Objective(model), batches[0]
+    optimiser = torch.optim.AdamW(objective.parameters(), 3e-3)
+    d = len(config.domains)
+    noise = model.diffusion.noise_like(batch.target[:, :d], torch.Generator().manual_seed(0))
+    losses = []
+    for _ in range(16):
+        loss = objective(
+            batch, torch.tensor([500, 900]), noise, torch.zeros(2, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+        )
+        assert loss.shape == (d,)
+        optimiser.zero_grad()
+        loss.mean().backward()
+        optimiser.step()
+        losses.append(loss.mean().item())
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_the_encoder_learns_from_the_denoising_loss_alone(codec, batches):
+    model = build(EMBEDDED, codec)
+    objective, batch = Objective(model), batches[0]
+    noise = model.diffusion.noise_like(batch.target, torch.Generator().manual_seed(0))
+    keep = torch.ones(2, dtype=torch.bool)
+    for dropped in (False, True):
+        objective.zero_grad()
+        objective(batch, torch.tensor([500, 900]), noise, torch.full((2, 2), dropped), keep).mean().backward()
+        gradient = model.expression.to_latent.weight.grad
+        assert (gradient is not None and gradient.abs().max() > 0) != dropped
+    assert not [k for k, p in objective.named_parameters() if k.startswith("codec")]
