@@ -1,6 +1,9 @@
 """The joint model from end to end at toy size: conditions, sampling, folders, generation, training."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from geodiff4d.core.camera import Camera, pinhole
@@ -61,6 +65,10 @@ PAPER = replace(
 
 @pytest.fixture(scope="module")
 def codec() -> PatchCodec:
+    return tiny_codec()
+
+
+def tiny_codec() -> PatchCodec:
     torch.manual_seed(0)
     codec = PatchCodec(PatchCodecConfig(factor=4, channels=CHANNELS, trunk=8, detail=8))
     waves = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -416,8 +424,12 @@ class TinyStore(Store):
 
 @pytest.fixture(scope="module")
 def batches(codec, tmp_path_factory) -> Batches:
+    return tiny_batches(codec, tmp_path_factory.mktemp("store"))
+
+
+def tiny_batches(codec: PatchCodec, folder: Path) -> Batches:
     store = TinyStore()
-    latents = encode_store(store, codec, tmp_path_factory.mktemp("store") / "latents.npy")
+    latents = encode_store(store, codec, folder / "latents.npy")
     return Batches(store, latents, PairConfig(references=2, targets=2), seed=0)
 
 
@@ -434,6 +446,17 @@ def test_batches_are_functions_of_their_index(batches):
     assert a.target.shape == (2, 2, CHANNELS, 2, 8, 8) and a.warp.shape == (2, 3, 2, SIZE, SIZE)
     assert a.weight.mean().item() == pytest.approx(1, abs=1e-5)
     assert a.warp.min() >= 0 and a.warp.max() <= 1 and set(a.visibility[:, 1].unique().tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    """Each rank draws batches of its own and ends with the weights of the other."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ranks = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(v, ranks[1][k]) for k, v in ranks[0].items() if not k.startswith("codec"))
+    assert not (tmp_path / "1" / "log.jsonl").exists(), "the second process writes nothing"
 
 
 class Interrupted(Exception):
@@ -509,3 +532,12 @@ def test_the_encoder_learns_from_the_denoising_loss_alone(codec, batches):
         gradient = model.expression.to_latent.weight.grad
         assert (gradient is not None and gradient.abs().max() > 0) != dropped
     assert not [k for k, p in objective.named_parameters() if k.startswith("codec")]
+
+
+if __name__ == "__main__":  # One of the processes of `test_two_processes_train_one_model`.
+    torch.set_num_threads(1)
+    rank, out = os.environ["RANK"], Path(sys.argv[1])
+    (out / rank).mkdir()
+    vae = tiny_codec()
+    trained = train_image(out / rank, EMBEDDED, vae, tiny_batches(vae, out / rank), TRAINING)
+    save_file({k: v.contiguous() for k, v in trained.state_dict().items()}, out / f"{rank}.safetensors")

@@ -190,9 +190,12 @@ def train_image(
 
     `start` holds weights to continue from (an EMA of an earlier run); its optimiser starts afresh.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    accelerator = Accelerator()
+    # Nothing reads the reference network's last block beyond the hidden states it hands over: it has no gradient.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
     folder = RunFolder(run, config)
     torch.manual_seed(config.seed)
     model = VideoModel(model_config, codec)
