@@ -1,0 +1,1 @@
+"""Rigged Gaussian avatars: bound to a head, fitted to a clip, driven by parameters."""

@@ -1,0 +1,99 @@
+"""Drive an avatar by another clip's expressions and look at it from where you like."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geodiff4d.avatar.frames import read_sequence
+from geodiff4d.avatar.model import Avatar, AvatarFrame
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
+from geodiff4d.data.clip import Clip
+from geodiff4d.heads.rig import HeadParams
+
+ORBIT_DEG = 60.0
+
+
+def driving_params(avatar: Avatar, clip: Clip, pose: Literal["fixed", "driver"] = "fixed") -> HeadParams:
+    """Return a clip's parameters with the avatar's identity, a row per timestep.
+
+    `fixed` keeps the head where the avatar was fitted, turned only by the driver's neck: the driver's own place belongs
+    to the driver's camera. `driver` takes rotation and translation as they are, for the clip's own cameras.
+
+    Raises:
+        UserError: the clip has no parameters, or another head's.
+    """
+    n = len(clip.timesteps)
+    params = replace(read_sequence(clip, avatar.head), shape=avatar.shape.expand(n, -1), static_offset=None)
+    if pose == "fixed":
+        home = avatar.sequence[0]
+        params = replace(params, rotation=home.rotation.expand(n, 3), translation=home.translation.expand(n, 3))
+    return params
+
+
+def orbit(avatar: Avatar, frames: int, degrees: float = ORBIT_DEG) -> list[Camera]:
+    """Swing the avatar's default camera around the head, to ± `degrees` and back, in one period."""
+    pivot = head_centre(avatar)
+    yaws = [degrees * math.sin(2 * math.pi * i / max(frames, 1)) for i in range(frames)]
+    return [turned(avatar.camera, pivot, yaw) for yaw in yaws]
+
+
+def turned(camera: Camera, pivot: Tensor, yaw_deg: float) -> Camera:
+    """Move a camera around the vertical axis (+y) through `pivot`; positive yaw goes to the camera's right."""
+    R = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(yaw_deg), 0.0]))
+    return replace(camera, T_cam_world=camera.T_cam_world @ rigid(R, pivot - R @ pivot))
+
+
+def head_centre(avatar: Avatar) -> Tensor:
+    """Return the middle [m] of the head without its neck, in its first pose."""
+    vertices = avatar.head.pose(replace(avatar.sequence[0], shape=avatar.shape)).vertices
+    neck = avatar.head.regions.get("neck")
+    return vertices.mean(0) if neck is None else vertices[~neck].mean(0)
+
+
+def clip_cameras(source: Path, frames: int) -> list[Camera]:
+    """Read the cameras of a transforms.json: one for all frames, or one for each.
+
+    Raises:
+        UserError: not a clip's transforms.json, or too few cameras.
+    """
+    if source.name != "transforms.json" or not source.exists():
+        raise UserError(f"--camera {source} is not known: expected orbit, front or the path of a transforms.json")
+    records = Clip(source.parent).records
+    first = [r.camera for r in records if r.camera_index == records[0].camera_index]
+    if len(first) == 1:
+        return first * frames
+    if len(first) < frames:
+        raise UserError(f"{source} has {len(first)} frames of its first camera: expected 1 or at least {frames}")
+    return first[:frames]
+
+
+def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) -> list[Camera]:
+    """Return a camera per frame: `orbit`, `front`, or the path of a transforms.json; `size` is the picture's height."""
+    if which == "orbit":
+        found = orbit(avatar, frames)
+    elif which == "front":
+        found = [avatar.camera] * frames
+    else:
+        found = clip_cameras(Path(which), frames)
+    if size is None:
+        return found
+    return [c.resized(round(size * c.width / c.height), size) for c in found]
+
+
+@torch.no_grad()
+def render_sequence(avatar: Avatar, params: HeadParams, views: Iterable[Camera]) -> Iterator[AvatarFrame]:
+    """Render one frame per row of `params` and camera."""
+    for i, camera in enumerate(views):
+        yield avatar.render(params[i], camera.to(avatar.shape.device))
+
+
+def normal_image(frame: AvatarFrame) -> Tensor:
+    """Return the premultiplied normals as a picture: n/2 + 0.5, grey where nothing is."""
+    return (frame.normal * 0.5 + 0.5).clamp(0, 1)

@@ -1,0 +1,129 @@
+"""The avatar: a head and the Gaussians bound to it, rendered as RGB, normals and alpha in one pass (Sec. 3.3)."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from geodiff4d.avatar.binding import LocalGaussians, bind, face_frames
+from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.geometry import quat_to_matrix
+from geodiff4d.heads import load_head
+from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.gaussians import Gaussians, rasterize
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class AvatarFrame:
+    """One rendered view."""
+
+    rgb: Float[Tensor, "3 height width"]
+    """sRGB on a plain background."""
+    normal: Float[Tensor, "3 height width"]
+    """Camera-space normals (x right, y up, z to the camera), premultiplied: as long as alpha where all splats agree."""
+    alpha: Float[Tensor, "1 height width"]
+
+
+@dataclass(frozen=True)
+class Avatar:
+    """One person: Gaussians on a head, the identity they were fitted with, and the sequence they were fitted to.
+
+    Example:
+        >>> avatar = Avatar.load("runs/demo/avatar")  # doctest: +SKIP
+        >>> avatar.render(avatar.sequence[0], camera).rgb.shape  # doctest: +SKIP
+        torch.Size([3, 256, 256])
+    """
+
+    head: Head
+    local: LocalGaussians
+    shape: Float[Tensor, " shapes"]
+    """The person's identity; that of the parameters it is driven with is ignored."""
+    sequence: HeadParams
+    """The fitted parameters, one row per timestep of the clip."""
+    camera: Camera
+    """The clip's most frontal camera: the default view."""
+    fps: float = 24.0
+
+    def gaussians(self, params: HeadParams) -> Gaussians:
+        """Pose the splats. Differentiable in the Gaussians and in the parameters (no batch axis)."""
+        mesh = self.head.pose(replace(params, shape=self.shape))
+        return bind(self.local, face_frames(mesh.vertices, mesh.faces))
+
+    def render(self, params: HeadParams, camera: Camera, background: float | Tensor = 0.5) -> AvatarFrame:
+        """Render RGB, normals and alpha in one pass; `background` is a grey level or an RGB triple."""
+        return render_splats(self.gaussians(params), self.local.color_logits.sigmoid(), camera, background)
+
+    def to(self, device: torch.device | str) -> "Avatar":
+        moved = {name: getattr(self, name).to(device) for name in ("head", "local", "shape", "sequence", "camera")}
+        return replace(self, **moved)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, avatar.safetensors, params.npz and preview.png into an existing folder."""
+        from geodiff4d.core.images import write_image
+
+        folder = Path(folder)
+        config = {
+            "format": "geodiff4d avatar", "version": FORMAT_VERSION, "head": self.head.name, "fps": self.fps,
+            "gaussians": len(self.local), "width": self.camera.width, "height": self.camera.height,
+        }  # fmt: skip
+        write_json(folder / "config.json", config)
+        tensors = {**vars(self.local), "shape": self.shape, "T_cam_world": self.camera.T_cam_world, "K": self.camera.K}
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "avatar.safetensors")
+        self.sequence.save(folder / "params.npz")
+        with torch.no_grad():
+            write_image(folder / "preview.png", self.render(self.sequence[0], self.camera).rgb.cpu())
+
+    @staticmethod
+    def load(folder: Path | str) -> "Avatar":
+        """Read an avatar.
+
+        Raises:
+            UserError: the folder is not an avatar, or is damaged.
+        """
+        folder = Path(folder)
+        missing = [n for n in ("config.json", "avatar.safetensors", "params.npz") if not (folder / n).exists()]
+        if missing:
+            raise UserError(f"{folder} is not an avatar: {missing[0]} is missing; make one with `geodiff4d fit`")
+        config = read_json(folder / "config.json")
+        try:
+            tensors = load_file(folder / "avatar.safetensors")
+            camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
+            shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
+            local = LocalGaussians(**tensors)
+            avatar = Avatar(load_head(config["head"]), local, shape, sequence, camera, float(config["fps"]))
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder} is a damaged avatar ({error}): fit or copy it again") from None
+        if len(local) and int(local.face_index.max()) >= len(avatar.head.faces):
+            raise UserError(f"{folder} was made for another version of the head {config['head']!r}: fit it again")
+        return avatar
+
+
+def render_splats(
+    gaussians: Gaussians, colors: Float[Tensor, "n 3"], camera: Camera, background: float | Tensor = 0.5
+) -> AvatarFrame:
+    """Render colours and shortest-axis normals in one six-channel pass."""
+    image, alpha = rasterize(gaussians, camera, torch.cat([colors, splat_normals(gaussians, camera)], -1))
+    if isinstance(background, Tensor):
+        background = background[:, None, None]
+    return AvatarFrame(image[:3] + (1 - alpha) * background, image[3:], alpha)
+
+
+def splat_normals(gaussians: Gaussians, camera: Camera) -> Float[Tensor, "n 3"]:
+    """Return each splat's shortest axis, flipped to the viewer, in camera space (x right, y up, z to the camera)."""
+    shortest = one_hot(gaussians.scales.argmin(-1), 3).to(gaussians.means)
+    axis = (quat_to_matrix(gaussians.quats) @ shortest[..., None]).squeeze(-1)
+    toward = camera.position.to(axis) - gaussians.means.detach()
+    facing = torch.where((axis * toward).sum(-1, keepdim=True) < 0, -1.0, 1.0)
+    R = (IMAGE_NORMAL_FROM_CAM @ camera.T_cam_world[:3, :3].cpu()).to(axis)
+    return facing * axis @ R.mT

@@ -1,0 +1,132 @@
+"""A flying start: Gaussians on the head, hair grown to the silhouettes, colours taken from the frames."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from scipy.spatial import cKDTree
+from torch import Tensor
+from torch.nn.functional import grid_sample, normalize
+
+from geodiff4d.avatar.binding import NORMAL_AXIS, FaceFrames, LocalGaussians, bind, face_frames, sample_surface
+from geodiff4d.avatar.frames import Frames
+from geodiff4d.core.camera import Camera
+from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.render.meshes import rasterize
+
+DENSITY = {"scalp": 1.5, "neck": 0.6, "mouth": 0.3, "sockets": 0.2, "teeth": 0.5, "tongue": 0.5}
+"""Gaussians per area, relative to skin: hair has detail, the inside of the mouth is rarely seen."""
+VIEWS = 24
+"""Frames looked at, spread over the clip."""
+HEIGHTS = 12
+MIN_REACH_M = 0.01
+GRAZING = 0.35
+"""A splat is on an outline where |n·v| falls below this in some view."""
+NEIGHBOURS = 6
+INSIDE = 0.97
+"""A point is part of the head if at least this share of the views has foreground there."""
+OCCLUDED_M = 0.006
+
+
+def start(frames: Frames, head: Head, count: int, tolerance: Float[Tensor, " faces"], seed: int) -> LocalGaussians:
+    """Place and colour the first Gaussians."""
+    generator = torch.Generator().manual_seed(seed)
+    density = torch.ones(len(head.template))
+    for name, value in DENSITY.items():
+        if name in head.regions:
+            density[head.regions[name]] = value
+    meshes = head.pose(frames.sequence)
+    shaped = head.pose(replace(frames.sequence[0], **vars(head.neutral()) | {"shape": frames.sequence.shape[0]}))
+    local = sample_surface(shaped.vertices, head.faces, density[head.faces].mean(-1), count, generator)
+    picked = [frames.train[i] for i in torch.linspace(0, len(frames.train) - 1, VIEWS).round().long().unique()]
+    posed = {row: face_frames(meshes.vertices[row], head.faces) for row in {frames.row(i) for i in picked}}
+    local = grow(local, frames, posed, picked, hair_reach(head, tolerance), generator)
+    return paint(local, frames, posed, meshes, picked)
+
+
+def grow(
+    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames], picked: list[int],
+    reach: Float[Tensor, " faces"], generator: torch.Generator,
+) -> LocalGaussians:  # fmt: skip
+    """Lift splats off the scalp as far as all silhouettes allow: a visual hull along the normals.
+
+    A hull says little where no view sees the outline, at the back of the head above all: splats there rise no higher
+    than their nearest neighbours on an outline do.
+    """
+    loose = (reach[local.face_index] > MIN_REACH_M).nonzero()[:, 0]
+    if len(loose) == 0:
+        return local
+    face = local.face_index[loose]
+    height = torch.linspace(0, 1, HEIGHTS)[:, None] * reach[face]
+    inside, grazing = torch.zeros_like(height), torch.ones(len(loose))
+    for i in picked:
+        f, target = posed[frames.row(i)], frames.target(i)
+        means, normals = bind(local, f).means[loose], f.R[face][..., NORMAL_AXIS]
+        points = means + height[..., None] * normals
+        inside += (sample(target.mask, target.camera, points.flatten(0, 1), outside=1.0)[:, 0] > 0.5).view_as(height)
+        view = normalize(target.camera.position - means, dim=-1)
+        grazing = torch.minimum(grazing, (view * normals).sum(-1).abs())
+    steps = (inside >= INSIDE * len(picked)).cumprod(0).sum(0).long() - 1
+    lift = height.gather(0, steps.clamp(min=0)[None])[0]
+    outline = (grazing < GRAZING) & (steps < HEIGHTS - 1)
+    means = bind(local, next(iter(posed.values()))).means[loose]
+    if int(outline.sum()) >= NEIGHBOURS:
+        _, nearest = cKDTree(means[outline].numpy()).query(means.numpy(), k=NEIGHBOURS)
+        lift = torch.minimum(lift, lift[outline][torch.from_numpy(nearest)].mean(-1))
+    # Mostly outside, where it is seen; the rest fills the volume for views that graze it.
+    lift = lift * (0.4 + 0.6 * torch.rand(len(loose), generator=generator).sqrt())
+    k = next(iter(posed.values())).scale[face].clamp(min=1e-9)
+    lifted = local.means.clone()
+    lifted[loose, NORMAL_AXIS] += lift / k
+    return replace(local, means=lifted)
+
+
+def hair_reach(head: Head, tolerance: Float[Tensor, " faces"]) -> Float[Tensor, " faces"]:
+    """How far [m] splats may start above each face: their tolerance, but none on the neck.
+
+    Silhouettes leave the hollow under the chin open, and what starts there is left behind as debris.
+    """
+    neck = head.regions.get("neck")
+    return tolerance if neck is None else torch.where(neck[head.faces].any(-1), 0.0, tolerance)
+
+
+def paint(
+    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames], meshes: PosedHead, picked: list[int]
+) -> LocalGaussians:
+    """Take each splat's colour from the views that see its face, the squarer the more; the unseen ask a neighbour."""
+    total, weight = torch.zeros(len(local), 3), torch.zeros(len(local), 1)
+    for i in picked:
+        target, row = frames.target(i), frames.row(i)
+        f = posed[row]
+        means = bind(local, f).means
+        view = normalize(target.camera.position - means, dim=-1)
+        facing = (f.R[local.face_index][..., NORMAL_AXIS] * view).sum(-1, keepdim=True).clamp(min=0)
+        depth = rasterize(meshes.vertices[row], meshes.faces, target.camera).depth[None]
+        surface = sample(depth.clamp(max=1e3), target.camera, means, outside=0.0, nearest=True)
+        _, z = target.camera.project(means)
+        seen = (z[:, None] < surface + OCCLUDED_M) * (sample(target.mask, target.camera, means, outside=0.0) > 0.9)
+        w = facing.square() * seen
+        total += w * sample(target.image, target.camera, means, outside=0.5)
+        weight += w
+    known = weight[:, 0] > 1e-3
+    colors = total / weight.clamp(min=1e-9)
+    if known.any() and not known.all():
+        means = bind(local, next(iter(posed.values()))).means
+        _, nearest = cKDTree(means[known].numpy()).query(means[~known].numpy())
+        colors[~known] = colors[known][torch.from_numpy(nearest)]
+    return replace(local, color_logits=torch.logit(colors.clamp(0.02, 0.98)))
+
+
+def sample(
+    image: Float[Tensor, "channels height width"], camera: Camera, points: Float[Tensor, "n 3"], outside: float,
+    nearest: bool = False,
+) -> Float[Tensor, "n channels"]:  # fmt: skip
+    """Look up what a picture shows at world points; `outside` where they leave it or are behind the camera."""
+    xy, depth = camera.project(points)
+    grid = 2 * xy / torch.tensor([camera.width, camera.height]) - 1
+    mode = "nearest" if nearest else "bilinear"
+    values = grid_sample(image[None], grid[None, None], mode=mode, padding_mode="border", align_corners=False)[
+        0, :, 0
+    ].T
+    visible = (grid.abs() <= 1).all(-1, keepdim=True) & (depth[:, None] > 0)
+    return torch.where(visible, values, outside)
