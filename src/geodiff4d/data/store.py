@@ -43,7 +43,7 @@ class StoreConfig:
     size: int = 256
     reference_views: int = 2
     """Views, the first ones, that can serve as reference: only they carry a texture."""
-    supersample: float = 1.5
+    supersample: int = 2
     crop: int = 96
     """Side of the driving crop [px]."""
     texels: int = 256

@@ -1,0 +1,63 @@
+"""Animate a portrait by the video model alone: RGB and normals in the portrait's own camera."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d animate`."""
+
+    portrait: Path
+    """Picture of one face, or a tracked folder."""
+    driving: Path
+    """Video of one face, or a tracked or synthetic clip folder."""
+    out: Path
+    """Folder to write: video.mp4, normals.mp4 and side_by_side.mp4."""
+    generator: Literal["diffusion", "warp"] = "diffusion"
+    pose: Literal["driver", "still"] = "driver"
+    """driver: turn the head as the driver does. still: keep the portrait's pose."""
+    frames: int | None = None
+    """At most so many frames of the driver."""
+    preset: Literal["debug", "embedded"] = "embedded"
+    model: Path | None = None
+    """Video model folder; by default the one that ships."""
+    head: str = "openhead"
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: Literal["ddim", "unipc", "dpm++"] | None = None
+    seed: int = 0
+
+
+def run(args: Args) -> None:
+    from dataclasses import replace
+
+    import torch
+
+    from geodiff4d.cli._generation import prepare
+    from geodiff4d.cli.progress import track
+    from geodiff4d.core.files import fresh_folder
+    from geodiff4d.core.images import encode_normals
+    from geodiff4d.core.video import write_video
+    from geodiff4d.pipeline import animate
+    from geodiff4d.video.generate import with_identity_of
+
+    job = prepare(args, track, args.frames)
+    n, own = len(job.driving), job.portrait.params
+    params = with_identity_of(job.portrait, job.driving.params)
+    kept = ["translation"] if args.pose == "driver" else ["translation", "rotation", "neck_pose"]
+    params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
+    made = animate(
+        job.portrait, replace(job.driving, params=params), args.generator, job.model, job.head,
+        job.portrait.camera[None].expand(n), job.sample, track,
+    )  # fmt: skip
+    normals = encode_normals(made.normal, torch.ones_like(made.mask))
+    portrait = job.portrait.on_grey
+    crops = torch.nn.functional.interpolate(job.driving.crops, size=portrait.shape[-2:], mode="bilinear", align_corners=False)
+    with fresh_folder(args.out) as folder:
+        write_video(folder / "video.mp4", made.rgb.cpu(), job.driving.fps)
+        write_video(folder / "normals.mp4", normals.cpu(), job.driving.fps)
+        rows = (torch.cat([portrait, crops[i], made.rgb[i].cpu(), normals[i].cpu()], -1) for i in range(n))
+        write_video(folder / "side_by_side.mp4", rows, job.driving.fps)
+    print(f"{args.out}: {n} frames; side_by_side.mp4 shows portrait, driver, result and normals")

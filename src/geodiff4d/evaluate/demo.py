@@ -1,0 +1,265 @@
+"""The demo: a portrait becomes an avatar, and eight pairs say how well (design §11; the controls of `metrics.json`)."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.avatar.drive import orbit as orbit_cameras
+from geodiff4d.avatar.drive import render_sequence
+from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
+from geodiff4d.avatar.fit import fit
+from geodiff4d.avatar.model import Avatar
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.files import write_json
+from geodiff4d.core.images import encode_normals, write_image
+from geodiff4d.core.video import write_video
+from geodiff4d.data.clip import Clip
+from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
+from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, truth_frames
+from geodiff4d.heads import Head, load_head
+from geodiff4d.pipeline import Driving, Track, animate, load_model, synthesize, unchanged
+from geodiff4d.presets import Preset, preset
+from geodiff4d.render.meshes import pose_map
+from geodiff4d.video.generate import Generated, Portrait, with_identity_of
+from geodiff4d.video.model import VideoModel
+from geodiff4d.video.sample import SampleConfig
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """How large a demo is."""
+
+    preset: str = "embedded"
+    pairs: int = 8
+    frames_per_pair: int = 4
+    orbit_views: int = 9
+    video_frames: int = 96
+    seed: int = 0
+    sample: SampleConfig | None = None
+    """By default the preset's."""
+
+
+DEBUG = DemoConfig("debug", pairs=2, frames_per_pair=2, orbit_views=3, video_frames=4)
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - start, 2)
+
+    def all(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.monotonic() - self.begun, 2)}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scored pair leaves for the report."""
+
+    pair: Pair
+    shots: Driving
+    truth: Truth
+    generated: Generated
+    warp: Generated
+
+
+def run_demo(
+    out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Track = unchanged
+) -> dict[str, Any]:
+    """Run everything and write report.html, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/ and frames/.
+
+    Finished stages are found again by their files, so an interrupted demo goes on where it was.
+    """
+    from geodiff4d.evaluate.demo_report import write_report
+
+    out = Path(out)
+    p, head, model, watch = preset(config.preset), load_head(), load_model(model_folder), Stopwatch()
+    if model_folder is None and config.preset == "debug":
+        p = replace(p, model=model.config)
+    sample = replace(config.sample or p.sample, seed=config.seed)
+    size, crop = model.config.size, model.config.expression.size
+
+    def make(i: int) -> Pair:
+        frames = p.frames if i == 0 else config.frames_per_pair
+        return make_pair(out / "pairs" / f"{i}", head, i, frames, size, crop)
+
+    with watch.stage("track"):
+        first = make(0)
+    with watch.stage("synthesize"):
+        clip = _clip(out / "clip", first, p, head, model, sample, progress)
+    with watch.stage("fit"):
+        metrics_path = out / "avatar" / "metrics.json"
+        if not metrics_path.exists():
+            fit(clip, out / "avatar", FIT_PRESETS[config.preset][1], config.seed, progress)
+        fitted = json.loads(metrics_path.read_text())
+    avatar = Avatar.load(out / "avatar")
+    with watch.stage("render"):
+        _videos(out, first, avatar, clip, config, progress)
+    scores, kept = PairScores(config.pairs), []
+    with watch.stage("score"):
+        portraits = {0: first}
+        for i in progress(range(config.pairs), "scoring pairs"):
+            portraits.setdefault(i, make(i))
+            portraits.setdefault((i + 1) % config.pairs, make((i + 1) % config.pairs))
+            other = portraits[(i + 1) % config.pairs].portrait
+            kept.append(_score_pair(scores, i, portraits[i], other, p, config, head, model, sample))
+        _write_frames(out / "frames", kept)
+        avatar_scores = _score_avatar(kept[0], avatar, head, config, p.views, fitted)
+    metrics = {
+        **scores.summary(),
+        "avatar": avatar_scores,
+        "seconds": watch.all(),
+        "config": _described(config, sample, model),
+    }
+    metrics["differences"] = _differences(scores)
+    write_json(out / "metrics.json", metrics)
+    write_report(out, metrics, scores, kept, first, avatar)
+    return metrics
+
+
+def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> dict[str, Any]:
+    return {**vars(config), "sample": vars(sample), "size": model.config.size}
+
+
+def _clip(
+    folder: Path, pair: Pair, p: Preset, head: Head, model: VideoModel, sample: SampleConfig, progress: Track
+) -> Clip:
+    if (folder / "transforms.json").exists():
+        return Clip(folder)
+    return synthesize(
+        pair.portrait, pair.driving, folder, head, "diffusion", model, p.views, p.frames, sample, progress
+    )
+
+
+def _generate(pair: Pair, portrait: Portrait, shots: Driving, cameras: Camera, head: Head, model: VideoModel, sample: SampleConfig,
+              drop: bool = False) -> Generated:  # fmt: skip
+    return animate(portrait, shots, "diffusion", model, head, cameras, sample, drop_expression=drop)
+
+
+def _score_pair(
+    scores: PairScores, i: int, pair: Pair, other: Portrait, p: Preset, config: DemoConfig, head: Head, model: VideoModel,
+    sample: SampleConfig,
+) -> Scored:  # fmt: skip
+    """Generate a pair's frames, score them and every control (see the keys in docs/CONVENTIONS.md)."""
+    size = model.config.size
+    shots, truth_params, cameras = scored_shots(pair, head, p.views, config.frames_per_pair, size)
+    shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
+    truth = truth_frames(pair, truth_params, cameras)
+    made = _generate(pair, pair.portrait, shots, cameras, head, model, sample)
+    scores.add(i, "generated", score(truth, made.rgb, made.normal))
+    warp = animate(pair.portrait, shots, "warp", None, head, cameras, sample)
+    scores.add(i, "mesh_warp", score(truth, warp.rgb, warp.normal))
+    scores.add(i, "copy_reference", score(truth, pair.portrait.on_grey.expand_as(truth.rgb)))
+    posed, mask = pose_map(head, shots.params, cameras)
+    scores.add(i, "pose_map", score(truth, normal=(posed * 2 - 1) * mask))
+    scores.add(i, "vae", _codec_ceiling(truth, model))
+    # Another person's portrait, the pose maps unchanged: a model that ignores the portrait scores the same.
+    shuffled = _generate(pair, other, shots, cameras, head, model, sample)
+    scores.add(i, "shuffled_reference", score(truth, shuffled.rgb, shuffled.normal))
+    alone = replace(sample, guidance=1.0)
+    dropped = _generate(pair, pair.portrait, shots, cameras, head, model, alone, drop=True)
+    scores.add(i, "dropped_expression", score(truth, dropped.rgb, dropped.normal))
+    return Scored(pair, shots, truth, made, warp)
+
+
+@torch.no_grad()
+def _codec_ceiling(truth: Truth, model: VideoModel) -> dict[str, float]:
+    rgb = model.codec.decode(model.codec.encode(truth.rgb))
+    normal = model.codec.decode(model.codec.encode(encode_normals(truth.normal, truth.mask)))
+    return score(truth, rgb, normal * 2 - 1)
+
+
+def _score_avatar(
+    pair: Pair, scored: Scored, avatar: Avatar, head: Head, config: DemoConfig, fitted: dict[str, Any]
+) -> dict[str, Any]:
+    """Score the avatar of the shown pair on its frames and on the silhouettes of an orbit."""
+    size = scored.truth.rgb.shape[-1]
+    _, _, cameras = scored_shots(pair, head, len(Clip_views(avatar, scored)), config.frames_per_pair, size)
+    with torch.no_grad():
+        frames = [avatar.render(scored.shots.params[k], cameras[k]) for k in range(len(scored.shots))]
+        around, truth = silhouette_orbit(pair, head, size, config.orbit_views)
+        rest = pair.portrait.params.without_expression()
+        rest = replace(
+            rest, **{k: torch.zeros_like(getattr(rest, k)) for k in ("rotation", "neck_pose", "translation")}
+        )
+        alphas = torch.stack([avatar.render(rest, around[k]).alpha for k in range(config.orbit_views)])
+    against = score(scored.truth, torch.stack([f.rgb for f in frames]), torch.stack([f.normal for f in frames]))
+    return {
+        "psnr_fg_vs_generated": fitted["held_out"]["psnr_fg"], "psnr_fg_vs_truth": against["psnr_fg"],
+        "normal_deg": against["normal_deg"], "silhouette_iou_orbit": float(silhouette_iou(alphas, truth.mask).mean()),
+        "gaussians": fitted["gaussians"], "iterations_per_second": fitted["iterations_per_second"],
+    }  # fmt: skip
+
+
+def _videos(out: Path, pair: Pair, avatar: Avatar, clip: Clip, config: DemoConfig, progress: Track) -> None:
+    """Write generated.mp4 (RGB beside normals, camera by camera) and avatar.mp4 (driven, orbiting)."""
+
+    def generated() -> Iterator[Float[Tensor, "3 height width"]]:
+        for i in range(len(clip)):
+            frame = clip.frame(i)
+            assert frame.normal is not None
+            yield torch.cat([frame.image, encode_normals(frame.normal, torch.ones_like(frame.mask))], -1)
+
+    write_video(out / "generated.mp4", generated(), 12.0)
+    n = config.video_frames
+    params = avatar.sequence[torch.arange(n) % avatar.sequence.batch[0]]
+    frames = render_sequence(avatar, params, orbit_cameras(avatar, n))
+    write_video(
+        out / "avatar.mp4", (torch.cat([f.rgb.clamp(0, 1), f.normal * 0.5 + 0.5], -1) for f in frames), avatar.fps
+    )
+
+
+def _write_frames(folder: Path, kept: list[Scored]) -> None:
+    """Write what the figures were computed from: `{i:03d}_{generated,truth}_{rgb,normal}.png` and `{i:03d}_mask.png`."""
+    i = 0
+    for s in kept:
+        for k in range(len(s.truth.rgb)):
+            ones = torch.ones_like(s.truth.mask[k])
+            write_image(folder / f"{i:03d}_generated_rgb.png", s.generated.rgb[k])
+            write_image(folder / f"{i:03d}_truth_rgb.png", s.truth.rgb[k])
+            write_image(folder / f"{i:03d}_generated_normal.png", encode_normals(s.generated.normal[k], ones))
+            write_image(folder / f"{i:03d}_truth_normal.png", encode_normals(s.truth.normal[k], ones))
+            write_image(folder / f"{i:03d}_mask.png", s.truth.mask[k])
+            i += 1
+
+
+COMPARISONS = (
+    ("psnr_fg", "generated", "shuffled_reference"),
+    ("psnr_fg", "generated", "copy_reference"),
+    ("psnr_fg", "generated", "mesh_warp"),
+    ("psnr_face", "generated", "dropped_expression"),
+    ("normal_deg", "generated", "pose_map"),
+)
+
+
+def _differences(scores: PairScores) -> list[dict[str, Any]]:
+    """The controls: paired differences with their intervals."""
+    rows = []
+    for key, a, b in COMPARISONS:
+        e = scores.difference(key, a, b)
+        rows.append(
+            {
+                "key": key,
+                "method": a,
+                "minus": b,
+                "mean": e.mean,
+                "interval": [e.low, e.high],
+                "excludes_zero": e.excludes_zero,
+            }
+        )
+    return rows

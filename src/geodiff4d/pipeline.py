@@ -1,0 +1,249 @@
+"""Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.images import composite
+from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
+from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, rig
+from geodiff4d.data.synthetic.world import chosen_views
+from geodiff4d.heads import Head, HeadParams
+from geodiff4d.render.warp import render_completed
+from geodiff4d.video.generate import Generated, Portrait, complete_portrait, driving_crop, generate, with_identity_of
+from geodiff4d.video.model import VideoModel, load_video_model
+from geodiff4d.video.sample import SampleConfig
+
+Generator = Literal["diffusion", "warp"]
+Track = Callable[..., Iterable[Any]]
+"""`progress(items, description, total)`: passes items through and shows how far they are."""
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "embedded"
+DEFAULT_CROP = 96
+"""Side of driving crops when no model says otherwise."""
+
+
+def unchanged(items: Iterable[Any], description: str = "", total: int | None = None) -> Iterable[Any]:
+    """Show no progress."""
+    return items
+
+
+@dataclass(frozen=True)
+class Driving:
+    """What drives a head: motion, and the face crops the expression encoder reads."""
+
+    params: HeadParams
+    """[frames, …]; the shape in it is the driver's and is not used."""
+    crops: Float[Tensor, "frames 3 size size"]
+    fps: float = 24.0
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def select(self, index: list[int]) -> "Driving":
+        i = torch.tensor(index)
+        return replace(self, params=self.params[i], crops=self.crops[i])
+
+
+def load_model(folder: Path | None = None) -> VideoModel:
+    """Load a video model folder, by default the one that ships with the package.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if folder is None and not SHIPPED_MODEL.exists():
+        raise UserError("this installation has no shipped model: give --model DIR, or use --generator warp")
+    return load_video_model(folder or SHIPPED_MODEL)
+
+
+def tracked(
+    source: Path, head: Head, size: int, limit: int | None = None, progress: Track = unchanged, out: Path | None = None
+) -> Clip:
+    """Open a tracked folder, or track a picture or video into `out`, by default a temporary folder.
+
+    Raises:
+        UserError: the source is unreadable or shows no face, or no detector is installed.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return Clip(source)
+    from geodiff4d.tracking.detect import MediaPipeDetector
+    from geodiff4d.tracking.track import TrackConfig, track
+
+    out = out or Path(tempfile.mkdtemp(prefix="geodiff4d-")) / "tracked"
+    return track(source, out, head, MediaPipeDetector(), TrackConfig(size=size, limit=limit), progress)
+
+
+def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
+    """Resample a square frame to `size`²; one of that size already is returned as it is."""
+    if frame.camera.width == size and frame.camera.height == size:
+        return frame
+    if frame.camera.width != frame.camera.height:
+        raise UserError(f"frames must be square crops, got {frame.camera.width}×{frame.camera.height}: run `geodiff4d track` on the source")
+
+    def resample(x: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(x[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+
+    normal = None if frame.normal is None else torch.nn.functional.normalize(resample(frame.normal), dim=0, eps=1e-3)
+    return replace(frame, image=resample(frame.image), mask=resample(frame.mask), normal=normal, camera=frame.camera.resized(size, size))
+
+
+def load_portrait(clip: Clip, size: int) -> Portrait:
+    """Take a clip's first frame as the portrait.
+
+    Raises:
+        UserError: it has no head parameters.
+    """
+    frame = resized_frame(clip.frame(0), size)
+    if frame.params is None:
+        raise UserError(f"{clip.folder} has no head parameters: run `geodiff4d track` on the picture first")
+    return Portrait(frame.image, frame.mask, frame.camera, frame.params)
+
+
+def load_driving(clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Track = unchanged) -> Driving:
+    """Read a clip's motion and cut its driving crops, from the first camera of every timestep.
+
+    Raises:
+        UserError: the clip has no frames with head parameters.
+    """
+    first = {}
+    for i, record in enumerate(clip.records):
+        if record.params_path is not None:
+            first.setdefault(record.timestep, i)
+    if not first:
+        raise UserError(f"{clip.folder} has no frames with head parameters: run `geodiff4d track` on the video first")
+    params, crops = [], []
+    for i in progress([first[t] for t in sorted(first)][:limit], "driver"):
+        frame = clip.frame(i)
+        assert frame.params is not None
+        params.append(frame.params)
+        crops.append(driving_crop(composite(frame.image, frame.mask), head, frame.params, frame.camera, crop))
+    return Driving(HeadParams.stack(params), torch.stack(crops), clip.fps)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One frame to generate: which driving frame, seen by which camera."""
+
+    timestep: int
+    camera: int
+
+
+def plan_shots(driving_frames: int, views: int, frames: int) -> list[Shot]:
+    """Spread `frames` shots over `views` cameras: each camera takes its own segment of the driving clip.
+
+    So a few frames a view hold many expressions. Where the clip is shorter than the shots, segments wrap around, and an
+    instant is then seen by several cameras with one set of parameters.
+    """
+    per_view = max(1, frames // views)
+    return [
+        Shot((v * per_view + k) % driving_frames, v) for v in range(views) for k in range(per_view)
+    ]
+
+
+def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
+    """Return the rig's chosen cameras, cropped around the portrait's head at rest."""
+    neutral = replace(head.neutral(1), shape=portrait.params.shape[None], static_offset=None)
+    points = head.pose(neutral).vertices[0][head_region()]
+    return canonical_crop(rig(size)[torch.tensor(chosen_views(views))], points, size)
+
+
+def still_head(params: HeadParams) -> HeadParams:
+    """Fix the head pose, as the avatar's training clip wants it (S-A.1): only expressions and cameras vary."""
+    return replace(params, **{k: torch.zeros_like(getattr(params, k)) for k in ("rotation", "neck_pose", "translation")})
+
+
+def animate(
+    portrait: Portrait, driving: Driving, generator: Generator, model: VideoModel | None, head: Head,
+    cameras: Camera, sample: SampleConfig, progress: Track = unchanged, drop_expression: bool = False,
+) -> Generated:  # fmt: skip
+    """Generate one frame per driving frame and camera, by the video model or by mesh warp.
+
+    `driving.params` are in the portrait's shape (`with_identity_of`).
+    """
+    if generator == "warp":
+        return warp_frames(portrait, driving.params, head, cameras, progress)
+    if model is None:
+        raise UserError("the diffusion generator needs a model: give --model DIR, or use --generator warp")
+    bar = iter(progress(range(len(driving)), "generating", len(driving)))
+
+    def step(n: int) -> None:
+        for _ in range(n):
+            next(bar, None)
+
+    out = generate(model, head, portrait, driving.params, cameras, driving.crops, sample, step, drop_expression)
+    next(bar, None)
+    return out
+
+
+def warp_frames(portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged) -> Generated:
+    """Mesh warp as a generator (design §8): the portrait's texture on the tracked head, in the driver's expression."""
+    completed = complete_portrait(head, portrait)
+    parts = []
+    for i in progress(range(params.batch[0]), "warping"):
+        with torch.no_grad():
+            parts.append(render_completed(completed, head.pose(params[i : i + 1]), cameras[i : i + 1]))
+    rgb, normal, mask = (torch.cat([p[k] for p in parts]) for k in range(3))
+    tokens = torch.zeros(len(rgb), 1, 1)
+    return Generated(rgb, normal, mask, tokens)
+
+
+def synthesize(
+    portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator = "diffusion", model: VideoModel | None = None,
+    views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(), progress: Track = unchanged,
+) -> Clip:  # fmt: skip
+    """Make the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
+
+    The clip's parameters are the portrait's identity under the driver's tracked expression.
+    """
+    size = portrait.camera.width
+    shots = plan_shots(len(driving), views, frames)
+    cameras = clip_cameras(head, portrait, views, size)
+    still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
+    chosen = still.select([s.timestep for s in shots])
+    made = animate(portrait, chosen, generator, model, head, cameras[torch.tensor([s.camera for s in shots])], sample, progress)
+    extra = {"generator": generator, "views": views, "frames": len(shots), "steps": sample.steps, "guidance": sample.guidance}
+    with ClipWriter(out, head.name, driving.fps, extra) as clip:
+        order = sorted({s.timestep for s in shots})
+        for t in order:
+            clip.add_params(t, still.params[t])
+        for i, s in enumerate(shots):
+            clip.add(s.timestep, s.camera, made.rgb[i].cpu(), cameras[s.camera], made.mask[i].cpu(), made.normal[i].cpu())
+        clip.set_reference(portrait.on_grey)
+        rows = {s.timestep: made.tokens[i].cpu() for i, s in enumerate(shots)}
+        clip.set_tokens(torch.stack([rows[t] for t in order]))
+    return Clip(out)
+
+
+def driver_clip_index(driving: Driving, count: int) -> list[int]:
+    """Pick `count` frames spread evenly over a driving clip."""
+    return np.linspace(0, len(driving) - 1, min(count, len(driving))).round().astype(int).tolist()
+
+
+def reconstruct(
+    portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator, model: VideoModel | None,
+    preset: str = "embedded", views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(),
+    seed: int = 0, progress: Track = unchanged,
+) -> Path:  # fmt: skip
+    """Go the whole way: clip, avatar, driven video. Finished stages are kept, so the same call resumes."""
+    from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
+    from geodiff4d.avatar.fit import fit
+
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "clip" / "transforms.json").exists():
+        clip = Clip(out / "clip")
+    else:
+        clip = synthesize(portrait, driving, out / "clip", head, generator, model, views, frames, sample, progress)
+    if not (out / "avatar" / "metrics.json").exists():
+        fit(clip, out / "avatar", FIT_PRESETS[preset][1], seed, progress)
+    return out

@@ -1,0 +1,133 @@
+"""Every named configuration: `debug` for tests, `embedded` for two CPU cores, `paper` for the paper's scale.
+
+The three run the same modules; only widths, sizes and counts differ.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.data.augment import AugmentConfig
+from geodiff4d.data.pairs import PairConfig
+from geodiff4d.data.store import StoreConfig
+from geodiff4d.video.diffusion import DiffusionConfig
+from geodiff4d.video.expression import ExpressionConfig
+from geodiff4d.video.model import VideoModelConfig
+from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.train import CodecTraining, ImageTraining
+from geodiff4d.video.unet import UNetConfig
+from geodiff4d.video.vae import PatchCodecConfig
+
+PresetName = Literal["debug", "embedded", "paper"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: what every command takes from it."""
+
+    description: str
+    model: VideoModelConfig
+    codec: CodecTraining
+    image: ImageTraining
+    store: StoreConfig
+    val_store: StoreConfig
+    sample: SampleConfig
+    views: int
+    """Cameras of a synthesized clip."""
+    frames: int
+    """Frames of a synthesized clip, over all its cameras."""
+    augment: AugmentConfig = AugmentConfig()
+
+
+def _small(codec: PatchCodecConfig, size: int, crop: int, widths: tuple[int, ...], encoder: tuple[int, ...]) -> VideoModelConfig:
+    """The embedded family: warp-conditioned, residual prediction, joint attention at 16² tokens and below."""
+    c = codec.channels
+    groups = min(16, widths[0] // 2)
+    shared = dict(
+        out_channels=c, widths=widths, layers=1, down_attention=(False, True, False), up_attention=(1, 2, 1),
+        heads=None, groups=groups, ff_factor=2, cross_dim=None, expression_layers=1, expression_ff_factor=1,
+    )  # fmt: skip
+    return VideoModelConfig(
+        unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),  # type: ignore[arg-type]
+        reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),  # type: ignore[arg-type]
+        expression=ExpressionConfig(size=crop, widths=encoder),
+        diffusion=DiffusionConfig(prediction="residual"),
+        size=size, pose="codec", warp=True,
+    )  # fmt: skip
+
+
+DEBUG_CODEC = PatchCodecConfig(factor=8, channels=16, trunk=16, detail=8)
+EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=48)
+
+PRESETS: dict[str, Preset] = {
+    "debug": Preset(
+        "64 px, a few steps: tests",
+        model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
+        codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
+        image=ImageTraining(
+            steps=4, pairs=PairConfig(references=2, targets=2), lr=1e-3, warm_start=2, log_every=1, validate_every=4, save_every=2
+        ),
+        store=StoreConfig(subjects=2, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
+        val_store=StoreConfig("val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
+        sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
+        views=3, frames=4,
+    ),
+    "embedded": Preset(
+        "256 px on two CPU cores, trained on the open world (docs/LOG.md has the measurements)",
+        model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
+        codec=CodecTraining(EMBEDDED_CODEC),
+        image=ImageTraining(
+            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, expression_lr=2.0, timestep_power=0.6, warm_start=600
+        ),
+        store=StoreConfig(subjects=256, instants=5, views=4),
+        val_store=StoreConfig("val", subjects=12, instants=3, views=3),
+        sample=SampleConfig(steps=12, guidance=1.5, sampler="unipc"),
+        views=8, frames=96,
+    ),
+    "paper": Preset(
+        "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
+        model=VideoModelConfig(),
+        codec=CodecTraining(),
+        image=ImageTraining(steps=80_000, pairs=PairConfig(references=32, targets=1)),
+        store=StoreConfig(subjects=20_000, instants=8, views=16, size=512, crop=224, texels=512, grid=64),
+        val_store=StoreConfig("val", subjects=64, instants=4, views=8, size=512, crop=224, texels=512, grid=64),
+        sample=SampleConfig(),
+        views=12, frames=200,
+    ),
+}  # fmt: skip
+
+
+def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairConfig]:
+    """Switch parts of the video model off (Table 2, and our warp): (model, pairing).
+
+    Raises:
+        UserError: an unknown part.
+    """
+    model, pairs = p.model, p.image.pairs
+    for part in parts:
+        if part == "joint":
+            model = replace(model, normals=False)
+        elif part == "domain-attention":
+            model = replace(model, joint_attention=False)
+        elif part == "cross-view":
+            pairs = replace(pairs, cross_view=False)
+        elif part == "warp":
+            planes = model.unet.in_channels - model.unet.out_channels - 2
+            model = replace(
+                model, warp=False, unet=replace(model.unet, in_channels=planes),
+                diffusion=replace(model.diffusion, prediction="v"),
+            )  # fmt: skip
+        else:
+            raise UserError(f"--ablate {part} is not known: expected joint, domain-attention, cross-view or warp")
+    return model, pairs
+
+
+def preset(name: str) -> Preset:
+    """Look a preset up.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
