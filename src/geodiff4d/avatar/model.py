@@ -8,7 +8,6 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from geodiff4d.avatar.binding import LocalGaussians, bind, face_frames
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
@@ -121,8 +120,9 @@ def render_splats(
 
 def splat_normals(gaussians: Gaussians, camera: Camera) -> Float[Tensor, "n 3"]:
     """Return each splat's shortest axis, flipped to the viewer, in camera space (x right, y up, z to the camera)."""
-    shortest = one_hot(gaussians.scales.argmin(-1), 3).to(gaussians.means)
-    axis = (quat_to_matrix(gaussians.quats) @ shortest[..., None]).squeeze(-1)
+    x, y, z = gaussians.scales.unbind(-1)
+    shortest = torch.where(x < torch.minimum(y, z), 0, torch.where(y < z, 1, 2))[:, None, None].expand(-1, 3, 1)
+    axis = quat_to_matrix(gaussians.quats).gather(-1, shortest).squeeze(-1)
     toward = camera.position.to(axis) - gaussians.means.detach()
     facing = torch.where((axis * toward).sum(-1, keepdim=True) < 0, -1.0, 1.0)
     R = (IMAGE_NORMAL_FROM_CAM @ camera.T_cam_world[:3, :3].cpu()).to(axis)
