@@ -1,11 +1,11 @@
 """Place MediaPipe's landmarks on OpenHead: detect them on renders, cast them back onto the mesh, keep those that agree.
 
-Many people (random identities), poses and half of them with the jaw open (so that upper and lower lip part) are
-rendered with simple colours: dark brows, lips, irises, hair. Every detected point is a ray to a face and barycentrics,
-hence a place on the template. A point is kept where its places agree: its median is snapped to the nearest surface of
-its part (lips and lids to skin, irises to the eyeballs) and written into the asset; its other arrays stay as they are.
+Training subjects of the open world (their true meshes are known) are rendered in many poses, half of them with the jaw
+open so that upper and lower lip part. Every detected point is a ray to a face and barycentrics, hence a place on the
+template. A point is kept where its places agree: their median is snapped to the nearest surface of its part (lips and
+lids to skin, irises to the eyeballs) and written into the asset; its other arrays stay as they are.
 
-    .venv/bin/python tools/derive_mediapipe_embedding.py [--renders 96] [--preview preview.png]
+    .venv/bin/python tools/derive_mediapipe_embedding.py [--renders 160] [--preview preview.png]
 """
 
 import argparse
@@ -17,95 +17,46 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geodiff4d.core.camera import Camera, pinhole
-from geodiff4d.core.geometry import look_at
-from geodiff4d.core.images import write_image
-from geodiff4d.heads import Head, HeadParams, Landmarks, load_head
+from geodiff4d.core.images import encode_normals, to_uint8, write_image
+from geodiff4d.data.crops import head_region
+from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, rig
+from geodiff4d.data.synthetic.cameras import FRONT_CAMERA
+from geodiff4d.heads import Head, Landmarks, load_head
 from geodiff4d.heads.openhead import OPENHEAD
-from geodiff4d.render.meshes import Fragments, interpolate, rasterize
+from geodiff4d.render.meshes import Fragments, rasterize, render_normals
 from geodiff4d.tracking.detect import Detection, MediaPipeDetector
 from geodiff4d.tracking.fit import CONTOUR
 
-SIZE, SUPERSAMPLING = 512, 2
-MAX_SPREAD_M = 0.0035
+SIZE, FINER = 512, 2
+MAX_SPREAD_M = 0.005
 """Median distance of a point's places from their median; contour and lip points may have twice as much."""
+MAX_SNAP_M = 0.006
 MIN_HITS = 0.4
 """Share of the usable renders in which a point must hit the head."""
 IRIS = range(468, 478)
 
 
-def person(head: Head, rng: np.random.Generator, open_jaw: bool) -> tuple[HeadParams, Camera]:
-    """Draw an identity, a small head turn and a camera in front of it."""
-    params = head.neutral(1)
-    shape = torch.from_numpy(rng.normal(0, 0.8, params.shape.shape)).float()
-    turn = torch.from_numpy(np.deg2rad([rng.uniform(-10, 10), rng.uniform(-30, 30), rng.uniform(-5, 5)])).float()[None]
-    expr = params.expr.clone()
-    if open_jaw:
-        expr[:, head.expression_names.index("jawOpen")] = float(rng.uniform(0.3, 0.6))
-    target = torch.tensor([0.0, 0.0, 0.02])
-    T = look_at(target + torch.tensor([0.0, 0.0, 1.0]), target, torch.tensor([0.0, 1.0, 0.0]))
-    camera = Camera(T, pinhole(2.3 * SIZE, SIZE, SIZE), SIZE, SIZE)
-    return replace(params, shape=shape, rotation=turn, expr=expr), camera
+def person(head: Head, seed: int) -> tuple[Tensor, Fragments, float]:
+    """Render a training subject [3, size, size]; also what each pixel, finer, sees of the bare head, and its yaw [rad].
 
-
-def colours(head: Head, rng: np.random.Generator) -> Tensor:
-    """Draw a skin, lip, brow, hair and iris colour, and spread them over the vertices [verts, 3]."""
-    tone = rng.uniform(0.25, 0.9)
-    skin = torch.tensor([0.95, 0.76, 0.66]) * tone + torch.tensor([0.30, 0.18, 0.12]) * (1 - tone)
-    dark = torch.tensor([0.12, 0.08, 0.06]) * float(rng.uniform(0.4, 1.5))
-    out = skin.repeat(len(head.template), 1)
-    # Brows are few vertices: soften them by distance, to lines of a few millimetres.
-    brow = head.template[head.regions["brows"]]
-    near = torch.cdist(head.template, brow).amin(1)
-    out = _mix(out, dark, (-(near / 0.004).square()).exp() * 0.85)
-    out = _mix(out, skin * torch.tensor([0.8, 0.45, 0.45]), head.regions["lips"].float())
-    _, y, z = head.template.T
-    hair = torch.sigmoid((y - 0.075 + (0.06 - z).clamp(min=0) * -0.9) / 0.004) * ~head.regions["ears"]
-    out = _mix(out, dark, hair * (0 if rng.random() < 0.2 else 1))
-    for inner in ("mouth", "sockets"):
-        out = _mix(out, skin * torch.tensor([0.35, 0.12, 0.12]), (head.regions[inner] & ~head.regions["lips"]).float())
-    out = _mix(out, torch.tensor([0.85, 0.82, 0.75]), head.regions["teeth"].float())
-    return _mix(out, torch.tensor([0.7, 0.35, 0.35]), head.regions["tongue"].float())
-
-
-def _mix(a: Tensor, colour: Tensor, weight: Tensor) -> Tensor:
-    return a * (1 - weight[:, None]) + colour * weight[:, None]
-
-
-def eye_axes(head: Head) -> Tensor:
-    """Unit direction of each eyeball vertex from its eye's centre at rest [verts, 3], zero elsewhere."""
-    out = torch.zeros_like(head.template)
-    for side in ("left_eye", "right_eye"):
-        region = head.regions[side]
-        points = head.template[region]
-        centre = (points.amin(0) + points.amax(0)) / 2
-        out[region] = torch.nn.functional.normalize(points - centre, dim=-1)
-    return out
-
-
-def render(head: Head, params: HeadParams, camera: Camera, rng: np.random.Generator) -> tuple[Tensor, Fragments]:
-    """Render one person [3, size, size] and say what each supersampled pixel sees."""
-    camera = camera.resized(SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING).expand(1)
-    mesh = head.pose(params)
-    fragments = rasterize(mesh.vertices, mesh.faces, camera)
-    attributes = torch.cat([colours(head, rng), eye_axes(head), mesh.normals[0]], -1)
-    colour, axis, normal = interpolate(fragments, mesh.faces, attributes)[0].split(3)
-    # Irises are drawn per pixel: the eyeballs are too coarse for them.
-    angle = torch.rad2deg(torch.acos((axis[2] / axis.norm(dim=0).clamp(min=1e-6)).clamp(-1, 1)))
-    iris = torch.from_numpy(rng.uniform(0.05, 0.4, 3)).float()[:, None, None]
-    eye = torch.where(angle < 12, 0.02, torch.where(angle < 29, iris, torch.full_like(iris, 0.9)))
-    colour = torch.where(axis.norm(dim=0) > 0.5, eye, colour)
-    light = torch.nn.functional.normalize(
-        torch.tensor([rng.uniform(-0.6, 0.6), rng.uniform(0.1, 0.8), 1.0]), dim=0
-    ).float()
-    shade = 0.45 + 0.6 * (torch.nn.functional.normalize(normal, dim=0) * light[:, None, None]).sum(0).clamp(min=0)
-    image = torch.where(fragments.mask, colour * shade, float(rng.uniform(0.2, 0.8))).clamp(0, 1).pow(0.75)
-    return torch.nn.functional.avg_pool2d(image, SUPERSAMPLING), fragments[0]
+    Odd seeds have their jaw open.
+    """
+    rng, subject = np.random.default_rng(seed), SyntheticSubject(seed, "train")
+    expr = torch.zeros(1, len(head.expression_names))
+    if seed % 2:
+        expr[0, head.expression_names.index("jawOpen")] = float(rng.uniform(0.3, 0.6))
+    turn = np.deg2rad([rng.uniform(-12, 12), rng.uniform(-30, 30), rng.uniform(-5, 5)])
+    params = subject.params(expr, rotation=torch.from_numpy(turn).float()[None])
+    vertices = subject.vertices(params)
+    front = rig(SIZE)[FRONT_CAMERA : FRONT_CAMERA + 1]
+    camera = canonical_crop(front, vertices[0, head_region(head)])
+    fine = camera.resized(SIZE * FINER, SIZE * FINER)
+    return subject.render(params, camera, 1).rgb[0], rasterize(vertices, head.faces, fine)[0], abs(float(turn[1]))
 
 
 def cast(head: Head, detection: Detection, fragments: Fragments) -> Tensor:
     """Return each detected point's place on the template [points, 3], NaN where it misses the head."""
-    at = (detection.points * SUPERSAMPLING).floor().long().clamp(0, SIZE * SUPERSAMPLING - 1)
+    at = (detection.points * FINER).floor().long().clamp(0, SIZE * FINER - 1)
     face = fragments.face_index[at[:, 1], at[:, 0]]
     places = Landmarks(face.clamp(min=0), fragments.bary[at[:, 1], at[:, 0]]).on(head.template, head.faces)
     return torch.where((face >= 0)[:, None], places, torch.nan)
@@ -128,53 +79,50 @@ def nearest_on_mesh(points: Tensor, head: Head, faces: Tensor) -> tuple[Landmark
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renders", type=int, default=96)
+    parser.add_argument("--renders", type=int, default=160)
     parser.add_argument("--preview", type=Path, default=None, help="picture of the kept points on the neutral head")
     parser.add_argument("--dry-run", action="store_true", help="do not write the asset")
     args = parser.parse_args()
-    head, rng = load_head("openhead"), np.random.default_rng(0)
+    head = load_head("openhead")
 
-    people = [person(head, rng, open_jaw=i % 2 == 1) for i in range(args.renders)]
-    looks = [render(head, *p, rng) for p in people]
-    detections = MediaPipeDetector(masks=False).detect([image for image, _ in looks])
+    people = [person(head, seed) for seed in range(args.renders)]
+    detections = MediaPipeDetector(masks=False).detect([image for image, _, _ in people])
     seen = [i for i, d in enumerate(detections) if d is not None]
-    print(f"faces found in {len(seen)} of {len(looks)} renders")
-    places = torch.stack([cast(head, detections[i], looks[i][1]) for i in seen])
-    yaw = torch.tensor([float(people[i][0].rotation[0, 1].abs()) for i in seen])
-    opened = torch.tensor([i % 2 == 1 for i in seen])
+    print(f"faces found in {len(seen)} of {len(people)} renders")
+    places = torch.stack([cast(head, detections[i], people[i][1]) for i in seen])
+    frontal = torch.tensor([people[i][2] < np.deg2rad(10) for i in seen])
+    index, landmarks = agreed(head, places, frontal, opened=torch.tensor(seen) % 2 == 1)
+    print(f"lips without a place: {sorted(set(LIPS) - set(index.tolist()))}")
+    if args.preview:
+        preview(head, landmarks, index, args.preview)
+    if not args.dry_run:
+        write(index, landmarks)
 
-    lips = set(LIPS)
-    contour = set(CONTOUR)
+
+def agreed(head: Head, places: Tensor, frontal: Tensor, opened: Tensor) -> tuple[Tensor, Landmarks]:
+    """Return the points whose places [renders, points, 3] agree, and where they are on the mesh.
+
+    Lips count only in renders with an open mouth, the outline only in frontal ones.
+    """
+    lips, contour = set(LIPS), set(CONTOUR)
     median, spread, share = [], [], []
     for p in range(places.shape[1]):
-        use = torch.ones_like(opened)
-        if p in lips:
-            use = opened
-        if p in contour:
-            use = use & (yaw < np.deg2rad(10))
+        use = opened if p in lips else frontal if p in contour else torch.ones_like(opened)
         x = places[use, p]
         x = x[x.isfinite().all(-1)]
         centre = x.median(0).values if len(x) else torch.full((3,), torch.nan)
         median.append(centre)
         spread.append((x - centre).norm(dim=-1).median() if len(x) else torch.tensor(torch.inf))
         share.append(len(x) / max(int(use.sum()), 1))
-    median, spread, share = torch.stack(median), torch.stack(spread), torch.tensor(share)
-    median = symmetric(median)
-    limit = torch.tensor([2 * MAX_SPREAD_M if p in contour | lips else MAX_SPREAD_M for p in range(len(spread))])
-    keep = (spread < limit) & (share > MIN_HITS)
-
-    index = torch.arange(places.shape[1])[keep]
-    landmarks, distance = snap(head, index, median[keep])
-    good = distance < 0.006
+    centres, spreads = symmetric(torch.stack(median)), torch.stack(spread)
+    limit = torch.tensor([2 * MAX_SPREAD_M if p in contour | lips else MAX_SPREAD_M for p in range(len(spreads))])
+    keep = (spreads < limit) & (torch.tensor(share) > MIN_HITS)
+    index = keep.nonzero()[:, 0]
+    landmarks, distance = snap(head, index, centres[index])
+    good = distance < MAX_SNAP_M
     index, landmarks = index[good], Landmarks(landmarks.face_index[good], landmarks.bary[good])
-    print(f"kept {len(index)} of {places.shape[1]} points, median spread {1e3 * spread[index].median():.2f} mm,")
-    missing = sorted(lips - set(index.tolist()))
-    print(f"lips without a place: {missing}, spread [mm] {[round(1e3 * float(spread[i]), 1) for i in missing]}")
-    print(f"irises {sum(int(i) in IRIS for i in index)}, lips {sum(int(i) in lips for i in index)}/{len(lips)}")
-    if args.preview:
-        preview(head, landmarks, index, args.preview)
-    if not args.dry_run:
-        write(index, landmarks)
+    print(f"kept {len(index)} of {len(keep)} points, median spread {1e3 * spreads[index].median():.2f} mm")
+    return index, landmarks
 
 
 def symmetric(places: Tensor) -> Tensor:
@@ -208,15 +156,15 @@ def preview(head: Head, landmarks: Landmarks, index: Tensor, path: Path) -> None
     views = []
     for yaw in (0.0, 35.0):
         params = replace(head.neutral(1), rotation=torch.tensor([[0.0, float(np.deg2rad(yaw)), 0.0]]))
-        _, camera = person(head, np.random.default_rng(0), False)
-        image, _ = render(head, params, camera, np.random.default_rng(3))
-        picture = Image.fromarray((image.permute(1, 2, 0) * 255).byte().numpy()).resize((1024, 1024))
+        mesh = head.pose(params)
+        camera = canonical_crop(rig(1024)[FRONT_CAMERA : FRONT_CAMERA + 1], mesh.vertices[0, head_region(head)])
+        picture = Image.fromarray(to_uint8(encode_normals(*render_normals(mesh, camera))[0]))
         draw = ImageDraw.Draw(picture)
-        xy, _ = camera.project(landmarks.on(head.pose(params).vertices[0], head.faces))
-        for i, (x, y) in zip(index.tolist(), (2 * xy).tolist(), strict=True):
+        xy, _ = camera.project(landmarks.on(mesh.vertices, head.faces))
+        for i, (x, y) in zip(index.tolist(), xy[0].tolist(), strict=True):
             fill = (255, 0, 0) if i in IRIS else (0, 80, 255) if i in CONTOUR else (0, 255, 0)
             draw.ellipse([x - 2, y - 2, x + 2, y + 2], fill=fill)
-        views.append(torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255)
+        views.append(torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255)
     write_image(path, torch.cat(views, -1))
 
 

@@ -57,7 +57,7 @@ class FitConfig:
     """Weight of the outline's points."""
     shape_sigma: float = 1.0
     expr_sigma: float = 0.5
-    expr_l1: float = 1.0
+    expr_l1: float = 2.0
     """Weight of the sum of ARKit actions: unused ones stay at zero."""
     asymmetry_sigma: float = 0.35
     """Difference of a left action from its right twin."""

@@ -79,7 +79,7 @@ def allowed(whole: np.ndarray, skull: np.ndarray, size_px: float) -> np.ndarray:
 
 def _distance_to(mask: np.ndarray) -> np.ndarray:
     """Distance of each pixel to a mask [px], zero inside it."""
-    return np.asarray(distance_transform_edt(~mask))
+    return np.asarray(distance_transform_edt(~mask, return_indices=False), dtype=np.float64)
 
 
 def _extent(mask: np.ndarray) -> float:
@@ -112,7 +112,8 @@ def _without_islands(mask: np.ndarray) -> np.ndarray:
     if parts.max() > 1:
         largest = np.bincount(parts.ravel())[1:].argmax() + 1
         others = (parts > 0) & (parts != largest)
-        mask = np.where((_distance_to(others) < 3) & (parts != largest), 0.0, mask)
+        near: np.ndarray = np.less(_distance_to(others), 3)
+        mask = np.where(near & (parts != largest), 0.0, mask)
     holes = binary_fill_holes(mask > 0.5) & (mask <= 0.5)
     return np.where(holes, 1.0, mask)
 
