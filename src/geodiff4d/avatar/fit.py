@@ -33,7 +33,7 @@ class FitConfig:
     """How an avatar is fitted."""
 
     iterations: int = 1200
-    gaussians: int = 16_000
+    gaussians: int = 20_000
     """About; every face of the head gets at least one."""
     means_lr: float = 1e-2
     """In units of the face's size; decays to a twentieth, like all Gaussian rates."""

@@ -14,7 +14,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.heads.rig import Head, PosedHead
 from geodiff4d.render.meshes import rasterize
 
-DENSITY = {"scalp": 1.5, "neck": 0.6, "mouth": 0.3, "sockets": 0.2, "teeth": 0.5, "tongue": 0.5}
+DENSITY = {"scalp": 1.5, "neck": 1.0, "mouth": 0.3, "sockets": 0.2, "teeth": 0.5, "tongue": 0.5}
 """Gaussians per area, relative to skin: hair has detail, the inside of the mouth is rarely seen."""
 VIEWS = 24
 """Frames looked at, spread over the clip."""
