@@ -20,7 +20,8 @@ from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_track
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
-from geodiff4d.tracking.fit import FRONT, Layout, fit, landmark_head
+from geodiff4d.tracking.fit import FRONT, fit
+from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.matte import matte
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
 from geodiff4d.tracking.track import TrackConfig, focal_length, track

@@ -114,7 +114,8 @@ def _without_islands(mask: np.ndarray) -> np.ndarray:
         others = (parts > 0) & (parts != largest)
         near: np.ndarray = np.less(_distance_to(others), 3)
         mask = np.where(near & (parts != largest), 0.0, mask)
-    holes = binary_fill_holes(mask > 0.5) & (mask <= 0.5)
+    filled = np.asarray(binary_fill_holes(mask > 0.5), dtype=bool)
+    holes = filled & (mask <= 0.5)
     return np.where(holes, 1.0, mask)
 
 
