@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
         image=ImageTraining(
-            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, expression_lr=2.0, timestep_power=0.6, warm_start=600
+            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, timestep_power=0.6, warm_start=600
         ),
         store=StoreConfig(subjects=256, instants=5, views=4),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),

@@ -78,7 +78,7 @@ def run(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     latents = {k: encode_store(s, codec, args.out / f"latents_{k}.npy") for k, s in stores.items()}
     train, val = (
-        Batches(stores[k], latents[k], pairs, seed, augment)
+        Batches(stores[k], latents[k], pairs, seed, augment, encoded_pose=model.pose == "codec")
         for k, seed, augment in (("train", args.seed, p.augment), ("val", 1, None))
     )
     start = None if args.start is None else load_video_model(args.start).state_dict()

@@ -73,11 +73,16 @@ class Batches:
 
     def __init__(
         self, store: Store, latents: np.ndarray, pairs: PairConfig, seed: int = 0,
-        augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(),
+        augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(), encoded_pose: bool = True,
     ):  # fmt: skip
+        """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
-        self.augment, self.weights = augment, weights
+        self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
         self.faces, self.uv, self.uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
+
+    def with_pairs(self, pairs: PairConfig) -> "Batches":
+        """The same data in batches of another make-up, drawn independently."""
+        return Batches(self.store, self.latents, pairs, self.seed + 1, self.augment, self.weights, self.encoded_pose)
 
     def __getitem__(self, index: int) -> Batch:
         p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
@@ -95,11 +100,19 @@ class Batches:
         cover, focus = (take(getattr(self.store, k), tgt, 255.0) for k in ("cover", "focus"))
         weight = w.background + w.foreground * cover + w.focus * focus
         return Batch(
-            reference=z_ref[:, 0], reference_pose=z_ref[:, 2],
-            target=rearrange(z[:, :, :2], "b t d c h w -> b d c t h w"), pose=rearrange(z[:, :, 2], "b t c h w -> b c t h w"),
+            reference=z_ref[:, 0], reference_pose=self._pose(z_ref, ref),
+            target=rearrange(z[:, :, :2], "b t d c h w -> b d c t h w"),
+            pose=rearrange(self._pose(z, tgt), "b t c h w -> b c t h w"),
             warp=warp, visibility=visibility, crops=crops, expr=take(self.store.expr, tgt[:2]),
             weight=(weight / weight.mean())[:, None, None],
         )  # fmt: skip
+
+    def _pose(self, z: Tensor, index: tuple) -> Tensor:
+        if self.encoded_pose:
+            return z[..., 2, :, :, :]
+        image = take(self.store.pose, index, 255.0) * 2 - 1
+        small = interpolate(image.flatten(0, -4), size=z.shape[-2:], mode="area")
+        return small.unflatten(0, image.shape[:-3])
 
     def drivers(self, index: int) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n coefficients"]]:
         """Return the driving crops of a batch and their true coefficients, without anything else."""

@@ -145,7 +145,7 @@ class VideoModel(nn.Module):
     ) -> list[ReferenceKV]:
         """Run the reference network once, at t = 0 on the portrait and its pose map, and keep its keys and values."""
         x = torch.cat([image_latent, pose_planes], 1)[:, None, :, None]
-        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), domain_ids=(0,))
+        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), text=self._words(x), domain_ids=(0,))
         return self.unet.reference_kv(bank)
 
     def predict_clean(
@@ -161,9 +161,14 @@ class VideoModel(nn.Module):
         planes = conditions.planes[:, None].expand(-1, x.shape[1], -1, -1, -1, -1)
         out, _ = self.unet(
             torch.cat([x, planes.to(x.dtype)], 2), t.float(), self.expression.tokens(latent), latent, reference,
-            domain_ids=self.config.domains, joint=self.config.joint_attention,
+            text=self._words(x), domain_ids=self.config.domains, joint=self.config.joint_attention,
         )  # fmt: skip
         return self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
+
+    def _words(self, x: Tensor) -> Tensor | None:
+        """One zero token for SD's text attention, where the network has it (X-NeMo's unconditional CLIP token)."""
+        width = self.config.unet.cross_dim
+        return None if width is None else x.new_zeros(len(x), 1, width)
 
     def save(self, folder: Path, state: dict[str, Tensor] | None = None, extra: dict[str, Any] | None = None) -> None:
         """Write a model folder (fp16): one sub-folder per network; `state` may hold averaged weights."""

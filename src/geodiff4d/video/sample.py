@@ -60,24 +60,24 @@ def sample(
     """
     frames = latents.shape[1]
     out = []
+    # One draw for the whole clip, so that chunks do not change the result.
+    noise = model.diffusion.noise_like(conditions.base, torch.Generator().manual_seed(config.seed), config.shared_noise)
     for first in range(0, frames, config.chunk):
         part = slice(first, min(first + config.chunk, frames))
         here = Conditions(conditions.planes[:, :, part], conditions.base[:, :, :, part])
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + first)
-        out.append(_sample_chunk(model, here, latents[:, part], reference, start, config, generator))
+        out.append(_sample_chunk(model, here, latents[:, part], reference, start, config, noise[:, :, :, part]))
         progress(part.stop - part.start)
     return torch.cat(out, 3)
 
 
 def _sample_chunk(
     model: VideoModel, conditions: Conditions, latents: Tensor, reference: list[ReferenceKV],
-    start: Tensor | None, config: SampleConfig, generator: torch.Generator,
+    start: Tensor | None, config: SampleConfig, noise: Tensor,
 ) -> Tensor:  # fmt: skip
     scheduler = make_sampler(config.sampler, model.config.diffusion, config.steps)
     clean = torch.zeros_like(conditions.base)
     if start is not None and config.start != "noise":
         clean = clean + (_blur(start) if config.start == "blurred" else start)[:, :, :, None]
-    noise = model.diffusion.noise_like(clean, generator, config.shared_noise)
     steps = scheduler.timesteps.to(clean.device)
     z = model.diffusion.add_noise(clean, noise, steps[:1])
     null = torch.zeros_like(latents)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.pairs import PairConfig
-from geodiff4d.data.store import Store, StoreConfig
+from geodiff4d.data.store import Store
 from geodiff4d.video.batches import Batch, Batches
 from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
+from geodiff4d.video.sample import autocast
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -69,6 +70,14 @@ class ImageTraining:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a checkpoint depends on: it is resumed only by the same."""
+
+    training: ImageTraining
+    model: VideoModelConfig
+
+
 def train_codec(
     run: Path, store: Store, config: CodecTraining, progress: Progress = lambda *a: None, val: Store | None = None
 ) -> PatchCodec:
@@ -88,7 +97,7 @@ def train_codec(
             z = codec.encode(images)
             z = z + torch.randn_like(z) * config.latent_noise
             linear = codec.decode_linear(z)
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+        with autocast(torch.device("cpu"), True):
             out = codec.refine(z)
         out, target = linear + out.float(), images * 2 - 1
         loss = (out - target).abs().mean() + 0.5 * _gradients(out - target)
@@ -106,7 +115,7 @@ def train_codec(
 
 
 def _images(store: Store, rng: np.random.Generator, n: int) -> Float[Tensor, "n 3 height width"]:
-    """Draw pictures, normals and pose maps, 2 : 2 : 1, each thrice as likely to be a picture's crop as its border."""
+    """Draw whole pictures, normals and pose maps in the ratio 9 : 8 : 3."""
     kinds = rng.choice(["rgb", "normal", "pose"], n, p=[0.45, 0.4, 0.15])
     picks = [tuple(rng.integers(0, k) for k in store.config.shape) for _ in range(n)]
     return torch.from_numpy(np.stack([getattr(store, k)[p] for k, p in zip(kinds, picks, strict=True)])).float() / 255
@@ -144,7 +153,8 @@ class Objective(nn.Module):
         model = self._model[0]
         d = len(model.config.domains)
         b = len(batch.crops)
-        with torch.no_grad():
+        # Conditions are encoded in full precision, as when sampling.
+        with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
             images = ConditionImages(batch.warp, batch.warp, batch.visibility)
             conditions = model.conditions(images, keep_warp, pose_planes=batch.pose)
         latent = rearrange(model.expression(batch.crops.flatten(0, 1)), "(b t) f -> b t f", b=b)
@@ -196,7 +206,7 @@ def train_image(
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
-    folder = RunFolder(run, config)
+    folder = RunFolder(run, _Run(config, model_config))
     torch.manual_seed(config.seed)
     model = VideoModel(model_config, codec)
     if model_config.diffusion.prediction == "residual":
@@ -222,14 +232,13 @@ def train_image(
         ema = {k: v.detach().clone() for k, v in _trained(model).items()}
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    enabled = config.autocast and (accelerator.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["factor"] * _rate(step, config)
         index = step * ranks + rank
         batch = batches[index].to(accelerator.device)
         draws = _draws(model, batch, config, index)
-        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=enabled):
+        with autocast(accelerator.device, config.autocast):
             per_domain = objective(batch, *draws)
         loss = per_domain.mean()
         accelerator.backward(loss)
@@ -249,7 +258,7 @@ def train_image(
             folder.save(tensors | optimiser_tensors(optimiser), step + 1)
             model.save(folder.path / "model", ema)
         if accelerator.is_main_process and val is not None and ((step + 1) % config.validate_every == 0 or last):
-            record = {"step": step, **validate(model, ema, val, enabled)}
+            record = {"step": step, **validate(model, ema, val, config.autocast)}
             folder.log(record)
             progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
@@ -257,31 +266,35 @@ def train_image(
 
 
 def warm_start(model: VideoModel, batches: Batches, config: ImageTraining, progress: Progress) -> None:
-    """Let the encoder regress the synthetic world's coefficients before the denoiser asks anything of it."""
+    """Let the encoder regress the synthetic world's coefficients before the denoiser asks anything of it.
+
+    Coefficients are divided by their deviation, so that rare actions count; the readout starts at their mean and is
+    thrown away afterwards.
+    """
     encoder = model.expression
-    head = nn.Linear(encoder.config.latent, 52).to(model.device)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], 1e-3, weight_decay=0.02)
-    few = replace(batches.pairs, references=16, targets=6)
-    many = Batches(batches.store, batches.latents, few, batches.seed + 1, batches.augment, batches.weights)
+    known = torch.from_numpy(np.array(batches.store.expr)).flatten(0, 1)  # type: ignore[attr-defined]
+    std = known.std(0).clamp(min=0.02).to(model.device)
+    head = nn.Linear(encoder.config.latent, known.shape[-1]).to(model.device)
+    nn.init.zeros_(head.weight)
+    head.bias.data.copy_(known.mean(0).to(model.device) / std)
+    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.02)
+    many = batches.with_pairs(replace(batches.pairs, references=32, targets=4))
     for step in range(config.warm_start):
         for group in optimiser.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
+            group["lr"] = 6e-4 * min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
         crops, expr = many.drivers(step)
-        enabled = config.autocast and (model.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
+        with autocast(model.device, config.autocast):
             guess = head(encoder(crops.to(model.device)))
-        target = expr.to(model.device)
-        loss = (guess.float() - target).square().mean()
+        loss = (guess.float() - expr.to(model.device) / std).square().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
         if step % 50 == 0 or step == config.warm_start - 1:
-            explained = 1 - loss.item() / target.var(0).mean().item()
-            progress(step, config.warm_start, {"warm_start": step, "loss": round(loss.item(), 5), "r2": round(explained, 3)})
+            progress(step, config.warm_start, {"warm_start": step, "loss": round(loss.item(), 5)})
 
 
 @torch.no_grad()
-def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, autocast: bool, n: int = 4) -> dict[str, float]:
+def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, mixed: bool, n: int = 4) -> dict[str, float]:
     """Measure the averaged model's clean-latent error on held-out subjects, with and without expression."""
     current = {k: v.detach().clone() for k, v in _trained(model).items()}
     model.load_state_dict(ema, strict=False)
@@ -296,7 +309,7 @@ def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, autocast: 
             for name, dropped in (("", False), ("_null", True)):
                 flags = torch.full((b, frames), dropped, device=model.device)
                 keep = torch.ones(b, dtype=torch.bool, device=model.device)
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+                with autocast(model.device, mixed):
                     steps = torch.full((b,), t, device=model.device)
                     error = objective(batch, steps, noise, flags, keep) / model.diffusion.loss_weight(steps).mean()
                 for d, e in zip(("rgb", "normal"), error.tolist(), strict=False):
