@@ -54,7 +54,9 @@ def test_transforms_are_vhap_style(tmp_path):
     write(tmp_path / "clip")
     meta = json.loads((tmp_path / "clip/transforms.json").read_text())
     frame = meta["frames"][0]
-    assert {"timestep_index", "camera_index", "transform_matrix", "fl_x", "flame_param_path", "fg_mask_path"} <= set(frame)
+    assert {"timestep_index", "camera_index", "transform_matrix", "fl_x", "flame_param_path", "fg_mask_path"} <= set(
+        frame
+    )
     # OpenGL camera-to-world: the camera looks along its own -z, here from (0.3, 0.1, 1) to the origin.
     c2w = torch.tensor(frame["transform_matrix"])
     forward = -c2w[:3, 2]

@@ -88,13 +88,23 @@ def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
     if frame.camera.width == size and frame.camera.height == size:
         return frame
     if frame.camera.width != frame.camera.height:
-        raise UserError(f"frames must be square crops, got {frame.camera.width}×{frame.camera.height}: run `geodiff4d track` on the source")
+        raise UserError(
+            f"frames must be square crops, got {frame.camera.width}×{frame.camera.height}: run `geodiff4d track` on the source"
+        )
 
     def resample(x: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(x[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False)[0]
+        return torch.nn.functional.interpolate(
+            x[None], size=(size, size), mode="bilinear", antialias=True, align_corners=False
+        )[0]
 
     normal = None if frame.normal is None else torch.nn.functional.normalize(resample(frame.normal), dim=0, eps=1e-3)
-    return replace(frame, image=resample(frame.image), mask=resample(frame.mask), normal=normal, camera=frame.camera.resized(size, size))
+    return replace(
+        frame,
+        image=resample(frame.image),
+        mask=resample(frame.mask),
+        normal=normal,
+        camera=frame.camera.resized(size, size),
+    )
 
 
 def load_portrait(clip: Clip, size: int) -> Portrait:
@@ -145,9 +155,7 @@ def plan_shots(driving_frames: int, views: int, frames: int) -> list[Shot]:
     instant is then seen by several cameras with one set of parameters.
     """
     per_view = max(1, frames // views)
-    return [
-        Shot((v * per_view + k) % driving_frames, v) for v in range(views) for k in range(per_view)
-    ]
+    return [Shot((v * per_view + k) % driving_frames, v) for v in range(views) for k in range(per_view)]
 
 
 def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
@@ -159,7 +167,9 @@ def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camer
 
 def still_head(params: HeadParams) -> HeadParams:
     """Fix the head pose, as the avatar's training clip wants it (S-A.1): only expressions and cameras vary."""
-    return replace(params, **{k: torch.zeros_like(getattr(params, k)) for k in ("rotation", "neck_pose", "translation")})
+    return replace(
+        params, **{k: torch.zeros_like(getattr(params, k)) for k in ("rotation", "neck_pose", "translation")}
+    )
 
 
 def animate(
@@ -185,7 +195,9 @@ def animate(
     return out
 
 
-def warp_frames(portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged) -> Generated:
+def warp_frames(
+    portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged
+) -> Generated:
     """Mesh warp as a generator (design §8): the portrait's texture on the tracked head, in the driver's expression."""
     completed = complete_portrait(head, portrait)
     parts = []
@@ -210,14 +222,24 @@ def synthesize(
     cameras = clip_cameras(head, portrait, views, size)
     still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
     chosen = still.select([s.timestep for s in shots])
-    made = animate(portrait, chosen, generator, model, head, cameras[torch.tensor([s.camera for s in shots])], sample, progress)
-    extra = {"generator": generator, "views": views, "frames": len(shots), "steps": sample.steps, "guidance": sample.guidance}
+    made = animate(
+        portrait, chosen, generator, model, head, cameras[torch.tensor([s.camera for s in shots])], sample, progress
+    )
+    extra = {
+        "generator": generator,
+        "views": views,
+        "frames": len(shots),
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+    }
     with ClipWriter(out, head.name, driving.fps, extra) as clip:
         order = sorted({s.timestep for s in shots})
         for t in order:
             clip.add_params(t, still.params[t])
         for i, s in enumerate(shots):
-            clip.add(s.timestep, s.camera, made.rgb[i].cpu(), cameras[s.camera], made.mask[i].cpu(), made.normal[i].cpu())
+            clip.add(
+                s.timestep, s.camera, made.rgb[i].cpu(), cameras[s.camera], made.mask[i].cpu(), made.normal[i].cpu()
+            )
         clip.set_reference(portrait.on_grey)
         rows = {s.timestep: made.tokens[i].cpu() for i, s in enumerate(shots)}
         clip.set_tokens(torch.stack([rows[t] for t in order]))

@@ -39,7 +39,9 @@ class Preset:
     augment: AugmentConfig = AugmentConfig()
 
 
-def _small(codec: PatchCodecConfig, size: int, crop: int, widths: tuple[int, ...], encoder: tuple[int, ...]) -> VideoModelConfig:
+def _small(
+    codec: PatchCodecConfig, size: int, crop: int, widths: tuple[int, ...], encoder: tuple[int, ...]
+) -> VideoModelConfig:
     """The embedded family: warp-conditioned, residual prediction, joint attention at 16² tokens and below."""
     c = codec.channels
     groups = min(16, widths[0] // 2)

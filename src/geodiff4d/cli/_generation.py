@@ -36,7 +36,9 @@ def prepare(args: Any, progress: "Track", limit: int | None = None, tracked_to: 
         raise UserError(f"--steps is {args.steps}: expected 1 to 1000")
     for flag in ("portrait", "driving"):
         if not getattr(args, flag).exists():
-            raise UserError(f"--{flag} {getattr(args, flag)} does not exist: expected a picture, a video or a tracked folder")
+            raise UserError(
+                f"--{flag} {getattr(args, flag)} does not exist: expected a picture, a video or a tracked folder"
+            )
     p, head = preset(args.preset), load_head(args.head)
     model = load_model(args.model) if args.generator == "diffusion" else None
     size = model.config.size if model else p.model.size

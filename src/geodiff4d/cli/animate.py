@@ -54,7 +54,9 @@ def run(args: Args) -> None:
     )  # fmt: skip
     normals = encode_normals(made.normal, torch.ones_like(made.mask))
     portrait = job.portrait.on_grey
-    crops = torch.nn.functional.interpolate(job.driving.crops, size=portrait.shape[-2:], mode="bilinear", align_corners=False)
+    crops = torch.nn.functional.interpolate(
+        job.driving.crops, size=portrait.shape[-2:], mode="bilinear", align_corners=False
+    )
     with fresh_folder(args.out) as folder:
         write_video(folder / "video.mp4", made.rgb.cpu(), job.driving.fps)
         write_video(folder / "normals.mp4", normals.cpu(), job.driving.fps)

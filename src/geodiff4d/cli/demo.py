@@ -34,6 +34,10 @@ def run(args: Args) -> None:
         config = replace(config, pairs=args.pairs)
     metrics = run_demo(args.out, config, args.model, track)
     made, warp = metrics["generated"], metrics["mesh_warp"]
-    print(f"video model {made['psnr_fg']:.2f} dB, normals {made['normal_deg']:.1f}°; mesh warp {warp['psnr_fg']:.2f} dB, {warp['normal_deg']:.1f}°")
-    print(f"avatar {metrics['avatar']['psnr_fg_vs_generated']:.1f} dB on held-out generated frames; {metrics['seconds']['total']:.0f} s in all")
+    print(
+        f"video model {made['psnr_fg']:.2f} dB, normals {made['normal_deg']:.1f}°; mesh warp {warp['psnr_fg']:.2f} dB, {warp['normal_deg']:.1f}°"
+    )
+    print(
+        f"avatar {metrics['avatar']['psnr_fg_vs_generated']:.1f} dB on held-out generated frames; {metrics['seconds']['total']:.0f} s in all"
+    )
     print(f"open {args.out / 'report.html'}")

@@ -44,4 +44,6 @@ def run(args: Args) -> None:
     )  # fmt: skip
     finish(args.out, job.portrait, job.driving, args.generator, track)
     held_out = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]
-    print(f"{args.out}: avatar at {held_out['psnr_fg']:.1f} dB on held-out generated frames; open {args.out / 'report.html'}")
+    print(
+        f"{args.out}: avatar at {held_out['psnr_fg']:.1f} dB on held-out generated frames; open {args.out / 'report.html'}"
+    )

@@ -54,7 +54,7 @@ def run(args: Args) -> None:
         bar = iter(track(range(config.subjects), f"rendering {name} people"))
         seen = [0]
 
-        def show(done: int, total: int, bar=bar, seen=seen) -> None:  # noqa: ANN001
+        def show(done: int, total: int, bar=bar, seen=seen) -> None:
             while seen[0] < done:
                 next(bar, None)
                 seen[0] += 1
@@ -72,7 +72,9 @@ def run(args: Args) -> None:
         return
     codec = load_codec(args.vae or SHIPPED_MODEL / "vae")
     if not isinstance(codec, PatchCodec) or codec.config != p.codec.codec:
-        raise UserError(f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` and give --vae")
+        raise UserError(
+            f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` and give --vae"
+        )
     model, pairs = ablated(p, args.ablate)
     image = replace(p.image, pairs=pairs, seed=args.seed, steps=args.steps or p.image.steps)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,9 @@ class Camera:
     width: int
     height: int
 
-    def project(self, points: Float[Tensor, "*batch n 3"]) -> tuple[Float[Tensor, "*batch n 2"], Float[Tensor, "*batch n"]]:
+    def project(
+        self, points: Float[Tensor, "*batch n 3"]
+    ) -> tuple[Float[Tensor, "*batch n 2"], Float[Tensor, "*batch n"]]:
         """Project world points to pixels; returns (xy [px], depth z [m]). Points behind the camera keep their sign."""
         cam = transform(self.T_cam_world, points)
         depth = cam[..., 2]

@@ -29,7 +29,9 @@ class RunFolder:
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
         if known.exists() and json.loads(known.read_text())["config"] != ours:
-            raise UserError(f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over")
+            raise UserError(
+                f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
+            )
         if not known.exists():
             write_json(known, {"config": ours, "commit": _git("rev-parse", "HEAD"), "torch": torch.__version__})
             (self.path / "diff.patch").write_text(_git("diff", "HEAD") or "")
@@ -44,7 +46,9 @@ class RunFolder:
         """Replace the checkpoint."""
         temporary = self.path / ".checkpoint.part"
         # Clones, because safetensors refuses tensors that share memory.
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)})
+        save_file(
+            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)}
+        )
         os.replace(temporary, self.path / "checkpoint.safetensors")
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
@@ -84,7 +88,11 @@ def _git(*arguments: str) -> str | None:
     """Return what git says about the source's folder; None outside a checkout."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=10, check=False
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -39,10 +39,12 @@ def augment_crops(
 
     zoom, turn = 1 + uniform(config.scale), uniform(config.rotation)
     dx, dy = 2 * uniform(config.translation), 2 * uniform(config.translation)
-    theta = torch.stack(
-        [zoom * turn.cos(), -zoom * turn.sin(), dx, zoom * turn.sin(), zoom * turn.cos(), dy], -1
-    ).view(n, 2, 3)
-    x = grid_sample(crops, affine_grid(theta, list(crops.shape), align_corners=False), padding_mode="border", align_corners=False)
+    theta = torch.stack([zoom * turn.cos(), -zoom * turn.sin(), dx, zoom * turn.sin(), zoom * turn.cos(), dy], -1).view(
+        n, 2, 3
+    )
+    x = grid_sample(
+        crops, affine_grid(theta, list(crops.shape), align_corners=False), padding_mode="border", align_corners=False
+    )
 
     def column(v: Shaped[Tensor, " n"]) -> Shaped[Tensor, "n 1 1 1"]:
         return v[:, None, None, None]

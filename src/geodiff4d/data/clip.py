@@ -72,7 +72,9 @@ class Clip:
         """
         self.folder = Path(folder)
         if not (self.folder / "transforms.json").exists():
-            raise UserError(f"{self.folder} is not a clip: expected a folder with transforms.json (from track, synth or synthesize)")
+            raise UserError(
+                f"{self.folder} is not a clip: expected a folder with transforms.json (from track, synth or synthesize)"
+            )
         meta = read_json(self.folder / "transforms.json")
         extra = meta.get("geodiff4d", {})
         self.head_name: str = extra.get("head", "flame")
@@ -134,7 +136,9 @@ class Clip:
         """
         paths = [r.params_path for r in self.records if r.timestep == timestep and r.params_path]
         if not paths or not paths[0].exists():
-            raise UserError(f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first")
+            raise UserError(
+                f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first"
+            )
         return _read_row(paths[0])
 
     @property
@@ -224,7 +228,9 @@ class ClipWriter:
             frame["normal_path"] = f"normals/{stem}"
         self._frames.append(frame)
 
-    def set_reference(self, image: Float[Tensor, "3 height width"], normal: Float[Tensor, "3 height width"] | None = None) -> None:
+    def set_reference(
+        self, image: Float[Tensor, "3 height width"], normal: Float[Tensor, "3 height width"] | None = None
+    ) -> None:
         """Store the portrait the clip was made from, and its camera-space normals."""
         write_image(self.path / "reference.png", image)
         if normal is not None:
@@ -234,7 +240,9 @@ class ClipWriter:
         """Store expression tokens, one row per timestep in ascending order."""
         save_file({"tokens": tokens.half().contiguous()}, self.path / "expression_tokens.safetensors")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._write_transforms()
         self._fresh.__exit__(kind, error, trace)
@@ -247,14 +255,21 @@ class ClipWriter:
         top = {k: first.get(k) for k in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
         top["timestep_indices"] = sorted({f["timestep_index"] for f in self._frames})
         top["camera_indices"] = sorted({f["camera_index"] for f in self._frames})
-        ours = {"version": FORMAT_VERSION, "head": self.head, "fps": self.fps, "extra": json.loads(json.dumps(self.extra))}
+        ours = {
+            "version": FORMAT_VERSION,
+            "head": self.head,
+            "fps": self.fps,
+            "extra": json.loads(json.dumps(self.extra)),
+        }
         write_json(self.path / "transforms.json", {"geodiff4d": ours, **top, "frames": self._frames})
         # VHAP's split: the first 70 % of timesteps train; camera 8, else the last, validates.
         steps, cameras = top["timestep_indices"], top["camera_indices"]
         train_steps = set(steps[: max(1, int(0.7 * len(steps)))])
         held_camera = 8 if 8 in cameras else (cameras[-1] if cameras else 0)
         split = {
-            "train": [f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] != held_camera],
+            "train": [
+                f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] != held_camera
+            ],
             "val": [f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] == held_camera],
             "test": [f for f in self._frames if f["timestep_index"] not in train_steps],
         }

@@ -45,7 +45,9 @@ def draw_pairs(store: tuple[int, int, int], config: PairConfig, seed: int, index
     """
     subjects, instants, views = store
     if config.cross_view and views < 2:
-        raise ValueError(f"cross-view pairing needs two views of an instant, got {views}: render more or ablate cross-view")
+        raise ValueError(
+            f"cross-view pairing needs two views of an instant, got {views}: render more or ablate cross-view"
+        )
     rng = np.random.default_rng((seed, index))
     b, t = config.references, config.targets
     subject = rng.choice(subjects, b, replace=b > subjects)

@@ -89,7 +89,9 @@ class Store:
         try:
             self.config = StoreConfig(**json.loads((self.folder / "store.json").read_text()))
         except FileNotFoundError:
-            raise UserError(f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one") from None
+            raise UserError(
+                f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one"
+            ) from None
         for name in (*self.config.arrays(0), *_topology()):
             setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode="r+" if writable else "r"))
         if not writable and not self.done.all():  # type: ignore[attr-defined]
@@ -133,7 +135,9 @@ def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadP
     """Draw independent expressions and head poses (shape left at zero): half the heads look straight ahead."""
     rng = generator("store", split, subject, seed)
     expr, jaw, eyes = random_expression(int(rng.integers(1 << 31)), instants)
-    turn = np.deg2rad(rng.normal(0, 1, (2, instants, 3)) * np.array([8.0, 14.0, 5.0])) * (rng.random((2, instants, 1)) < 0.5)
+    turn = np.deg2rad(rng.normal(0, 1, (2, instants, 3)) * np.array([8.0, 14.0, 5.0])) * (
+        rng.random((2, instants, 1)) < 0.5
+    )
     rotation, neck = (torch.from_numpy(x.astype(np.float32)) for x in turn)
     move = torch.from_numpy(rng.normal(0, 0.008, (instants, 3)).astype(np.float32))
     zero = openhead().neutral(instants)
@@ -168,7 +172,7 @@ def _render_subject(folder: Path, s: int) -> None:
     store.done[s] = 1  # type: ignore[attr-defined]
 
 
-def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -> None:  # noqa: ANN001
+def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -> None:
     """Render one instant from all its views and write the rows of the store."""
     head, c = openhead(), store.config
     v = c.views
@@ -176,7 +180,9 @@ def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -
     rgb = composite(frames.rgb, frames.mask)
     fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
     mesh = head.pose(head.neutral(v))
-    normals, mask = render_normals(type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments)
+    normals, mask = render_normals(
+        type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments
+    )
     small = rasterize(still.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
     focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
     focus = interpolate(fragments, head.faces, focus)

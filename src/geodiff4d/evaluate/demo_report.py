@@ -68,7 +68,9 @@ def _generated(kept: list[Scored]) -> Section:
         ]  # fmt: skip
         rows.append((f"pair {i + 1}", cells))
     columns = ("portrait", "driver", "truth", "video model", "mesh warp", "truth", "video model", "mesh warp")
-    text = "One frame of every scored pair. The truth is the portrait's own person, performing what the driver performed."
+    text = (
+        "One frame of every scored pair. The truth is the portrait's own person, performing what the driver performed."
+    )
     return Section("What the video model makes", text, [Grid(rows, columns)])
 
 
@@ -98,9 +100,21 @@ def _figures(metrics: dict[str, Any], scores: PairScores) -> Section:
     for method, name in METHODS.items():
         found = metrics.get(method, {})
         rows.append([name, *(found.get(key) for key in MEASURES)])
-    table = Table(["", *MEASURES.values()], rows, f"Means over {scores.pairs} pairs.", better=("", "high", "high", "low", ""), aside=ASIDE)
+    table = Table(
+        ["", *MEASURES.values()],
+        rows,
+        f"Means over {scores.pairs} pairs.",
+        better=("", "high", "high", "low", ""),
+        aside=ASIDE,
+    )
     controls = [
-        [f"{METHODS[d['method']]} − {METHODS[d['minus']]}", MEASURES[d["key"]], d["mean"], *d["interval"], "yes" if d["excludes_zero"] else "no"]
+        [
+            f"{METHODS[d['method']]} − {METHODS[d['minus']]}",
+            MEASURES[d["key"]],
+            d["mean"],
+            *d["interval"],
+            "yes" if d["excludes_zero"] else "no",
+        ]
         for d in metrics["differences"]
     ]
     differences = Table(

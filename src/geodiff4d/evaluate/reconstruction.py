@@ -35,7 +35,9 @@ def finish(out: Path, portrait: Portrait, driving: Driving, generator: str, prog
     drivers = [driving.crops[clip.records[i].timestep % len(driving)] for i in picks]
     normals = [encode_normals(f.normal, torch.ones_like(f.mask)) for f in chosen if f.normal is not None]
     centre, last = head_centre(avatar), avatar.sequence.batch[0] - 1
-    shown = [avatar.render(avatar.sequence[k * last // 4], turned(avatar.camera, centre, yaw)) for k, yaw in enumerate(YAWS)]
+    shown = [
+        avatar.render(avatar.sequence[k * last // 4], turned(avatar.camera, centre, yaw)) for k, yaw in enumerate(YAWS)
+    ]
     sections = [
         Section("What went in", "", [Grid([("portrait", [portrait.image, portrait.on_grey]), ("driver", drivers)])]),
         Section("What was generated", f"By the {generator} generator; the avatar was fitted to this.",

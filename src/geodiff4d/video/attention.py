@@ -71,7 +71,8 @@ class DomainSpatialAttention(Attention):
         if reference is not None:
             repeat = len(k) // layout.batch
             k, v = (
-                torch.cat([own, ref.repeat_interleave(repeat, 0)], 1) for own, ref in zip((k, v), reference, strict=True)
+                torch.cat([own, ref.repeat_interleave(repeat, 0)], 1)
+                for own, ref in zip((k, v), reference, strict=True)
             )
         return rearrange(self.attend(q, k, v), split, **size)
 

@@ -78,7 +78,9 @@ class Batches:
         """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
         self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
-        self.faces, self.uv, self.uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
+        self.faces, self.uv, self.uv_faces = (
+            torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces)
+        )
 
     def with_pairs(self, pairs: PairConfig) -> "Batches":
         """The same data in batches of another make-up, drawn independently."""
@@ -140,7 +142,9 @@ class Batches:
         own = spread(fragments, self.faces, torch.cat([carried, seen], -1))
         uv = spread(fragments, self.uv_faces, self.uv * 2 - 1)
         hit = (face >= 0).float()[:, None]
-        maps = interpolate(torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False)
+        maps = interpolate(
+            torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False
+        )
         inside = maps[:, 6:].clamp(min=1e-3)
         rgb, texture = (take(x, ref, 255.0).repeat_interleave(t, 0) for x in (self.store.rgb, self.store.texture))
 

@@ -43,7 +43,9 @@ class Diffusion:
         """ᾱ at each batch row's timestep, shaped to multiply latents."""
         return self.alphas_cumprod.to(t.device)[t][:, None, None, None, None, None]
 
-    def noise_like(self, z: Float[Tensor, "b d c t h w"], generator: torch.Generator | None = None, shared: bool = True) -> Tensor:
+    def noise_like(
+        self, z: Float[Tensor, "b d c t h w"], generator: torch.Generator | None = None, shared: bool = True
+    ) -> Tensor:
         """Draw noise, identical in both domains unless `shared` is off."""
         b, d, *rest = z.shape
         noise = torch.randn(b, 1 if shared else d, *rest, generator=generator, dtype=torch.float32).to(z)
@@ -100,7 +102,7 @@ class Diffusion:
 SamplerName = Literal["ddim", "unipc", "dpm++"]
 
 
-def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int):  # noqa: ANN201 - one of three diffusers classes
+def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int):
     """Return a diffusers scheduler that is fed the predicted clean latent.
 
     DDIM is the paper's (Sec. 4.2, η = 0, trailing spacing so that it starts at the last timestep).

@@ -58,7 +58,9 @@ def with_identity_of(portrait: Portrait, driver: HeadParams) -> HeadParams:
     return replace(
         driver,
         shape=portrait.params.shape.expand(*batch, -1),
-        static_offset=None if portrait.params.static_offset is None else portrait.params.static_offset.expand(*batch, -1, -1),
+        static_offset=None
+        if portrait.params.static_offset is None
+        else portrait.params.static_offset.expand(*batch, -1, -1),
     )
 
 
@@ -155,7 +157,13 @@ def _conditions(
 
 
 def _start(
-    model: VideoModel, head: Head, portrait: Portrait, image_latent: Tensor, conditions: Conditions, kv: list, config: SampleConfig
+    model: VideoModel,
+    head: Head,
+    portrait: Portrait,
+    image_latent: Tensor,
+    conditions: Conditions,
+    kv: list,
+    config: SampleConfig,
 ) -> Float[Tensor, "1 d c h w"]:
     """Latents of the reference image and its normals, the clean part of the first noisy latent (S-A.1)."""
     if not model.config.normals:

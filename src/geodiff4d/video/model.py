@@ -84,9 +84,14 @@ class VideoModel(nn.Module):
         super().__init__()
         pose = codec.channels if config.pose == "codec" else 3
         needed = codec.channels + pose + (codec.channels + 2 if config.warp else 0)
-        for name, unet, channels in (("unet", config.unet, needed), ("reference", config.reference, codec.channels + pose)):
+        for name, unet, channels in (
+            ("unet", config.unet, needed),
+            ("reference", config.reference, codec.channels + pose),
+        ):
             if unet.in_channels != channels:
-                raise ValueError(f"{name}.in_channels must be {channels} for this codec and these conditions, got {unet.in_channels}")
+                raise ValueError(
+                    f"{name}.in_channels must be {channels} for this codec and these conditions, got {unet.in_channels}"
+                )
         self.config, self.codec = config, codec
         self.unet = UNet(config.unet)
         self.reference = UNet(config.reference)
@@ -130,7 +135,9 @@ class VideoModel(nn.Module):
         if not self.config.warp:
             return Conditions(pose, base)
         if images.warp is None or images.visibility is None:
-            raise ValueError("this model is conditioned on the warped portrait: expected images.warp and images.visibility")
+            raise ValueError(
+                "this model is conditioned on the warped portrait: expected images.warp and images.visibility"
+            )
         warp = self.encode_images(images.warp)
         seen = rearrange(avg_pool2d(_fold(images.visibility), self.codec.factor), "(b t) c h w -> b c t h w", b=b)
         if keep_warp is not None:
@@ -197,7 +204,9 @@ def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
             **{k: build(cls, d[k]) for k, cls in parts.items()}, warp=d["warp"], pose=d["pose"],
         )  # fmt: skip
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"this model's config.json does not fit this version ({error}): update geodiff4d or retrain") from None
+        raise UserError(
+            f"this model's config.json does not fit this version ({error}): update geodiff4d or retrain"
+        ) from None
 
 
 def load_video_model(folder: Path) -> VideoModel:
@@ -208,7 +217,9 @@ def load_video_model(folder: Path) -> VideoModel:
     """
     folder = Path(folder)
     if not (folder / "unet").is_dir():
-        raise UserError(f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; train one or leave --model out")
+        raise UserError(
+            f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; train one or leave --model out"
+        )
     saved, _ = load_model(folder / "unet")
     config, codec = config_from_dict(saved.get("video_model", {})), load_codec(folder / "vae")
     try:
@@ -220,5 +231,7 @@ def load_video_model(folder: Path) -> VideoModel:
         try:
             network.load_state_dict({k: v.float() for k, v in state.items()})
         except RuntimeError as error:
-            raise UserError(f"{folder / name} does not fit its config ({str(error).splitlines()[0]}): copy the folder again") from None
+            raise UserError(
+                f"{folder / name} does not fit its config ({str(error).splitlines()[0]}): copy the folder again"
+            ) from None
     return model.eval()

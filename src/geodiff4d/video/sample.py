@@ -33,7 +33,7 @@ class SampleConfig:
     """bf16 where the machine has it."""
 
 
-def autocast(device: torch.device, enabled: bool):  # noqa: ANN201 - a context manager
+def autocast(device: torch.device, enabled: bool):
     """bf16 autocast if asked for and supported natively, else nothing."""
     if not enabled:
         return nullcontext()

@@ -91,7 +91,11 @@ def train_codec(
     optimiser = torch.optim.AdamW(codec.parameters(), config.lr, weight_decay=1e-4)
     for step in range(config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+            group["lr"] = (
+                config.lr
+                * min(1, (step + 1) / 50)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+            )
         images = _images(store, np.random.default_rng((config.seed, step)), config.batch)
         with torch.no_grad():
             z = codec.encode(images)
@@ -132,7 +136,9 @@ def _codec_psnr(codec: PatchCodec, store: Store, n: int = 32) -> dict[str, float
     out = {}
     for kind in ("rgb", "normal"):
         x = torch.from_numpy(np.stack([getattr(store, kind)[p] for p in picks])).float() / 255
-        mask = (torch.from_numpy(np.stack([store.normal[p] for p in picks])).float() - 127.5).abs().amax(1, keepdim=True) > 2  # type: ignore[attr-defined]
+        mask = (torch.from_numpy(np.stack([store.normal[p] for p in picks])).float() - 127.5).abs().amax(
+            1, keepdim=True
+        ) > 2  # type: ignore[attr-defined]
         error = ((codec.decode(codec.encode(x)) - x) ** 2)[mask.expand_as(x)].mean()
         out[f"psnr_fg_{kind}"] = round(-10 * math.log10(error.item()), 2)
     return out
@@ -217,14 +223,19 @@ def train_image(
         model = model.to(memory_format=torch.channels_last)
     model = model.to(accelerator.device)
     slow = [p for n in ("unet", "reference") for p in getattr(model, n).parameters()]
-    groups = [{"params": slow, "factor": 1.0}, {"params": list(model.expression.parameters()), "factor": config.expression_lr}]
+    groups = [
+        {"params": slow, "factor": 1.0},
+        {"params": list(model.expression.parameters()), "factor": config.expression_lr},
+    ]
     optimiser = torch.optim.AdamW(groups, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     objective, prepared = accelerator.prepare(Objective(model), optimiser)
     ema = {k: v.detach().clone() for k, v in _trained(model).items()}
     first = 0
     if (saved := folder.load()) is not None:
         tensors, first = saved
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, strict=False)
+        model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, strict=False
+        )
         ema = {k: tensors[f"ema.{k}"].to(v) for k, v in ema.items()}
         restore_optimiser(optimiser, tensors)
     elif config.warm_start:
@@ -281,7 +292,11 @@ def warm_start(model: VideoModel, batches: Batches, config: ImageTraining, progr
     many = batches.with_pairs(replace(batches.pairs, references=32, targets=4))
     for step in range(config.warm_start):
         for group in optimiser.param_groups:
-            group["lr"] = 6e-4 * min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
+            group["lr"] = (
+                6e-4
+                * min(1, (step + 1) / 30)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
+            )
         crops, expr = many.drivers(step)
         with autocast(model.device, config.autocast):
             guess = head(encoder(crops.to(model.device)))
@@ -304,7 +319,9 @@ def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, mixed: boo
     for i in range(n):
         batch = val[i].to(model.device)
         b, frames = batch.crops.shape[:2]
-        noise = model.diffusion.noise_like(batch.target[:, : len(model.config.domains)], torch.Generator().manual_seed(i))
+        noise = model.diffusion.noise_like(
+            batch.target[:, : len(model.config.domains)], torch.Generator().manual_seed(i)
+        )
         for t in (300, 700, 999):
             for name, dropped in (("", False), ("_null", True)):
                 flags = torch.full((b, frames), dropped, device=model.device)

@@ -81,7 +81,9 @@ class Sampler(nn.Module):
 class Block(nn.Module):
     """One level: resnets, each followed by a transformer and an expression module where the config has them."""
 
-    def __init__(self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None):
+    def __init__(
+        self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None
+    ):
         super().__init__()
         heads = config.head_count(width)
         self.resnets = nn.ModuleList(Resnet(c, width, c_time, config.groups) for c in inputs)
@@ -92,7 +94,12 @@ class Block(nn.Module):
         if attending and config.expression_dim:
             self.expressions = nn.ModuleList(
                 ExpressionAttention(
-                    width, heads, config.groups, config.expression_dim, config.expression_layers, config.expression_ff_factor
+                    width,
+                    heads,
+                    config.groups,
+                    config.expression_dim,
+                    config.expression_layers,
+                    config.expression_ff_factor,
                 )
                 for _ in range(attending)
             )

@@ -165,10 +165,12 @@ def load_codec(folder: Path) -> "PatchCodec | StableCodec":
         return StableCodec(folder)
     config, state = load_model(folder)
     if config.pop("kind", None) != "patch":
-        raise UserError(f"{folder} is not a codec: expected kind \"patch\" in config.json, or a diffusers AutoencoderKL")
+        raise UserError(f'{folder} is not a codec: expected kind "patch" in config.json, or a diffusers AutoencoderKL')
     try:
         codec = PatchCodec(PatchCodecConfig(**config))
         codec.load_state_dict({k: v.float() for k, v in state.items()})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} does not fit its config ({str(error).splitlines()[0]}): copy the folder again") from None
+        raise UserError(
+            f"{folder} does not fit its config ({str(error).splitlines()[0]}): copy the folder again"
+        ) from None
     return codec
