@@ -1,6 +1,8 @@
 """The demo: a portrait becomes an avatar, and eight pairs say how well (design §11; the controls of `metrics.json`)."""
 
+import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,7 @@ from geodiff4d.core.files import write_json
 from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
+from geodiff4d.data.synthetic.world import WORLD_VERSION
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, truth_frames
 from geodiff4d.heads import Head, load_head
@@ -81,17 +84,18 @@ class Scored:
 def run_demo(
     out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Track = unchanged
 ) -> dict[str, Any]:
-    """Run everything and write report.html, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/ and frames/.
+    """Run everything; write report.html, overview.png, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/, frames/.
 
-    Finished stages are found again by their files, so an interrupted demo goes on where it was.
+    Finished stages of the same configuration and weights are kept, so an interrupted demo goes on where it was.
     """
-    from geodiff4d.evaluate.demo_report import write_report
+    from geodiff4d.evaluate.demo_report import write_overview, write_report
 
     out = Path(out)
     p, head, model, watch = preset(config.preset), load_head(), load_model(model_folder), Stopwatch()
     if model_folder is None and config.preset == "debug":
         p = replace(p, model=model.config)
     sample = replace(config.sample or p.sample, seed=config.seed)
+    _forget_others(out, _fingerprint(config, sample, model))
     size, crop = model.config.size, model.config.expression.size
 
     def make(i: int) -> Pair:
@@ -128,8 +132,26 @@ def run_demo(
     }
     metrics["differences"] = _differences(scores)
     write_json(out / "metrics.json", metrics)
+    write_overview(out / "overview.png", kept[0], avatar)
     write_report(out, metrics, scores, kept, first, avatar)
     return metrics
+
+
+def _fingerprint(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> str:
+    """Hash what the clip and the avatar depend on."""
+    digest = hashlib.blake2b(f"{WORLD_VERSION} {config} {sample} {model.config}".encode(), digest_size=16)
+    for value in model.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _forget_others(out: Path, fingerprint: str) -> None:
+    """Remove the stages another configuration or other weights left in the folder."""
+    note = out / "demo.json"
+    if note.exists() and json.loads(note.read_text()).get("fingerprint") != fingerprint:
+        for stale in ("clip", "avatar", "avatar.checkpoint", "frames", "pairs"):
+            shutil.rmtree(out / stale, ignore_errors=True)
+    write_json(note, {"fingerprint": fingerprint})
 
 
 def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate as resize
 
 from geodiff4d.avatar.drive import head_centre, turned
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.core.images import encode_normals
+from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.evaluate.demo import Scored
 from geodiff4d.evaluate.metrics import PairScores
 from geodiff4d.evaluate.pairs import Pair
@@ -42,6 +43,25 @@ def write_report(
         "by a program: people of the open world's test split, whom the model has never seen."
     )
     build_report(out / "report.html", Report("From one portrait to an avatar", lead, sections, footer))
+
+
+@torch.no_grad()
+def write_overview(path: Path, shown: Scored, avatar: Avatar) -> None:
+    """Write one picture of it all: portrait, driver, generated frame and normals, and the avatar from three sides."""
+    k = len(shown.truth.rgb) // 2
+    size = shown.truth.rgb.shape[-1]
+    centre = head_centre(avatar)
+    views = [avatar.render(shown.shots.params[k], turned(avatar.camera, centre, yaw)) for yaw in (-35, 0, 35)]
+    driver = resize(shown.shots.crops[k][None], size=(size, size), mode="bicubic", align_corners=False)[0].clamp(0, 1)
+    generated = shown.generated
+    tiles = [
+        shown.pair.portrait.image, driver, generated.rgb[k],
+        encode_normals(generated.normal[k], torch.ones_like(generated.mask[k])),
+        *(v.rgb.clamp(0, 1) for v in views), views[1].normal * 0.5 + 0.5,
+    ]  # fmt: skip
+    gap = torch.ones(3, size, max(2, size // 64))
+    row = [part for tile in tiles for part in (tile, gap)][:-1]
+    write_image(path, torch.cat(row, -1))
 
 
 def _inputs(first: Pair) -> Section:

@@ -1,4 +1,4 @@
-"""The demo's test pairs: portraits and drivers of the open world's test split, with the truth they are scored against."""
+"""The demo's test pairs: portraits and drivers of the open world's test split, and the truth to score against."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, orbit, rig
 from geodiff4d.data.synthetic.expressions import expression_track
+from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate.metrics import Truth
@@ -39,14 +40,14 @@ class Pair:
     """The subject under the driver's true expression, head still, [frames, …]."""
 
 
-def make_pair(folder: Path, head: Head, index: int, frames: int, size: int, crop: int) -> Pair:
+def make_pair(folder: Path, head: Head, index: int, frames: int, size: int, crop: int, split: Split = "test") -> Pair:
     """Render a pair's files into `folder` (portrait.png, driving/) and read them back, as a user's would be.
 
-    In this version the head parameters are the truth, disturbed as a tracker would (`disturbed`), and so says the report.
+    The head parameters are the truth, disturbed as a tracker would (`disturbed`); the report says so.
     """
     from geodiff4d.pipeline import load_driving
 
-    subject, driver = SyntheticSubject(index, "test"), SyntheticSubject(FIRST_DRIVER + index, "test")
+    subject, driver = SyntheticSubject(index, split), SyntheticSubject(FIRST_DRIVER + index, split)
     folder.mkdir(parents=True, exist_ok=True)
     portrait = _portrait(folder / "portrait.png", head, subject, size)
     expr, jaw, eyes = expression_track("mixed", max(frames, 24), 7000 + index)
@@ -79,7 +80,9 @@ def _driver_clip(folder: Path, driver: SyntheticSubject, motion: HeadParams, tra
     camera = canonical_crop(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
     n = motion.batch[0]
     out = driver.render(motion, camera.expand(n))
-    with ClipWriter(folder, extra={"subject_seed": driver.seed, "split": "test", "params": "truth, disturbed"}) as clip:
+    with ClipWriter(
+        folder, extra={"subject_seed": driver.seed, "split": driver.split, "params": "truth, disturbed"}
+    ) as clip:
         for t in range(n):
             clip.add_params(t, tracked[t])
             clip.add(t, 0, out.rgb[t], camera[0], out.mask[t])

@@ -14,6 +14,7 @@ from geodiff4d.data.crops import crop_image, face_crop_box
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize, render_normals
 from geodiff4d.render.warp import CompletedHead, complete, sample_completed
+from geodiff4d.video.detail import restore_detail
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
 from geodiff4d.video.sample import SampleConfig, sample
 
@@ -67,7 +68,7 @@ def with_identity_of(portrait: Portrait, driver: HeadParams) -> HeadParams:
 def driving_crop(
     image: Float[Tensor, "3 height width"], head: Head, params: HeadParams, camera: Camera, size: int
 ) -> Float[Tensor, "3 size size"]:
-    """Cut the face by the landmarks of the tracked head at zero expression, so that the cut does not tell the expression."""
+    """Cut the face by the landmarks of the tracked head at zero expression: the cut does not tell the expression."""
     points = head.landmarks68.on(head.pose(params.without_expression()).vertices, head.faces)
     return crop_image(image, face_crop_box(camera.project(points)[0]), size)
 
@@ -129,7 +130,7 @@ def generate(
         start = _start(model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, config)
     conditions = _conditions(model, head, texture, params, cameras, config.chunk)
     z = sample(model, conditions, null if drop_expression else latents, kv, start, config, progress)
-    images = torch.cat([model.decode_latents(part) for part in z.split(config.chunk, 3)], 3)
+    images = _decode(model, z, head, texture, params, cameras, config)
     rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
     if not model.config.normals:
         mask = torch.ones_like(rgb[:, :1])
@@ -154,6 +155,38 @@ def _conditions(
         part = slice(first, first + chunk)
         parts.append(model.conditions(condition_images(head, texture, params[part], cameras[part])))
     return Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
+
+
+def _decode(
+    model: VideoModel,
+    z: Tensor,
+    head: Head,
+    texture: CompletedHead,
+    params: HeadParams,
+    cameras: Camera,
+    config: SampleConfig,
+) -> Float[Tensor, "1 d 3 t height width"]:
+    """Decode chunk by chunk and give back the conditions' detail, if asked for."""
+    out = []
+    for first in range(0, z.shape[3], config.chunk):
+        part = slice(first, first + config.chunk)
+        images = model.decode_latents(z[:, :, :, part])
+        if config.detail > 0 and model.config.warp:
+            known = condition_images(head, texture, params[part], cameras[part])
+            assert known.warp is not None and known.visibility is not None
+            # The portrait's own pixels for RGB, the head's surface for normals.
+            for d, (image, seen) in enumerate(
+                ((known.warp, known.visibility[:, :1]), (known.pose, known.visibility[:, 1:]))
+            ):
+                if d < images.shape[1]:
+                    frames = restore_detail(
+                        *(rearrange(x, "1 c t h w -> t c h w") for x in (images[:, d], image, seen)),
+                        model.codec,
+                        config.detail,
+                    )
+                    images[:, d] = rearrange(frames, "t c h w -> 1 c t h w")
+        out.append(images)
+    return torch.cat(out, 3)
 
 
 def _start(

@@ -29,6 +29,9 @@ class SampleConfig:
     seed: int = 0
     chunk: int = 16
     """Frames denoised together: bounds the memory, not the result."""
+    detail: float = 0.0
+    """How far a frame may be from its condition and still get back the detail that the codec lost, as a mean absolute
+    difference in [0, 1]; 0 leaves frames as decoded. Needs a warp-conditioned model."""
     autocast: bool = True
     """bf16 where the machine has it."""
 
