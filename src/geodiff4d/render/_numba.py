@@ -367,18 +367,19 @@ def _project_backward(
 class _Rasterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, means, quats, scales, opacities, features, T_cam_world, K, width, height):
-        inputs = [x.detach().contiguous().numpy() for x in (means, quats, scales, opacities, features)]
+        splats = (x.detach().contiguous().numpy() for x in (means, quats, scales, opacities, features))
+        m, q, s, o, f = inputs = tuple(splats)
         V, lens = T_cam_world.detach().double().numpy(), _lens(K, width, height)
-        n, dtype = len(inputs[0]), inputs[0].dtype
+        n, dtype = len(m), m.dtype
         rows, depth = np.zeros((n, 6), dtype), np.empty(n, dtype)
         rect, span = np.empty((n, 4), np.int32), np.empty((n, 2), np.int32)
-        _project(*inputs[:4], V, lens, width, height, rows, depth, rect, span)
+        _project(m, q, s, o, V, lens, width, height, rows, depth, rect, span)
         tiles_x, tiles_y = -(-width // TILE), -(-height // TILE)
         start, first_slot, entry = _bin(np.argsort(depth, kind="stable"), rect, tiles_x, tiles_x * tiles_y)
-        image = torch.empty(inputs[4].shape[1] + 1, height, width, dtype=means.dtype)
+        image = torch.empty(f.shape[1] + 1, height, width, dtype=means.dtype)
         stop = np.empty((height, width), np.int64)
         with numba.parallel_chunksize(TILES_PER_TASK):
-            _blend(start, entry, rows, span, inputs[4], tiles_x, image.numpy(), stop)
+            _blend(start, entry, rows, span, f, tiles_x, image.numpy(), stop)
         ctx.kept = (inputs, V, lens, rows, span, first_slot, start, entry, tiles_x, image.numpy().copy(), stop)
         return image
 
@@ -386,11 +387,13 @@ class _Rasterize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         inputs, V, lens, rows, span, first_slot, start, entry, tiles_x, image, stop = ctx.kept
+        m, q, s, o, f = inputs
         slots = np.empty((len(entry), MOMENTS + image.shape[0] - 1), image.dtype)
         with numba.parallel_chunksize(TILES_PER_TASK):
-            _blend_backward(start, entry, rows, span, inputs[4], tiles_x, image, stop, grad.contiguous().numpy(), slots)
+            _blend_backward(start, entry, rows, span, f, tiles_x, image, stop, grad.contiguous().numpy(), slots)
         grads = [torch.zeros(x.shape, dtype=grad.dtype) for x in inputs]
-        _project_backward(*inputs[:4], V, lens, rows, first_slot, slots, *(g.numpy() for g in grads))
+        g_m, g_q, g_s, g_o, g_f = (g.numpy() for g in grads)
+        _project_backward(m, q, s, o, V, lens, rows, first_slot, slots, g_m, g_q, g_s, g_o, g_f)
         return *grads, None, None, None, None
 
 
