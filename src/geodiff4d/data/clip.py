@@ -89,7 +89,7 @@ class Clip:
 
     def _record(self, frame: dict, meta: dict) -> FrameRecord:
         def get(key: str) -> float:
-            return float(frame.get(key, meta.get(key)))
+            return float(frame[key] if key in frame else meta[key])
 
         T = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
         if T.shape != (4, 4) or not T.isfinite().all():

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from geodiff4d.core.camera import Camera
@@ -64,7 +66,8 @@ class StoreConfig:
             "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
             "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),
             "carried": ((*n[:2], self.reference_views, verts, 3), "f2"),
-            "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"), "crop": ((*n, 3, self.crop, self.crop), "u1"),
+            "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"),
+            "crop": ((*n, 3, self.crop, self.crop), "u1"),
             "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
             "expr": ((*n[:2], 52), "f4"), "done": ((n[0],), "u1"),
         }  # fmt: skip
@@ -77,7 +80,23 @@ def _topology() -> dict[str, np.ndarray]:
 
 
 class Store:
-    """Memory-mapped arrays by attribute; see `StoreConfig.arrays`."""
+    """Memory-mapped arrays by attribute; `StoreConfig.arrays` has their shapes and types."""
+
+    rgb: np.ndarray
+    normal: np.ndarray
+    pose: np.ndarray
+    face: np.ndarray
+    bary: np.ndarray
+    carried: np.ndarray
+    texture: np.ndarray
+    crop: np.ndarray
+    cover: np.ndarray
+    focus: np.ndarray
+    expr: np.ndarray
+    done: np.ndarray
+    faces: np.ndarray
+    uv: np.ndarray
+    uv_faces: np.ndarray
 
     def __init__(self, folder: Path, writable: bool = False):
         """Open a store.
@@ -94,7 +113,7 @@ class Store:
             ) from None
         for name in (*self.config.arrays(0), *_topology()):
             setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode="r+" if writable else "r"))
-        if not writable and not self.done.all():  # type: ignore[attr-defined]
+        if not writable and not self.done.all():
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
 
 
@@ -113,7 +132,7 @@ def build_store(
         for name, array in _topology().items():
             np.save(folder / f"{name}.npy", array)
         write_json(path, config)
-    todo = np.nonzero(Store(folder, writable=True).done == 0)[0].tolist()  # type: ignore[attr-defined]
+    todo = np.nonzero(Store(folder, writable=True).done == 0)[0].tolist()
     finished = config.subjects - len(todo)
     progress(finished, config.subjects)
     if workers <= 1:
@@ -164,15 +183,18 @@ def _render_subject(folder: Path, s: int) -> None:
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
     posed = head.pose(tracked)
     still = head.pose(tracked.without_expression())
-    store.expr[s] = m.expr.numpy()  # type: ignore[attr-defined]
+    store.expr[s] = m.expr.numpy()
     for i in range(c.instants):
         cameras = _cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])
         _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], cameras)
-    store.done[s] = 1  # type: ignore[attr-defined]
+    store.done[s] = 1
 
 
-def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -> None:
+def _render_instant(
+    store: Store, s: int, i: int, subject: SyntheticSubject, truth: HeadParams,
+    posed: Float[Tensor, "verts 3"], still: Float[Tensor, "verts 3"], cameras: Camera,
+) -> None:  # fmt: skip
     """Render one instant from all its views and write the rows of the store."""
     head, c = openhead(), store.config
     v = c.views
@@ -188,21 +210,21 @@ def _render_instant(store: Store, s, i, subject, truth, posed, still, cameras) -
     focus = interpolate(fragments, head.faces, focus)
     points = head.landmarks68.on(still, head.faces)
 
-    def u8(x: torch.Tensor) -> np.ndarray:
+    def u8(x: Tensor) -> np.ndarray:
         return (x.clamp(0, 1) * 255).round().byte().numpy()
 
-    store.rgb[s, i] = u8(rgb)  # type: ignore[attr-defined]
-    store.normal[s, i] = u8(encode_normals(frames.normal, frames.mask))  # type: ignore[attr-defined]
-    store.pose[s, i] = u8(encode_normals(normals, mask))  # type: ignore[attr-defined]
-    store.face[s, i] = small.face_index.to(torch.int16).numpy()  # type: ignore[attr-defined]
-    store.bary[s, i] = u8(small.bary[..., :2].movedim(-1, 1))  # type: ignore[attr-defined]
-    store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])  # type: ignore[attr-defined]
-    store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])  # type: ignore[attr-defined]
+    store.rgb[s, i] = u8(rgb)
+    store.normal[s, i] = u8(encode_normals(frames.normal, frames.mask))
+    store.pose[s, i] = u8(encode_normals(normals, mask))
+    store.face[s, i] = small.face_index.to(torch.int16).numpy()
+    store.bary[s, i] = u8(small.bary[..., :2].movedim(-1, 1))
+    store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])
+    store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])
     for k in range(v):
         box = face_crop_box(cameras[k].project(points)[0])
-        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))  # type: ignore[attr-defined]
+        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))
     for k in range(c.reference_views):
         portrait = complete(head, rgb[k], posed, cameras[k], frames.mask[k], c.texels)
         seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
-        store.carried[s, i, k] = seen.half().numpy()  # type: ignore[attr-defined]
-        store.texture[s, i, k] = u8(portrait.texture)  # type: ignore[attr-defined]
+        store.carried[s, i, k] = seen.half().numpy()
+        store.texture[s, i, k] = u8(portrait.texture)

@@ -5,6 +5,7 @@ domain-randomised (paint, patterns, odd colours), so that a model has to read ap
 Colours are linear RGB.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,7 +105,9 @@ class Paint:
         self.gloss = torch.lerp(self.gloss, torch.tensor(gloss), amount.clamp(0, 1))
 
 
-def paint_subject(traits: Traits, style: HairStyle, key: tuple[object, ...], generator) -> Float[Tensor, "texels 8"]:  # type: ignore[no-untyped-def]
+def paint_subject(
+    traits: Traits, style: HairStyle, key: tuple[object, ...], generator: Callable[..., np.random.Generator]
+) -> Float[Tensor, "texels 8"]:
     """Paint a subject's texture, [rows · 512, 8]; `generator(*key, purpose)` gives the random numbers."""
     c = canvas()
     rng = generator(*key, "skin")

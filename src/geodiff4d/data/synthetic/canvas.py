@@ -47,7 +47,8 @@ class Canvas:
 
     def spread(self, values: Float[Tensor, "verts c"]) -> Float[Tensor, "texels c"]:
         """Interpolate vertex values at the texels."""
-        return sum(values.index_select(0, self.corners[:, i]) * self.bary[:, i : i + 1] for i in range(3))  # type: ignore[return-value]
+        a, b, c = (values.index_select(0, self.corners[:, i]) * self.bary[:, i : i + 1] for i in range(3))
+        return a + b + c
 
 
 @lru_cache

@@ -4,6 +4,7 @@ Tracks are sums of eased events (an action rises, holds and falls) over a little
 smooth by construction. The eyes turn by the eye joints; the look actions only move the lids along.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -193,8 +194,9 @@ def _bump(frames: int, start: float, rise: float, hold: float, fall: float) -> n
 
 
 def _events(
-    frames: int, rng: np.random.Generator, fps: float, gap: float, hold: float, ease: float, draw
-) -> np.ndarray:  # type: ignore[no-untyped-def]
+    frames: int, rng: np.random.Generator, fps: float, gap: float, hold: float, ease: float,
+    draw: Callable[[np.random.Generator], np.ndarray],
+) -> np.ndarray:  # fmt: skip
     """Add eased poses from `draw(rng)` one after another, `gap` and `hold` seconds on average."""
     out = np.zeros((frames, len(ACTIONS)))
     start = rng.uniform(0.1, 0.6) * gap * fps

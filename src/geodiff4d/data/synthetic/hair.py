@@ -195,7 +195,10 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
     return _mesh(points, hanging > 0)
 
 
-def _thickness(style: HairStyle, phi, theta, end, hangs, d, rng) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _thickness(
+    style: HairStyle, phi: np.ndarray, theta: np.ndarray, end: np.ndarray, hangs: np.ndarray, d: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
     side = np.clip((theta - 0.5) / 0.9, 0, 1)
     thick = style.top_m + (style.side_m - style.top_m) * side * side * (3 - 2 * side)
     # Toward the hairline hair lies down: slowly where it is combed back, at once where it is a fringe.

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
 from geodiff4d.data.clip import ClipWriter
@@ -68,7 +69,7 @@ def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps:
     return subject.params(expr, rotation=torch.from_numpy(wobble).float(), jaw_pose=jaw, eyes_pose=eyes)
 
 
-def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int):  # type: ignore[no-untyped-def]
+def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int) -> Camera:
     """Return the rig's cameras cropped canonically around this subject over all its frames."""
     points = subject.vertices(params)[..., head_region(), :].reshape(-1, 3)
     return canonical_crop(rig(size)[torch.tensor(views)], points)
