@@ -4,7 +4,7 @@ The three run the same modules; only widths, sizes and counts differ.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
@@ -45,13 +45,13 @@ def _small(
     """The embedded family: warp-conditioned, residual prediction, joint attention at 16² tokens and below."""
     c = codec.channels
     groups = min(16, widths[0] // 2)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         out_channels=c, widths=widths, layers=1, down_attention=(False, True, False), up_attention=(1, 2, 1),
         heads=None, groups=groups, ff_factor=2, cross_dim=None, expression_layers=1, expression_ff_factor=1,
     )  # fmt: skip
     return VideoModelConfig(
-        unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),  # type: ignore[arg-type]
-        reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),  # type: ignore[arg-type]
+        unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),
+        reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),
         expression=ExpressionConfig(size=crop, widths=encoder),
         diffusion=DiffusionConfig(prediction="residual"),
         size=size, pose="codec", warp=True,
@@ -67,10 +67,13 @@ PRESETS: dict[str, Preset] = {
         model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
         codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
         image=ImageTraining(
-            steps=4, pairs=PairConfig(references=2, targets=2), lr=1e-3, warm_start=2, log_every=1, validate_every=4, save_every=2
+            steps=4, pairs=PairConfig(references=2, targets=2), lr=1e-3, warm_start=2,
+            log_every=1, validate_every=4, save_every=2,
         ),
         store=StoreConfig(subjects=2, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
-        val_store=StoreConfig("val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
+        val_store=StoreConfig(
+            "val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1
+        ),
         sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
         views=3, frames=4,
     ),

@@ -6,6 +6,7 @@ those of the reference network (X-NeMo's reader; facts A).
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -28,8 +29,8 @@ class Layout:
     """Whether the domains attend to each other (`--ablate domain-attention` turns this off)."""
 
 
-class Attention(nn.Module):
-    """Multi-head attention with diffusers' parameter names."""
+class MultiHead(nn.Module):
+    """Multi-head attention under diffusers' parameter names; who attends to what is its subclasses' matter."""
 
     def __init__(self, channels: int, context: int | None, heads: int):
         super().__init__()
@@ -43,20 +44,28 @@ class Attention(nn.Module):
         self, q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"]
     ) -> Float[Tensor, "b n c"]:
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (q, k, v))
-        return self.to_out[0](rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+        return self.out(rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+    @property
+    def out(self) -> nn.Linear:
+        return cast(nn.Linear, self.to_out[0])
+
+
+class Attention(MultiHead):
+    """Cross-attention."""
 
     def forward(self, x: Float[Tensor, "b n c"], context: Float[Tensor, "b m d"]) -> Float[Tensor, "b n c"]:
         """Attend from x to a context (Eq. of Vaswani et al.; no positional terms)."""
         return self.attend(self.to_q(x), self.to_k(context), self.to_v(context))
 
 
-class DomainSpatialAttention(Attention):
+class DomainSpatialAttention(MultiHead):
     """Self-attention over both domains of a frame, extended by the reference's keys and values (Sec. 3.2)."""
 
     def __init__(self, channels: int, heads: int):
         super().__init__(channels, None, heads)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, x: Float[Tensor, "n tokens c"], layout: Layout, reference: ReferenceKV | None = None
     ) -> Float[Tensor, "n tokens c"]:
         """Attend within each frame; `x` is `(batch domains frames) tokens channels`."""
@@ -81,18 +90,28 @@ class DomainSpatialAttention(Attention):
         return self.to_k(hidden), self.to_v(hidden)
 
 
+class Gate(nn.Module):
+    """GEGLU: one half of a projection, gated by the other."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Float[Tensor, "*n c_in"]) -> Float[Tensor, "*n c_out"]:
+        value, gate = self.proj(x).chunk(2, -1)
+        return value * gelu(gate)
+
+
 class FeedForward(nn.Module):
     """GEGLU feed-forward under diffusers' names (`net.0.proj`, `net.2`)."""
 
     def __init__(self, channels: int, factor: int = 4):
         super().__init__()
-        gate = nn.Module()
-        gate.proj = nn.Linear(channels, 2 * factor * channels)
+        gate = Gate(channels, factor * channels)
         self.net = nn.ModuleList([gate, nn.Identity(), nn.Linear(factor * channels, channels)])
 
     def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n c"]:
-        value, gate = self.net[0].proj(x).chunk(2, -1)
-        return self.net[2](value * gelu(gate))
+        return self.net[2](self.net[0](x))
 
 
 class TransformerBlock(nn.Module):
@@ -131,7 +150,7 @@ class Transformer2D(nn.Module):
 
     @property
     def block(self) -> TransformerBlock:
-        return self.transformer_blocks[0]  # type: ignore[return-value]
+        return cast(TransformerBlock, self.transformer_blocks[0])
 
     def forward(
         self, x: Float[Tensor, "n c h w"], layout: Layout, reference: ReferenceKV | None, text: Tensor | None

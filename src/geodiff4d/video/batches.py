@@ -73,7 +73,8 @@ class Batches:
 
     def __init__(
         self, store: Store, latents: np.ndarray, pairs: PairConfig, seed: int = 0,
-        augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(), encoded_pose: bool = True,
+        augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(),
+        encoded_pose: bool = True,
     ):  # fmt: skip
         """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed

@@ -7,7 +7,7 @@ prediction starts from the base instead of from nothing.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -102,7 +102,7 @@ class Diffusion:
 SamplerName = Literal["ddim", "unipc", "dpm++"]
 
 
-def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int):
+def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int) -> Any:
     """Return a diffusers scheduler that is fed the predicted clean latent.
 
     DDIM is the paper's (Sec. 4.2, η = 0, trailing spacing so that it starts at the last timestep).
@@ -114,7 +114,7 @@ def make_sampler(name: SamplerName, config: DiffusionConfig, steps: int):
 
     if not 1 <= steps <= config.steps:
         raise UserError(f"--steps must be 1 to {config.steps}, got {steps}")
-    shared = dict(
+    shared: dict[str, Any] = dict(
         num_train_timesteps=config.steps, beta_start=config.beta_start, beta_end=config.beta_end,
         beta_schedule="scaled_linear", prediction_type="sample", timestep_spacing="trailing",
     )  # fmt: skip

@@ -200,7 +200,7 @@ def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
     try:
         parts = dict(unet=UNetConfig, reference=UNetConfig, expression=ExpressionConfig, diffusion=DiffusionConfig)
         return replace(
-            VideoModelConfig(**{k: v for k, v in d.items() if k not in parts and k not in ("diffusion", "warp", "pose")}),
+            VideoModelConfig(**{k: v for k, v in d.items() if k not in (*parts, "warp", "pose")}),
             **{k: build(cls, d[k]) for k, cls in parts.items()}, warp=d["warp"], pose=d["pose"],
         )  # fmt: skip
     except (AttributeError, TypeError, KeyError, ValueError) as error:
@@ -218,7 +218,8 @@ def load_video_model(folder: Path) -> VideoModel:
     folder = Path(folder)
     if not (folder / "unet").is_dir():
         raise UserError(
-            f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; train one or leave --model out"
+            f"{folder} is not a video model: expected sub-folders unet, reference, expression, vae; "
+            "train one or leave --model out"
         )
     saved, _ = load_model(folder / "unet")
     config, codec = config_from_dict(saved.get("video_model", {})), load_codec(folder / "vae")

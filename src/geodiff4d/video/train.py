@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import Store
+from geodiff4d.video.attention import MultiHead
 from geodiff4d.video.batches import Batch, Batches
 from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
 from geodiff4d.video.sample import autocast
+from geodiff4d.video.unet import Resnet
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -87,7 +89,7 @@ def train_codec(
     codec = PatchCodec(config.codec)
     rng = np.random.default_rng(config.seed)
     codec.fit_basis(_images(store, rng, config.basis_images))
-    codec = codec.to(memory_format=torch.channels_last)
+    _channels_last(codec)
     optimiser = torch.optim.AdamW(codec.parameters(), config.lr, weight_decay=1e-4)
     for step in range(config.steps):
         for group in optimiser.param_groups:
@@ -136,9 +138,8 @@ def _codec_psnr(codec: PatchCodec, store: Store, n: int = 32) -> dict[str, float
     out = {}
     for kind in ("rgb", "normal"):
         x = torch.from_numpy(np.stack([getattr(store, kind)[p] for p in picks])).float() / 255
-        mask = (torch.from_numpy(np.stack([store.normal[p] for p in picks])).float() - 127.5).abs().amax(
-            1, keepdim=True
-        ) > 2  # type: ignore[attr-defined]
+        normals = torch.from_numpy(np.stack([store.normal[p] for p in picks])).float()
+        mask = (normals - 127.5).abs().amax(1, keepdim=True) > 2
         error = ((codec.decode(codec.encode(x)) - x) ** 2)[mask.expand_as(x)].mean()
         out[f"psnr_fg_{kind}"] = round(-10 * math.log10(error.item()), 2)
     return out
@@ -177,12 +178,12 @@ def initialise(model: VideoModel) -> None:
     """Start a small model as "the base, unchanged": last convolutions of every residual branch at zero."""
     for network in (model.unet, model.reference):
         for module in network.modules():
-            if hasattr(module, "conv2"):
+            if isinstance(module, Resnet):
                 nn.init.zeros_(module.conv2.weight)
-            if hasattr(module, "to_out"):
-                nn.init.zeros_(module.to_out[0].weight)
-    nn.init.zeros_(model.unet.conv_out.weight)
-    nn.init.zeros_(model.unet.conv_out.bias)
+            if isinstance(module, MultiHead):
+                nn.init.zeros_(module.out.weight)
+    for parameter in model.unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
 
 
 @torch.no_grad()
@@ -220,7 +221,7 @@ def train_image(
     if start is not None:
         model.load_state_dict(start, strict=False)
     if accelerator.device.type == "cpu":
-        model = model.to(memory_format=torch.channels_last)
+        _channels_last(model)
     model = model.to(accelerator.device)
     slow = [p for n in ("unet", "reference") for p in getattr(model, n).parameters()]
     groups = [
@@ -283,7 +284,7 @@ def warm_start(model: VideoModel, batches: Batches, config: ImageTraining, progr
     thrown away afterwards.
     """
     encoder = model.expression
-    known = torch.from_numpy(np.array(batches.store.expr)).flatten(0, 1)  # type: ignore[attr-defined]
+    known = torch.from_numpy(np.array(batches.store.expr)).flatten(0, 1)
     std = known.std(0).clamp(min=0.02).to(model.device)
     head = nn.Linear(encoder.config.latent, known.shape[-1]).to(model.device)
     nn.init.zeros_(head.weight)
@@ -335,6 +336,11 @@ def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, mixed: boo
     model.load_state_dict(current, strict=False)
     model.train()
     return out
+
+
+def _channels_last(module: nn.Module) -> None:
+    """Lay convolution weights out as CPUs like them."""
+    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's overloads omit it
 
 
 def _trained(model: VideoModel) -> dict[str, Tensor]:

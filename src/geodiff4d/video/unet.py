@@ -5,6 +5,7 @@ Parameter names match diffusers' `UNet2DConditionModel`; what SD does not have (
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange, repeat
@@ -70,16 +71,36 @@ class Resnet(nn.Module):
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + y
 
 
+class TimeEmbedding(nn.Module):
+    """diffusers' `TimestepEmbedding`."""
+
+    def __init__(self, c_in: int, c_time: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_time)
+        self.linear_2 = nn.Linear(c_time, c_time)
+
+    def forward(self, x: Float[Tensor, "n c_in"]) -> Float[Tensor, "n c_time"]:
+        return self.linear_2(silu(self.linear_1(x)))
+
+
 class Sampler(nn.Module):
-    """Holds the `conv` of diffusers' down- and upsamplers."""
+    """The convolution of diffusers' down- and upsamplers."""
 
     def __init__(self, channels: int, stride: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
+        return self.conv(x)
+
 
 class Block(nn.Module):
     """One level: resnets, each followed by a transformer and an expression module where the config has them."""
+
+    attentions: nn.ModuleList
+    expressions: nn.ModuleList
+    downsamplers: nn.ModuleList
+    upsamplers: nn.ModuleList
 
     def __init__(
         self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None
@@ -124,9 +145,7 @@ class UNet(nn.Module):
         self.config = config
         w, n = config.widths, config.layers
         c_time = 4 * w[0]
-        self.time_embedding = nn.Module()
-        self.time_embedding.linear_1 = nn.Linear(w[0], c_time)
-        self.time_embedding.linear_2 = nn.Linear(c_time, c_time)
+        self.time_embedding = TimeEmbedding(w[0], c_time)
         self.class_embedding = nn.Embedding(config.domains, c_time)
         nn.init.normal_(self.class_embedding.weight, std=0.02)
         if config.expression_latent:
@@ -162,8 +181,12 @@ class UNet(nn.Module):
 
     def sites(self) -> list[Transformer2D]:
         """Return the attention sites in the order they run."""
-        blocks = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        return [a for block in blocks if block.attending for a in block.attentions]
+        blocks = [*self._levels(self.down_blocks), self.mid_block, *self._levels(self.up_blocks)]
+        return [cast(Transformer2D, a) for block in blocks if block.attending for a in block.attentions]
+
+    @staticmethod
+    def _levels(blocks: nn.ModuleList) -> list[Block]:
+        return [cast(Block, block) for block in blocks]
 
     def reference_kv(self, hidden: list[Tensor]) -> list[ReferenceKV]:
         """Turn a reference network's hidden states into this network's keys and values, one pair per site."""
@@ -214,19 +237,19 @@ class UNet(nn.Module):
             h = h.contiguous(memory_format=torch.channels_last)
         h = self.conv_in(h)
         skips = [h]
-        for block in self.down_blocks:
+        for block in self._levels(self.down_blocks):
             for j in range(len(block.resnets)):
                 h = layer(block, j, h)
                 skips.append(h)
             if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0].conv(h)
+                h = block.downsamplers[0](h)
                 skips.append(h)
         h = self.mid_block.resnets[1](layer(self.mid_block, 0, h), emb)
-        for block in self.up_blocks:
+        for block in self._levels(self.up_blocks):
             for j in range(len(block.resnets)):
                 h = layer(block, j, torch.cat([h, skips.pop()], 1))
             if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0].conv(interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = block.upsamplers[0](interpolate(h, scale_factor=2.0, mode="nearest"))
         if not self.config.reference:
             h = self.conv_out(silu(self.conv_norm_out(h)))
         return rearrange(h, "(b d t) c h w -> b d c t h w", b=b, d=d, t=t), bank
@@ -236,7 +259,7 @@ class UNet(nn.Module):
     ) -> Float[Tensor, "n c_time"]:
         """Sum time, domain and (embedded preset) expression embeddings for every row of the folded batch."""
         e = timestep_embedding(timestep, self.config.widths[0]).to(self.conv_in.weight.dtype)
-        e = self.time_embedding.linear_2(silu(self.time_embedding.linear_1(e)))
+        e = self.time_embedding(e)
         ids = torch.tensor(domain_ids, device=e.device)
         e = e[:, None, None] + self.class_embedding(ids)[None, :, None]
         e = e.expand(-1, -1, frames, -1)

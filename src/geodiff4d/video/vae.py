@@ -7,7 +7,7 @@ diffusers `AutoencoderKL` folder for the paper's scale (latent mean, scaling 0.1
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, load_model, save_model
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What the video model needs of a codec; images in [0, 1], latents with about unit variance."""
 
@@ -43,14 +44,18 @@ class PatchCodecConfig:
     """Width of the refiner at a quarter of the image size."""
 
 
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ResidualConv(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        _zero(self.conv2)
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return x + self.conv2(silu(self.conv1(silu(self.norm(x)))))
@@ -64,6 +69,10 @@ class PatchCodec(nn.Module):
     diffusion loss. Decoding inverts it and adds what a small network infers from neighbouring cells.
     """
 
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+
     def __init__(self, config: PatchCodecConfig):
         super().__init__()
         self.config, self.channels, self.factor = config, config.channels, config.factor
@@ -75,15 +84,15 @@ class PatchCodec(nn.Module):
         if up * 4 != config.factor:
             raise ValueError(f"factor must be a multiple of 4, got {config.factor}")
         self.trunk = nn.Sequential(
-            nn.Conv2d(config.channels, config.trunk, 3, padding=1), ResidualConv(config.trunk), ResidualConv(config.trunk),
+            nn.Conv2d(config.channels, config.trunk, 3, padding=1),
+            ResidualConv(config.trunk), ResidualConv(config.trunk),
             nn.SiLU(), nn.Conv2d(config.trunk, config.detail * up * up, 1), nn.PixelShuffle(up),
         )  # fmt: skip
         self.detail = nn.Sequential(
             ResidualConv(config.detail), ResidualConv(config.detail), nn.SiLU(),
             nn.Conv2d(config.detail, 48, 3, padding=1), nn.PixelShuffle(4),
         )  # fmt: skip
-        nn.init.zeros_(self.detail[3].weight)
-        nn.init.zeros_(self.detail[3].bias)
+        _zero(self.detail[3])
 
     def fit_basis(self, images: Float[Tensor, "n 3 height width"]) -> None:
         """Set the linear code from a sample of images of both domains (PCA over aligned patches)."""
@@ -132,26 +141,26 @@ class StableCodec(nn.Module):
         super().__init__()
         from diffusers import AutoencoderKL
 
-        self.vae = AutoencoderKL.from_pretrained(folder, local_files_only=True).requires_grad_(False)  # type: ignore[attr-defined]
+        self.vae: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True).requires_grad_(False)
         self.chunk = chunk
-        self.channels = int(self.vae.config.latent_channels)  # type: ignore[attr-defined]
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)  # type: ignore[attr-defined]
-        self.scaling = float(self.vae.config.scaling_factor)  # type: ignore[attr-defined]
+        self.channels = int(self.vae.config.latent_channels)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.scaling = float(self.vae.config.scaling_factor)
 
     def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Encode in chunks, so that memory does not grow with the clip."""
-        parts = [self.vae.encode(x * 2 - 1).latent_dist.mean for x in images.split(self.chunk)]  # type: ignore[union-attr]
+        parts = [self.vae.encode(x * 2 - 1).latent_dist.mean for x in images.split(self.chunk)]
         return torch.cat(parts) * self.scaling
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
         """Decode in chunks to images in [0, 1]."""
-        parts = [self.vae.decode(z / self.scaling).sample for z in latents.split(self.chunk)]  # type: ignore[union-attr]
+        parts = [self.vae.decode(z / self.scaling).sample for z in latents.split(self.chunk)]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
         """Write the diffusers folder again, so that a saved model is whole."""
         with fresh_folder(folder) as temporary:
-            self.vae.save_pretrained(temporary)  # type: ignore[attr-defined]
+            self.vae.save_pretrained(temporary)
 
 
 def load_codec(folder: Path) -> "PatchCodec | StableCodec":
