@@ -28,7 +28,7 @@ def command(monkeypatch):
 
     def register(run):
         module = ModuleType("geodiff4d_probe")
-        module.Args, module.run = Args, run  # type: ignore[attr-defined]
+        vars(module).update(Args=Args, run=run)
         monkeypatch.setitem(sys.modules, "geodiff4d_probe", module)
         monkeypatch.setitem(COMMANDS, "probe", ("geodiff4d_probe", "exists in this test only"))
 
@@ -86,7 +86,7 @@ def test_unknown_commands_suggest_the_nearest(capsys):
     assert main(["docter"]) == 2
     assert capsys.readouterr().err == "geodiff4d: unknown command 'docter': did you mean doctor?\n"
     assert main(["zzzzzz"]) == 2
-    assert "expected one of doctor" in capsys.readouterr().err
+    assert "expected one of demo, track" in capsys.readouterr().err
 
 
 def test_unknown_options_exit_with_2(command, capsys):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn.functional import grid_sample, normalize
 
@@ -71,7 +71,7 @@ def grow(
     outline = (grazing < GRAZING) & (steps < HEIGHTS - 1)
     means = bind(local, next(iter(posed.values()))).means[loose]
     if int(outline.sum()) >= NEIGHBOURS:
-        _, nearest = cKDTree(means[outline].numpy()).query(means.numpy(), k=NEIGHBOURS)
+        _, nearest = KDTree(means[outline].numpy()).query(means.numpy(), k=NEIGHBOURS)
         lift = torch.minimum(lift, lift[outline][torch.from_numpy(nearest)].mean(-1))
     # Mostly outside, where it is seen; the rest fills the volume for views that graze it.
     lift = lift * (0.4 + 0.6 * torch.rand(len(loose), generator=generator).sqrt())
@@ -112,7 +112,7 @@ def paint(
     colors = total / weight.clamp(min=1e-9)
     if known.any() and not known.all():
         means = bind(local, next(iter(posed.values()))).means
-        _, nearest = cKDTree(means[known].numpy()).query(means[~known].numpy())
+        _, nearest = KDTree(means[known].numpy()).query(means[~known].numpy())
         colors[~known] = colors[known][torch.from_numpy(nearest)]
     return replace(local, color_logits=torch.logit(colors.clamp(0.02, 0.98)))
 

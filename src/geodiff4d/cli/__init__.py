@@ -16,7 +16,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line of help), in the order a user meets them.
     "demo": ("geodiff4d.cli.demo", "portrait to avatar on the embedded default, with figures and a page"),
-    "track": ("geodiff4d.cli.track", "fit the head to a picture or video"),
+    "track": ("geodiff4d.cli.track", "fit the head to a portrait or a video: a clip with masks and parameters"),
     "reconstruct": ("geodiff4d.cli.reconstruct", "portrait and driver in, avatar and video out"),
     "synthesize": ("geodiff4d.cli.synthesize", "make the avatar's training clip from a portrait and a driver"),
     "animate": ("geodiff4d.cli.animate", "animate a portrait by the video model alone"),
@@ -25,7 +25,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "train": ("geodiff4d.cli.train", "train the codec or the image model"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
-    "track": ("geodiff4d.cli.track", "fit the head to a portrait or a video: a clip with masks and parameters"),
 }
 
 USAGE = "usage: geodiff4d [-h] [--version] [--debug] COMMAND …"

@@ -50,7 +50,7 @@ def run(args: Args) -> None:
     params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
     made = animate(
         job.portrait, replace(job.driving, params=params), args.generator, job.model, job.head,
-        job.portrait.camera[None].expand(n), job.sample, track,
+        job.portrait.camera.expand(n), job.sample, track,
     )  # fmt: skip
     normals = encode_normals(made.normal, torch.ones_like(made.mask))
     portrait = job.portrait.on_grey

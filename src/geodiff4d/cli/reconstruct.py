@@ -43,7 +43,5 @@ def run(args: Args) -> None:
         job.sample, args.seed, track,
     )  # fmt: skip
     finish(args.out, job.portrait, job.driving, args.generator, track)
-    held_out = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]
-    print(
-        f"{args.out}: avatar at {held_out['psnr_fg']:.1f} dB on held-out generated frames; open {args.out / 'report.html'}"
-    )
+    psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
+    print(f"{args.out}: avatar at {psnr:.1f} dB on held-out generated frames; open {args.out / 'report.html'}")

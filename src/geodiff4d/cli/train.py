@@ -73,7 +73,8 @@ def run(args: Args) -> None:
     codec = load_codec(args.vae or SHIPPED_MODEL / "vae")
     if not isinstance(codec, PatchCodec) or codec.config != p.codec.codec:
         raise UserError(
-            f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` and give --vae"
+            f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` "
+            "and give --vae"
         )
     model, pairs = ablated(p, args.ablate)
     image = replace(p.image, pairs=pairs, seed=args.seed, steps=args.steps or p.image.steps)

@@ -23,7 +23,8 @@ def write_json(path: Path, value: Any) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(asdict(value) if is_dataclass(value) else value, indent=1, default=str) + "\n")  # type: ignore[arg-type]
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    temporary.write_text(json.dumps(plain, indent=1, default=str) + "\n")
     os.replace(temporary, path)
 
 

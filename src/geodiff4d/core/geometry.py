@@ -97,7 +97,7 @@ def invert(T_a_b: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
 def look_at(
     eye: Float[Tensor, "*batch 3"], target: Float[Tensor, "*batch 3"], up: Float[Tensor, "*batch 3"]
 ) -> Float[Tensor, "*batch 4 4"]:
-    """Return `T_cam_world` of an OpenCV camera (x right, y down, z forward) at `eye` that sees `target` in its centre."""
+    """Return `T_cam_world` of a camera (x right, y down, z forward) at `eye` that sees `target` in its centre."""
     forward = torch.nn.functional.normalize(target - eye, dim=-1)
     right = torch.nn.functional.normalize(torch.linalg.cross(forward, up), dim=-1)
     down = torch.linalg.cross(forward, right)

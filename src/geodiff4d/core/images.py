@@ -32,7 +32,8 @@ def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height 
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
-                    f"{path} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; downscale it first"
+                    f"{path} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; "
+                    "downscale it first"
                 )
             from PIL import ImageOps
 

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 def face_normals(
     vertices: Float[Tensor, "*batch verts 3"], faces: Int[Tensor, "faces 3"]
 ) -> Float[Tensor, "*batch faces 3"]:
-    """Return unnormalised face normals: their length is twice the face's area, counter-clockwise faces point outward."""
+    """Return face normals as long as twice the face's area; counter-clockwise faces point outward."""
     a, b, c = (vertices[..., faces[:, i], :] for i in range(3))
     return torch.linalg.cross(b - a, c - a)
 
@@ -17,7 +17,7 @@ def face_normals(
 def vertex_normals(
     vertices: Float[Tensor, "*batch verts 3"], faces: Int[Tensor, "faces 3"]
 ) -> Float[Tensor, "*batch verts 3"]:
-    """Return unit vertex normals, the area-weighted mean of the faces around each vertex (zero where there are none)."""
+    """Return unit vertex normals, the area-weighted mean of the faces around (zero where there are none)."""
     n = face_normals(vertices, faces)
     total = torch.zeros_like(vertices)
     for i in range(3):
