@@ -207,11 +207,11 @@ def _codec_ceiling(truth: Truth, model: VideoModel) -> dict[str, float]:
 
 
 def _score_avatar(
-    pair: Pair, scored: Scored, avatar: Avatar, head: Head, config: DemoConfig, fitted: dict[str, Any]
+    scored: Scored, avatar: Avatar, head: Head, config: DemoConfig, views: int, fitted: dict[str, Any]
 ) -> dict[str, Any]:
     """Score the avatar of the shown pair on its frames and on the silhouettes of an orbit."""
-    size = scored.truth.rgb.shape[-1]
-    _, _, cameras = scored_shots(pair, head, len(Clip_views(avatar, scored)), config.frames_per_pair, size)
+    pair, size = scored.pair, scored.truth.rgb.shape[-1]
+    _, _, cameras = scored_shots(pair, head, views, config.frames_per_pair, size)
     with torch.no_grad():
         frames = [avatar.render(scored.shots.params[k], cameras[k]) for k in range(len(scored.shots))]
         around, truth = silhouette_orbit(pair, head, size, config.orbit_views)
