@@ -17,7 +17,7 @@ class Args:
     out: Path
     """Clip folder to write; it replaces an older one."""
     head: str = "openhead"
-    """`openhead`, or the path of a head's file (your own flame2023.pkl)."""
+    """`openhead`, or the path of an .npz head (docs/OPENHEAD.md)."""
     detector: Literal["mediapipe"] = "mediapipe"
     """Who finds the landmarks; `make track-env` installs it."""
     size: int = 256
