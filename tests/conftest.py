@@ -3,6 +3,7 @@
 Numba kernels are left out: the hook wraps every function, and `njit` cannot compile the wrapper.
 """
 
+import pytest
 from jaxtyping import install_import_hook
 
 CHECKED = [
@@ -17,6 +18,8 @@ CHECKED = [
     "tracking",
     "video",
     "avatar",
+    "presets",
+    "pipeline",
     "evaluate",
 ]
 install_import_hook(
@@ -24,3 +27,20 @@ install_import_hook(
     # The numeric tower lets an int stand in for a float, as PEP 484 says it may.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(scope="session")
+def subject():
+    """One person of the open world for every test that only looks: painting someone takes half a second."""
+    from geodiff4d.data.synthetic import SyntheticSubject
+
+    return SyntheticSubject(3, "val")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A portrait, another's performance of three frames and the truth, at 48 px."""
+    from geodiff4d.evaluate.pairs import make_pair
+    from geodiff4d.heads import load_head
+
+    return make_pair(tmp_path_factory.mktemp("pair"), load_head(), 0, frames=3, size=48, crop=32)

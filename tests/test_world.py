@@ -35,11 +35,6 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def subject():
-    return SyntheticSubject(3, "val")
-
-
-@pytest.fixture(scope="module")
 def frames(subject):
     expr, jaw, eyes = random_expression(0, 3)
     params = subject.params(expr, jaw_pose=jaw, eyes_pose=eyes)

@@ -1,0 +1,215 @@
+"""The path from portrait to clip: shots, cameras, what a driver gives and keeps, the warp generator, resuming."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from geodiff4d import pipeline
+from geodiff4d.core.errors import UserError
+from geodiff4d.data.clip import Clip, ClipWriter
+from geodiff4d.data.synthetic.cameras import head_region
+from geodiff4d.evaluate.metrics import score, silhouette_iou
+from geodiff4d.evaluate.pairs import scored_shots, silhouette_orbit, truth_frames
+from geodiff4d.heads import load_head
+from geodiff4d.pipeline import (
+    Shot,
+    animate,
+    clip_cameras,
+    driver_clip_index,
+    load_driving,
+    load_portrait,
+    plan_shots,
+    resized_frame,
+    still_head,
+    synthesize,
+)
+from geodiff4d.video.generate import with_identity_of
+from geodiff4d.video.sample import SampleConfig
+
+SIZE, VIEWS, FRAMES = 48, 3, 6
+HEAD_POSE = ("rotation", "neck_pose", "translation")
+
+
+@pytest.fixture(scope="module")
+def head():
+    return load_head()
+
+
+@pytest.fixture(scope="module")
+def warped(pair, head, tmp_path_factory):
+    """A clip of three cameras, two shots each, of a driver of three frames."""
+    out = tmp_path_factory.mktemp("pipeline") / "clip"
+    return synthesize(pair.portrait, pair.driving, out, head, "warp", views=VIEWS, frames=FRAMES)
+
+
+# Shots and cameras
+
+
+def test_every_view_has_its_own_segment():
+    shots = plan_shots(100, views=3, frames=12)
+    assert [s.camera for s in shots] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [s.timestep for s in shots] == list(range(12))
+
+
+def test_a_short_driver_wraps_around_and_instants_are_shared():
+    shots = plan_shots(4, views=3, frames=6)
+    assert shots == [Shot(0, 0), Shot(1, 0), Shot(2, 1), Shot(3, 1), Shot(0, 2), Shot(1, 2)]
+    assert plan_shots(1, views=2, frames=1) == [Shot(0, 0), Shot(0, 1)], "at least one shot for each view"
+
+
+def test_clip_cameras_see_the_whole_head(pair, head):
+    cameras = clip_cameras(head, pair.portrait, VIEWS, SIZE)
+    assert cameras.batch == (VIEWS,) and (cameras.width, cameras.height) == (SIZE, SIZE)
+    rest = replace(head.neutral(VIEWS), shape=pair.portrait.params.shape.expand(VIEWS, -1))
+    xy, depth = cameras.project(head.pose(rest).vertices[:, head_region()])
+    assert (depth > 0).all() and (xy > 0).all() and (xy < SIZE).all()
+    side = (xy.amax(1) - xy.amin(1)).amax(1)
+    torch.testing.assert_close(side, torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)
+    positions = cameras.position
+    assert torch.pdist(positions).min() > 0.2, "cameras stand apart [m]"
+
+
+# What a driver gives
+
+
+def test_a_still_head_keeps_its_expression(pair):
+    moved = replace(pair.driving.params, **{k: getattr(pair.driving.params, k) + 0.3 for k in HEAD_POSE})
+    still = still_head(moved)
+    assert all((getattr(still, k) == 0).all() for k in HEAD_POSE)
+    for name in ("shape", "expr", "jaw_pose", "eyes_pose"):
+        assert torch.equal(getattr(still, name), getattr(moved, name))
+
+
+def test_the_drivers_identity_is_not_used(pair):
+    mine, theirs = pair.portrait.params.shape, pair.driving.params.shape
+    assert (mine - theirs).norm() > 1
+    given = with_identity_of(pair.portrait, pair.driving.params)
+    assert torch.equal(given.shape, mine.expand_as(theirs)) and torch.equal(given.expr, pair.driving.params.expr)
+
+
+def test_driving_is_one_frame_per_instant(warped, head):
+    """Several cameras of an instant drive once, in the order of time."""
+    driving = load_driving(warped, head, 32)
+    assert len(driving) == len(warped.timesteps) == 3 < len(warped)
+    assert driving.crops.shape == (3, 3, 32, 32) and driving.fps == warped.fps
+    first = warped.frame(0)
+    assert first.timestep == 0 and torch.equal(driving.params.expr[0], first.params.expr)
+    assert len(load_driving(warped, head, 32, limit=2)) == 2
+    picked = driving.select([2, 0])
+    assert torch.equal(picked.params.expr, driving.params.expr[[2, 0]]) and picked.fps == driving.fps
+
+
+def test_frames_are_picked_evenly(pair):
+    assert driver_clip_index(pair.driving, 2) == [0, 2]
+    assert driver_clip_index(pair.driving, 9) == [0, 1, 2]
+
+
+def test_untracked_clips_are_refused(pair, head, tmp_path):
+    with ClipWriter(tmp_path / "bare") as writer:
+        writer.add(0, 0, pair.portrait.image, pair.portrait.camera)
+    clip = Clip(tmp_path / "bare")
+    with pytest.raises(UserError, match="run `geodiff4d track` on the video"):
+        load_driving(clip, head, 32)
+    with pytest.raises(UserError, match="run `geodiff4d track` on the picture"):
+        load_portrait(clip, SIZE)
+
+
+def test_a_resized_frame_keeps_its_geometry(warped):
+    frame = warped.frame(0)
+    assert resized_frame(frame, SIZE) is frame
+    small = resized_frame(frame, SIZE // 2)
+    assert small.image.shape == (3, SIZE // 2, SIZE // 2) and small.mask.shape == (1, SIZE // 2, SIZE // 2)
+    length = small.normal.norm(dim=0)[small.mask[0] == 1]
+    torch.testing.assert_close(length, torch.ones_like(length))
+    point = torch.tensor([[0.02, 0.03, 0.05]])
+    torch.testing.assert_close(small.camera.project(point)[0], frame.camera.project(point)[0] / 2)
+    wide = replace(frame, camera=replace(frame.camera, width=2 * SIZE))
+    with pytest.raises(UserError, match="must be square crops, got 96×48"):
+        resized_frame(wide, 32)
+
+
+# Generating
+
+
+def test_a_warped_clip_reads_back(warped, pair):
+    clip = Clip(warped.folder)
+    assert len(clip) == FRAMES and clip.camera_indices == [0, 1, 2] and clip.fps == pair.driving.fps
+    assert clip.extra["generator"] == "warp" and (clip.folder / "reference.png").exists()
+    for i in range(FRAMES):
+        frame, t = clip.frame(i), clip.records[i].timestep
+        torch.testing.assert_close(frame.params.shape, pair.portrait.params.shape)
+        torch.testing.assert_close(frame.params.expr, pair.driving.params.expr[t])
+        assert all((getattr(frame.params, k) == 0).all() for k in HEAD_POSE)
+        assert frame.normal is not None and 0.1 < frame.mask.mean() < 0.9
+
+
+def test_the_warp_shows_the_portrait_where_the_truth_is(pair, head):
+    """Geometry, colours and normals agree with the person itself, rendered: errors of frame or axis would not."""
+    shots, params, cameras = scored_shots(pair, head, VIEWS, 3, SIZE)
+    shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
+    truth = truth_frames(pair, params, cameras)
+    made = animate(pair.portrait, shots, "warp", None, head, cameras, SampleConfig())
+    found, blank = (score(truth, x, made.normal) for x in (made.rgb, torch.full_like(truth.rgb, 0.5)))
+    assert found["psnr_fg"] > blank["psnr_fg"] + 2 and found["normal_deg"] < 45
+    assert (silhouette_iou(made.mask, truth.mask) > 0.5).all()
+
+
+def test_diffusion_needs_a_model(pair, head, monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="needs a model"):
+        animate(pair.portrait, pair.driving, "diffusion", None, head, pair.portrait.camera.expand(3), SampleConfig())
+    monkeypatch.setattr(pipeline, "SHIPPED_MODEL", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no shipped model: give --model"):
+        pipeline.load_model()
+
+
+def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
+    calls = []
+
+    def fit(clip, out, config, seed, progress):
+        calls.append(len(clip))
+        out.mkdir()
+        (out / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr("geodiff4d.avatar.fit.fit", fit)
+    for _ in range(2):
+        pipeline.reconstruct(
+            pair.portrait, pair.driving, tmp_path / "run", head, "warp", None, preset="debug", views=1, frames=2
+        )
+        stamp = (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns
+        assert calls == [2]
+        monkeypatch.setattr(pipeline, "synthesize", None)
+    assert (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns == stamp
+
+
+# The demo's pairs
+
+
+def test_a_pair_is_what_a_user_would_have(pair):
+    assert pair.portrait.image.shape == (3, SIZE, SIZE) and 0.2 < pair.portrait.mask.mean() < 0.9
+    assert len(pair.driving) == 3 == pair.truth_params.batch[0]
+    # Parameters carry a tracker's error, the truth does not.
+    error = (pair.driving.params.expr - pair.truth_params.expr).abs()
+    assert 0 < error.mean() < 0.3
+
+
+def test_scored_frames_come_from_different_cameras(pair, head):
+    shots, params, cameras = scored_shots(pair, head, 8, 3, SIZE)
+    assert len(shots) == 3 == params.batch[0] == cameras.batch[0]
+    assert torch.pdist(cameras.position).min() > 0.1
+    assert all((getattr(shots.params, k) == 0).all() for k in HEAD_POSE)
+
+
+def test_the_truth_marks_the_face_inside_the_foreground(pair, head):
+    _, params, cameras = scored_shots(pair, head, VIEWS, 3, SIZE)
+    truth = truth_frames(pair, params, cameras)
+    assert ((truth.face > 0) <= (truth.mask > 0)).all() and 0 < truth.face.mean() < 0.15
+    outside = (truth.mask == 0).expand_as(truth.rgb)
+    torch.testing.assert_close(truth.rgb[outside], torch.full((int(outside.sum()),), 0.5))
+
+
+def test_the_orbit_goes_around_the_head(pair, head):
+    cameras, truth = silhouette_orbit(pair, head, SIZE, 3)
+    azimuth = torch.atan2(cameras.position[:, 0], cameras.position[:, 2]).rad2deg()
+    torch.testing.assert_close(azimuth, torch.tensor([-60.0, 0, 60]), atol=1.0, rtol=0)
+    assert (truth.mask.mean((1, 2, 3)) > 0.2).all()
