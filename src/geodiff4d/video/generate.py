@@ -139,7 +139,7 @@ def generate(
     # Grey is "no surface": a normal's length tells foreground from background, and its edge is half-way.
     length = (encoded * 2 - 1).norm(dim=1, keepdim=True)
     mask = ((length - 0.3) / 0.4).clamp(0, 1)
-    return Generated(rgb, decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0])
+    return Generated(composite(rgb, mask), decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0])
 
 
 def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
