@@ -89,7 +89,8 @@ def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
         return frame
     if frame.camera.width != frame.camera.height:
         raise UserError(
-            f"frames must be square crops, got {frame.camera.width}×{frame.camera.height}: run `geodiff4d track` on the source"
+            f"frames must be square crops, got {frame.camera.width}×{frame.camera.height}: "
+            "run `geodiff4d track` on the source"
         )
 
     def resample(x: Tensor) -> Tensor:
@@ -210,8 +211,9 @@ def warp_frames(
 
 
 def synthesize(
-    portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator = "diffusion", model: VideoModel | None = None,
-    views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(), progress: Track = unchanged,
+    portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator = "diffusion",
+    model: VideoModel | None = None, views: int = 8, frames: int = 96,
+    sample: SampleConfig = SampleConfig(), progress: Track = unchanged,
 ) -> Clip:  # fmt: skip
     """Make the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
 

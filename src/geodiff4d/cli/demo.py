@@ -33,11 +33,13 @@ def run(args: Args) -> None:
             raise UserError(f"--pairs is {args.pairs}: expected 2 to 100 (the shuffled control needs two)")
         config = replace(config, pairs=args.pairs)
     metrics = run_demo(args.out, config, args.model, track)
-    made, warp = metrics["generated"], metrics["mesh_warp"]
+    made, warp, avatar = metrics["generated"], metrics["mesh_warp"], metrics["avatar"]
     print(
-        f"video model {made['psnr_fg']:.2f} dB, normals {made['normal_deg']:.1f}°; mesh warp {warp['psnr_fg']:.2f} dB, {warp['normal_deg']:.1f}°"
+        f"video model {made['psnr_fg']:.2f} dB, normals {made['normal_deg']:.1f}°; "
+        f"mesh warp {warp['psnr_fg']:.2f} dB, {warp['normal_deg']:.1f}°"
     )
     print(
-        f"avatar {metrics['avatar']['psnr_fg_vs_generated']:.1f} dB on held-out generated frames; {metrics['seconds']['total']:.0f} s in all"
+        f"avatar {avatar['psnr_fg_vs_truth']:.1f} dB, silhouette overlap {avatar['silhouette_iou_orbit']:.2f}; "
+        f"{metrics['seconds']['total']:.0f} s in all"
     )
     print(f"open {args.out / 'report.html'}")

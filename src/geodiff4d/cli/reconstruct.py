@@ -44,4 +44,5 @@ def run(args: Args) -> None:
     )  # fmt: skip
     finish(args.out, job.portrait, job.driving, args.generator, track)
     psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
-    print(f"{args.out}: avatar at {psnr:.1f} dB on held-out generated frames; open {args.out / 'report.html'}")
+    found = "too few frames to hold one out" if psnr is None else f"{psnr:.1f} dB on held-out generated frames"
+    print(f"{args.out}: avatar fitted, {found}; open {args.out / 'report.html'}")

@@ -84,7 +84,7 @@ class Scored:
 def run_demo(
     out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Track = unchanged
 ) -> dict[str, Any]:
-    """Run everything; write report.html, overview.png, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/, frames/.
+    """Run everything; write a page, overview.png, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/, frames/.
 
     Finished stages of the same configuration and weights are kept, so an interrupted demo goes on where it was.
     """
@@ -168,21 +168,23 @@ def _clip(
     )
 
 
-def _generate(pair: Pair, portrait: Portrait, shots: Driving, cameras: Camera, head: Head, model: VideoModel, sample: SampleConfig,
-              drop: bool = False) -> Generated:  # fmt: skip
+def _generate(
+    portrait: Portrait, shots: Driving, cameras: Camera, head: Head, model: VideoModel,
+    sample: SampleConfig, drop: bool = False,
+) -> Generated:  # fmt: skip
     return animate(portrait, shots, "diffusion", model, head, cameras, sample, drop_expression=drop)
 
 
 def _score_pair(
-    scores: PairScores, i: int, pair: Pair, other: Portrait, p: Preset, config: DemoConfig, head: Head, model: VideoModel,
-    sample: SampleConfig,
+    scores: PairScores, i: int, pair: Pair, other: Portrait, p: Preset, config: DemoConfig, head: Head,
+    model: VideoModel, sample: SampleConfig,
 ) -> Scored:  # fmt: skip
     """Generate a pair's frames, score them and every control (see the keys in docs/CONVENTIONS.md)."""
     size = model.config.size
     shots, truth_params, cameras = scored_shots(pair, head, p.views, config.frames_per_pair, size)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
     truth = truth_frames(pair, truth_params, cameras)
-    made = _generate(pair, pair.portrait, shots, cameras, head, model, sample)
+    made = _generate(pair.portrait, shots, cameras, head, model, sample)
     scores.add(i, "generated", score(truth, made.rgb, made.normal))
     warp = animate(pair.portrait, shots, "warp", None, head, cameras, sample)
     scores.add(i, "mesh_warp", score(truth, warp.rgb, warp.normal))
@@ -191,10 +193,10 @@ def _score_pair(
     scores.add(i, "pose_map", score(truth, normal=(posed * 2 - 1) * mask))
     scores.add(i, "vae", _codec_ceiling(truth, model))
     # Another person's portrait, the pose maps unchanged: a model that ignores the portrait scores the same.
-    shuffled = _generate(pair, other, shots, cameras, head, model, sample)
+    shuffled = _generate(other, shots, cameras, head, model, sample)
     scores.add(i, "shuffled_reference", score(truth, shuffled.rgb, shuffled.normal))
     alone = replace(sample, guidance=1.0)
-    dropped = _generate(pair, pair.portrait, shots, cameras, head, model, alone, drop=True)
+    dropped = _generate(pair.portrait, shots, cameras, head, model, alone, drop=True)
     scores.add(i, "dropped_expression", score(truth, dropped.rgb, dropped.normal))
     return Scored(pair, shots, truth, made, warp)
 
@@ -247,7 +249,7 @@ def _videos(out: Path, pair: Pair, avatar: Avatar, clip: Clip, config: DemoConfi
 
 
 def _write_frames(folder: Path, kept: list[Scored]) -> None:
-    """Write what the figures were computed from: `{i:03d}_{generated,truth}_{rgb,normal}.png` and `{i:03d}_mask.png`."""
+    """Write what was scored: `{i:03d}_{generated,truth}_{rgb,normal}.png` and `{i:03d}_mask.png`."""
     i = 0
     for s in kept:
         for k in range(len(s.truth.rgb)):

@@ -89,7 +89,7 @@ def _driver_clip(folder: Path, driver: SyntheticSubject, motion: HeadParams, tra
 
 
 def truth_frames(pair: Pair, params: HeadParams, cameras: Camera) -> Truth:
-    """Render the subject itself under true parameters in the target cameras, on grey, with its mouth and eyes marked."""
+    """Render the subject itself under true parameters in the target cameras, on grey, its mouth and eyes marked."""
     out = pair.subject.render(params, cameras)
     return Truth(
         composite(out.rgb, out.mask), out.normal, out.mask, _face_mask(pair.subject, params, cameras) * out.mask

@@ -6,7 +6,6 @@ decoded code is exactly the detail that is missing, and it is added. Where they 
 does not have, nothing is.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
