@@ -139,7 +139,9 @@ def generate(
     # Grey is "no surface": a normal's length tells foreground from background, and its edge is half-way.
     length = (encoded * 2 - 1).norm(dim=1, keepdim=True)
     mask = ((length - 0.3) / 0.4).clamp(0, 1)
-    return Generated(composite(rgb, mask), decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0])
+    return Generated(
+        composite(rgb, mask), decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0]
+    )
 
 
 def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
@@ -173,18 +175,15 @@ def _decode(
         images = model.decode_latents(z[:, :, :, part])
         if config.detail > 0 and model.config.warp:
             known = condition_images(head, texture, params[part], cameras[part])
-            assert known.warp is not None and known.visibility is not None
+            assert known.warp is not None
+            assert known.visibility is not None
             # The portrait's own pixels for RGB, the head's surface for normals.
-            for d, (image, seen) in enumerate(
-                ((known.warp, known.visibility[:, :1]), (known.pose, known.visibility[:, 1:]))
-            ):
-                if d < images.shape[1]:
-                    frames = restore_detail(
-                        *(rearrange(x, "1 c t h w -> t c h w") for x in (images[:, d], image, seen)),
-                        model.codec,
-                        config.detail,
-                    )
-                    images[:, d] = rearrange(frames, "t c h w -> 1 c t h w")
+            conditions = ((known.warp, known.visibility[:, :1]), (known.pose, known.visibility[:, 1:]))
+            for d in range(images.shape[1]):
+                planes = (images[:, d], *conditions[d])
+                decoded, condition, seen = (rearrange(x, "1 c t h w -> t c h w") for x in planes)
+                frames = restore_detail(decoded, condition, seen, model.codec, config.detail)
+                images[:, d] = rearrange(frames, "t c h w -> 1 c t h w")
         out.append(images)
     return torch.cat(out, 3)
 
