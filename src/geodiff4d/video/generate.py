@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, decode_normals, encode_normals
@@ -136,12 +137,22 @@ def generate(
         mask = torch.ones_like(rgb[:, :1])
         return Generated(rgb, torch.zeros_like(rgb), mask, model.expression.tokens(latents)[0])
     encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
-    # Grey is "no surface": a normal's length tells foreground from background, and its edge is half-way.
-    length = (encoded * 2 - 1).norm(dim=1, keepdim=True)
-    mask = ((length - 0.3) / 0.4).clamp(0, 1)
+    mask = foreground(encoded)
     return Generated(
         composite(rgb, mask), decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0]
     )
+
+
+def foreground(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) -> Float[Tensor, "t 1 height width"]:
+    """Read the foreground off encoded normals: grey is "no surface", so a normal's length tells.
+
+    Where the model wavers between two surfaces, their mean is short: gaps up to `gap` of the picture's side are closed.
+    """
+    length = (normals * 2 - 1).square().sum(1, keepdim=True).sqrt()
+    mask = ((length - 0.2) / 0.3).clamp(0, 1)
+    side = 2 * round(gap * normals.shape[-1]) + 1
+    grown = max_pool2d(mask, side, 1, side // 2)
+    return -max_pool2d(-grown, side, 1, side // 2)
 
 
 def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:

@@ -26,6 +26,10 @@ class SampleConfig:
     """What the first noise is added to: the reference image and normals, a blurred copy (X-NeMo) or nothing."""
     shared_noise: bool = True
     """Whether both domains start from the same noise, as in training."""
+    still_noise: bool = False
+    """Whether all frames start from the same noise: steadier frames as long as no temporal module makes them so."""
+    draws: int = 1
+    """Average so many samples' latents. Only sensible with one or two steps, which estimate a mean anyway."""
     seed: int = 0
     chunk: int = 16
     """Frames denoised together: bounds the memory, not the result."""
@@ -62,15 +66,20 @@ def sample(
         progress: called with the number of frames finished.
     """
     frames = latents.shape[1]
-    out = []
-    # One draw for the whole clip, so that chunks do not change the result.
-    noise = model.diffusion.noise_like(conditions.base, torch.Generator().manual_seed(config.seed), config.shared_noise)
-    for first in range(0, frames, config.chunk):
-        part = slice(first, min(first + config.chunk, frames))
-        here = Conditions(conditions.planes[:, :, part], conditions.base[:, :, :, part])
-        out.append(_sample_chunk(model, here, latents[:, part], reference, start, config, noise[:, :, :, part]))
-        progress(part.stop - part.start)
-    return torch.cat(out, 3)
+    total = torch.zeros_like(conditions.base)
+    for draw in range(config.draws):
+        # One draw for the whole clip, so that chunks do not change the result.
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+        like = conditions.base[:, :, :, :1] if config.still_noise else conditions.base
+        noise = model.diffusion.noise_like(like, generator, config.shared_noise).expand_as(conditions.base)
+        for first in range(0, frames, config.chunk):
+            part = slice(first, min(first + config.chunk, frames))
+            here = Conditions(conditions.planes[:, :, part], conditions.base[:, :, :, part])
+            z = _sample_chunk(model, here, latents[:, part], reference, start, config, noise[:, :, :, part])
+            total[:, :, :, part] += z / config.draws
+            if draw == config.draws - 1:
+                progress(part.stop - part.start)
+    return total
 
 
 def _sample_chunk(
