@@ -40,6 +40,12 @@ class Recipe:
     """Called with the pass's folder before the command."""
 
 
+def broken_picture(folder: Path) -> None:
+    """Half a picture file."""
+    whole = next((folder / "world/train_0/images").iterdir()).read_bytes()
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+
+
 def cut_picture(folder: Path) -> None:
     """A clip whose first picture ends in the middle, as an interrupted copy would."""
     shutil.copytree(folder / "world/train_0", folder / "cut")
@@ -103,6 +109,8 @@ RECIPES = [
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
+    bad("track broken.png --out bad/out", says="broken.png", prepare=broken_picture),
+    bad("track world --out bad/out", says="directory"),
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),

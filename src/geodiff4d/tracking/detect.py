@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -88,8 +88,8 @@ class MediaPipeDetector:
 
     masks: bool = True
     """Whether to segment the person too."""
-    python: Path = field(default_factory=track_environment)
-    """Interpreter of the detector's environment."""
+    python: Path | None = None
+    """Interpreter of the detector's environment; by default the one `make track-env` makes, looked for when needed."""
     on_done: Callable[[int], None] | None = None
     """Called with the number of images done so far."""
 
@@ -101,6 +101,7 @@ class MediaPipeDetector:
         Raises:
             UserError: the detector's environment does not work.
         """
+        python = self.python or track_environment()
         with tempfile.TemporaryDirectory(prefix="geodiff4d-detect-") as name:
             folder = Path(name)
             sizes = [_put(folder / f"{i:05d}.npy", image) for i, image in enumerate(images)]
@@ -108,12 +109,12 @@ class MediaPipeDetector:
                 return []
             request = {"count": len(sizes), "video": video, "masks": self.masks}
             (folder / "request.json").write_text(json.dumps(request))
-            self._run(folder)
+            self._run(folder, python)
             return _read(folder, sizes, self.masks)
 
-    def _run(self, folder: Path) -> None:
+    def _run(self, folder: Path, python: Path) -> None:
         log = folder / "stderr.log"
-        command = [str(self.python), str(WORKER), str(folder)]
+        command = [str(python), str(WORKER), str(folder)]
         # The models log to stderr even when all is well; PYTHONPATH would mix our packages into theirs.
         environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
         try:
