@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at
+from geodiff4d.data import crops
 from geodiff4d.data.synthetic.seeds import generator
 from geodiff4d.heads import Head, load_head
 
@@ -42,12 +43,8 @@ def openhead() -> Head:
 
 @lru_cache
 def head_region() -> Bool[Tensor, " verts"]:
-    """Vertices of the head without neck and shoulders: everything above the chin's underside."""
-    head = openhead()
-    chin = head.landmarks68.on(head.template, head.faces)[8]
-    # The nape sinks below the chin: cut on a plane that rises toward the back.
-    height = head.template[:, 1] - chin[1] + 0.012 - 0.25 * (chin[2] - head.template[:, 2])
-    return height > 0
+    """Vertices of the open world's head without neck and shoulders (`data.crops.head_region`)."""
+    return crops.head_region(openhead())
 
 
 @lru_cache
