@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from geodiff4d.heads import Head
@@ -11,6 +11,28 @@ if TYPE_CHECKING:
     from geodiff4d.video.generate import Portrait
     from geodiff4d.video.model import VideoModel
     from geodiff4d.video.sample import SampleConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationArgs:
+    """Options that animate, synthesize and reconstruct have in common."""
+
+    portrait: Path
+    """Picture of one face, or a tracked folder."""
+    driving: Path
+    """Video of one face, or a tracked or synthetic clip folder."""
+    generator: Literal["diffusion", "warp"] = "diffusion"
+    """diffusion: the video model. warp: the portrait's texture on the head, without a model."""
+    preset: Literal["debug", "embedded"] = "embedded"
+    model: Path | None = None
+    """Video model folder; by default the one that ships."""
+    head: str = "openhead"
+    steps: int | None = None
+    """Sampling steps; by default the preset's."""
+    guidance: float | None = None
+    """Classifier-free guidance on the expression; by default the preset's."""
+    sampler: Literal["ddim", "unipc", "dpm++"] | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +47,7 @@ class Job:
     sample: "SampleConfig"
 
 
-def prepare(args: Any, progress: "Track", limit: int | None = None, tracked_to: Path | None = None) -> Job:
+def prepare(args: GenerationArgs, progress: "Track", limit: int | None = None, tracked_to: Path | None = None) -> Job:
     """Load a job's parts; the cheap checks come before the slow ones."""
     from geodiff4d.core.errors import UserError
     from geodiff4d.heads import load_head

@@ -4,30 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from geodiff4d.cli._generation import GenerationArgs, prepare
 
-@dataclass(frozen=True)
-class Args:
+
+@dataclass(frozen=True, kw_only=True)
+class Args(GenerationArgs):
     """Options of `geodiff4d animate`."""
 
-    portrait: Path
-    """Picture of one face, or a tracked folder."""
-    driving: Path
-    """Video of one face, or a tracked or synthetic clip folder."""
     out: Path
     """Folder to write: video.mp4, normals.mp4 and side_by_side.mp4."""
-    generator: Literal["diffusion", "warp"] = "diffusion"
     pose: Literal["driver", "still"] = "driver"
     """driver: turn the head as the driver does. still: keep the portrait's pose."""
     frames: int | None = None
     """At most so many frames of the driver."""
-    preset: Literal["debug", "embedded"] = "embedded"
-    model: Path | None = None
-    """Video model folder; by default the one that ships."""
-    head: str = "openhead"
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: Literal["ddim", "unipc", "dpm++"] | None = None
-    seed: int = 0
 
 
 def run(args: Args) -> None:
@@ -35,7 +24,6 @@ def run(args: Args) -> None:
 
     import torch
 
-    from geodiff4d.cli._generation import prepare
     from geodiff4d.cli.progress import track
     from geodiff4d.core.files import fresh_folder
     from geodiff4d.core.images import encode_normals

@@ -2,36 +2,25 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from geodiff4d.cli._generation import GenerationArgs, prepare
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(GenerationArgs):
     """Options of `geodiff4d reconstruct`."""
 
-    portrait: Path
-    """Picture of one face, or a tracked folder."""
-    driving: Path
-    """Video of one face, or a tracked or synthetic clip folder."""
     out: Path
     """Folder to write: portrait/ (as tracked), clip/, avatar/, avatar.mp4, report.html. Finished stages are kept."""
-    generator: Literal["diffusion", "warp"] = "diffusion"
     views: int | None = None
+    """Cameras, of the rig's 16; by default the preset's."""
     frames: int | None = None
-    preset: Literal["debug", "embedded"] = "embedded"
-    model: Path | None = None
-    """Video model folder; by default the one that ships."""
-    head: str = "openhead"
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: Literal["ddim", "unipc", "dpm++"] | None = None
-    seed: int = 0
+    """Frames over all cameras; by default the preset's."""
 
 
 def run(args: Args) -> None:
     import json
 
-    from geodiff4d.cli._generation import prepare
     from geodiff4d.cli.progress import track
     from geodiff4d.evaluate.reconstruction import finish
     from geodiff4d.pipeline import reconstruct
