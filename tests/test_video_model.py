@@ -34,6 +34,7 @@ from geodiff4d.video.model import (
     config_from_dict,
     load_video_model,
 )
+from geodiff4d.video.recode import recode, starting_weights
 from geodiff4d.video.sample import SampleConfig, sample
 from geodiff4d.video.train import ImageTraining, Objective, train_image
 from geodiff4d.video.unet import UNetConfig
@@ -264,6 +265,48 @@ def test_a_model_survives_its_folder(codec, tmp_path):
     z, other = (sample(m, *ingredients(m), FAST) for m in (model, again))
     assert_close(other, z, atol=0.05, rtol=0.05)
     assert json.loads((tmp_path / "model/unet/config.json").read_text())["preset"] == "tiny"
+
+
+@torch.no_grad()
+def test_a_model_moves_to_a_larger_code(codec, tmp_path):
+    """Same pictures in, same pictures out: the first 6 of 9 components, mixed and scaled otherwise."""
+    larger = PatchCodec(replace(codec.config, channels=9))
+    g = torch.Generator().manual_seed(3)
+    mix = torch.linalg.qr(torch.randn(9, 9, generator=g))[0]
+    rest = torch.randn(48, 3, generator=g)
+    basis = torch.linalg.qr(torch.cat([codec.basis, rest - codec.basis @ (codec.basis.mT @ rest)], 1))[0]
+    larger.basis.copy_(basis @ mix)
+    larger.scale.copy_(torch.rand(9, generator=g) + 0.5)
+    larger.mean.copy_(codec.mean)
+    model = build(EMBEDDED, codec)
+    grown = replace(
+        EMBEDDED, unet=replace(UNET, in_channels=3 * 9 + 2, out_channels=9),
+        reference=replace(EMBEDDED.reference, in_channels=2 * 9),
+    )  # fmt: skip
+    moved = VideoModel(grown, larger)
+    model.save(tmp_path / "model")
+    assert set(moved.load_state_dict(recode(model.state_dict(), codec, larger), strict=False).missing_keys) == {
+        k for k in moved.state_dict() if k.startswith("codec.")
+    }
+
+    picture = torch.rand(3, 3, SIZE, SIZE, generator=g)
+    seen = torch.rand(1, 1, 2, 1, SIZE // 4, SIZE // 4, generator=g)
+    out = []
+    for m in (model, moved.eval()):
+        latents = m.codec.encode(picture)
+        planes = latents.flatten(0, 1)[None, None, :, None]
+        bank = m.reference_kv(latents[:1], latents[1:2])
+        y, _ = m.unet(torch.cat([planes, seen], 2), torch.ones(1), reference=bank, domain_ids=(0,))
+        out.append(m.codec.decode_linear(y[:, 0, :, 0]))
+    assert_close(out[1], out[0], atol=1e-4, rtol=1e-4)
+    assert_close(
+        starting_weights(tmp_path / "model", larger)["unet.conv_in.weight"],
+        moved.unet.conv_in.weight,
+        atol=2e-3,
+        rtol=1e-2,
+    )
+    with pytest.raises(UserError, match="factor 8"):
+        starting_weights(tmp_path / "model", PatchCodec(PatchCodecConfig(factor=8, channels=6, trunk=8, detail=8)))
 
 
 def test_configurations_round_trip_through_json():

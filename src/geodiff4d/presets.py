@@ -10,6 +10,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import StoreConfig
+from geodiff4d.video.batches import WeightConfig
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import VideoModelConfig
@@ -59,7 +60,7 @@ def _small(
 
 
 DEBUG_CODEC = PatchCodecConfig(factor=8, channels=16, trunk=16, detail=8)
-EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=48)
+EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=96, trunk=48)
 
 PRESETS: dict[str, Preset] = {
     "debug": Preset(
@@ -82,9 +83,10 @@ PRESETS: dict[str, Preset] = {
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
         image=ImageTraining(
-            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, timestep_power=0.6, warm_start=600
+            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, warm_start=600, expression_lr=0.5,
+            timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
         ),
-        store=StoreConfig(subjects=256, instants=5, views=4),
+        store=StoreConfig(subjects=480, instants=10, views=3),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(steps=1, guidance=2.0, still_noise=True, draws=4, detail=0.06),

@@ -22,7 +22,7 @@ class Args:
     vae: Path | None = None
     """Codec folder for the image stage; by default the one that ships."""
     start: Path | None = None
-    """Model folder whose weights to continue from (its optimiser starts afresh)."""
+    """Model folder whose weights to continue from (its optimiser starts afresh); another codec's are carried over."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "warp"], ...] = ()
@@ -41,7 +41,7 @@ def run(args: Args) -> None:
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.presets import ablated, preset
     from geodiff4d.video.batches import Batches, encode_store
-    from geodiff4d.video.model import load_video_model
+    from geodiff4d.video.recode import starting_weights
     from geodiff4d.video.train import train_codec, train_image
     from geodiff4d.video.vae import PatchCodec, load_codec
 
@@ -81,9 +81,9 @@ def run(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     latents = {k: encode_store(s, codec, args.out / f"latents_{k}.npy") for k, s in stores.items()}
     train, val = (
-        Batches(stores[k], latents[k], pairs, seed, augment, encoded_pose=model.pose == "codec")
+        Batches(stores[k], latents[k], pairs, seed, augment, image.weights, model.pose == "codec")
         for k, seed, augment in (("train", args.seed, p.augment), ("val", 1, None))
     )
-    start = None if args.start is None else load_video_model(args.start).state_dict()
+    start = None if args.start is None else starting_weights(args.start, codec)
     train_image(args.out, model, codec, train, image, val, start, report)
     print(f"{args.out / 'model'}: the model, for --model")

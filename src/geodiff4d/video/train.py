@@ -20,7 +20,7 @@ from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimise
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import Store
 from geodiff4d.video.attention import MultiHead
-from geodiff4d.video.batches import Batch, Batches
+from geodiff4d.video.batches import Batch, Batches, WeightConfig
 from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.unet import Resnet
@@ -61,6 +61,8 @@ class ImageTraining:
     drop_expression: float = 0.1
     """S-A.1."""
     drop_warp: float = 0.15
+    weights: WeightConfig = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
+    """What a latent cell counts, by what it shows; the paper's loss is uniform."""
     timestep_power: float = 1.0
     """t = 1000 u^power: 1 is uniform, below 1 favours high noise."""
     warm_start: int = 0
