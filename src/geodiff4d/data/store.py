@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.functional import avg_pool2d, grid_sample, max_pool2d
+from torch.nn.functional import interpolate as resized
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
@@ -28,7 +30,7 @@ from geodiff4d.data.synthetic.expressions import random_expression
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.world import SyntheticSubject, disturbed
 from geodiff4d.heads.rig import HeadParams
-from geodiff4d.render.meshes import interpolate, rasterize, render_normals
+from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.render.warp import complete
 
 FOCUS_REGIONS = ("lips", "mouth", "teeth", "tongue", "lids", "eyes", "brows")
@@ -228,3 +230,47 @@ def _render_instant(
         seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
         store.carried[s, i, k] = seen.half().numpy()
         store.texture[s, i, k] = u8(portrait.texture)
+
+
+def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
+    """Gather rows of a memory-mapped array as float32."""
+    return torch.from_numpy(np.ascontiguousarray(array[index])).float().div_(scale)
+
+
+def carried_pixels(
+    store: Store, ref: tuple, tgt: tuple
+) -> tuple[Float[Tensor, "b 3 t size size"], Float[Tensor, "b 2 t size size"]]:
+    """Carry references' pixels to their targets' expressionless heads; the texture fills what the portrait hides.
+
+    `ref` indexes subject, instant and view, [b] each; `tgt` likewise, [b, t]. Returns the picture, and what the
+    portrait itself shows beside where the head is at all. Fragments are stored at half size: their coordinates are
+    resampled, not the colours.
+    """
+    size = store.config.size
+    faces, uv_atlas, uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
+    face = torch.from_numpy(store.face[tgt].astype(np.int64)).flatten(0, 1)
+    two = take(store.bary, tgt, 255.0).flatten(0, 1)
+    bary = torch.cat([two, 1 - two.sum(1, keepdim=True)], 1).movedim(1, -1)
+    fragments = Fragments(face, bary, torch.zeros_like(bary[..., 0]))
+    b, t = tgt[0].shape
+    carried = take(store.carried, ref).repeat_interleave(t, 0)
+    seen = (carried[..., 2:] > 0).float()
+    own = interpolate(fragments, faces, torch.cat([carried, seen], -1))
+    uv = interpolate(fragments, uv_faces, uv_atlas * 2 - 1)
+    hit = (face >= 0).float()[:, None]
+    maps = resized(
+        torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False
+    )
+    inside = maps[:, 6:].clamp(min=1e-3)
+    rgb, texture = (take(x, ref, 255.0).repeat_interleave(t, 0) for x in (store.rgb, store.texture))
+
+    def look(image: Tensor, grid: Tensor) -> Tensor:
+        return grid_sample(image, (grid / inside).movedim(1, -1), padding_mode="border", align_corners=False)
+
+    visible = maps[:, 4:5] * (maps[:, 5:6] > 0.999 * maps[:, 6:]) * (maps[:, 6:] > 0.5)
+    colour = look(texture, maps[:, 2:4])
+    colour = colour + visible * (look(rgb, maps[:, :2]) - colour)
+    mask = (maps[:, 6:] > 0.5).float()
+    warp = colour * mask + 0.5 * (1 - mask)
+    split = "(b t) c h w -> b c t h w"
+    return rearrange(warp, split, b=b), rearrange(torch.cat([visible, mask], 1), split, b=b)

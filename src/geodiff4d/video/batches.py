@@ -8,13 +8,11 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import grid_sample, interpolate
+from torch.nn.functional import interpolate
 
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.pairs import PairConfig, draw_pairs
-from geodiff4d.data.store import Store
-from geodiff4d.render.meshes import Fragments
-from geodiff4d.render.meshes import interpolate as spread
+from geodiff4d.data.store import Store, carried_pixels, take
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
 LATENT_KINDS = ("rgb", "normal", "pose")
@@ -79,9 +77,6 @@ class Batches:
         """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
         self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
-        self.faces, self.uv, self.uv_faces = (
-            torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces)
-        )
 
     def with_pairs(self, pairs: PairConfig) -> "Batches":
         """The same data in batches of another make-up, drawn independently."""
@@ -94,7 +89,7 @@ class Batches:
         ref = (p.subject, p.reference[:, 0], p.reference[:, 1])
         tgt = (s, p.target[..., 0], p.target[..., 1])
         z_ref, z = take(self.latents, ref), take(self.latents, tgt)
-        warp, visibility = self._warp(ref, tgt)
+        warp, visibility = carried_pixels(self.store, ref, tgt)
         crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0)
         if self.augment is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -125,42 +120,3 @@ class Batches:
         if self.augment is not None:
             crops = augment_crops(crops, self.augment, torch.Generator().manual_seed(self.seed * 1_000_003 + index))
         return crops, take(self.store.expr, (s, p.target[..., 0])).flatten(0, 1)
-
-    def _warp(self, ref: tuple, tgt: tuple) -> tuple[Tensor, Tensor]:
-        """Carry each reference's pixels to its targets' expressionless heads; the texture fills what it hides.
-
-        Fragments are stored at half size: their coordinates are resampled, not the colours.
-        """
-        size = self.store.config.size
-        face = torch.from_numpy(self.store.face[tgt].astype(np.int64)).flatten(0, 1)
-        two = take(self.store.bary, tgt, 255.0).flatten(0, 1)
-        bary = torch.cat([two, 1 - two.sum(1, keepdim=True)], 1).movedim(1, -1)
-        fragments = Fragments(face, bary, torch.zeros_like(bary[..., 0]))
-        carried = take(self.store.carried, ref)
-        b, t = tgt[0].shape
-        carried = carried.repeat_interleave(t, 0)
-        seen = (carried[..., 2:] > 0).float()
-        own = spread(fragments, self.faces, torch.cat([carried, seen], -1))
-        uv = spread(fragments, self.uv_faces, self.uv * 2 - 1)
-        hit = (face >= 0).float()[:, None]
-        maps = interpolate(
-            torch.cat([own[:, :2], uv, own[:, 2:], hit], 1), size=(size, size), mode="bilinear", align_corners=False
-        )
-        inside = maps[:, 6:].clamp(min=1e-3)
-        rgb, texture = (take(x, ref, 255.0).repeat_interleave(t, 0) for x in (self.store.rgb, self.store.texture))
-
-        def look(image: Tensor, grid: Tensor) -> Tensor:
-            return grid_sample(image, (grid / inside).movedim(1, -1), padding_mode="border", align_corners=False)
-
-        visible = maps[:, 4:5] * (maps[:, 5:6] > 0.999 * maps[:, 6:]) * (maps[:, 6:] > 0.5)
-        colour = look(texture, maps[:, 2:4])
-        colour = colour + visible * (look(rgb, maps[:, :2]) - colour)
-        mask = (maps[:, 6:] > 0.5).float()
-        warp = colour * mask + 0.5 * (1 - mask)
-        split = "(b t) c h w -> b c t h w"
-        return rearrange(warp, split, b=b), rearrange(torch.cat([visible, mask], 1), split, b=b)
-
-
-def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
-    """Gather rows of a memory-mapped array as float32."""
-    return torch.from_numpy(np.ascontiguousarray(array[index])).float().div_(scale)
