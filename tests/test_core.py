@@ -1,7 +1,9 @@
 """Geometry, cameras, images, videos and files."""
 
+import errno
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,6 +353,22 @@ def test_json_round_trips_and_names_what_is_wrong(tmp_path):
     (tmp_path / "c.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         files.read_json(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("write", [images.write_image, files.write_json])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, write):
+    value = torch.rand(3, 8, 8) if write is images.write_image else {"a": 1}
+    write(tmp_path / "x.png", value)
+    before = (tmp_path / "x.png").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "x.png", value)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == before
 
 
 def test_a_fresh_folder_replaces_the_old_one_only_on_success(tmp_path):

@@ -20,7 +20,7 @@ from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
 from geodiff4d.avatar.refine import RefineConfig, Refinement
 from geodiff4d.avatar.start import start
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, write_json
+from geodiff4d.core.files import fresh_file, fresh_folder, write_json
 from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
@@ -209,10 +209,8 @@ class Fitting:
 
     def save(self, path: Path, iteration: int, seed: int) -> None:
         """Write a checkpoint; it appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        save_file(self._tensors(), temporary, {"iteration": str(iteration), "run": self._run(seed)})
-        temporary.replace(path)
+        with fresh_file(path) as temporary:
+            save_file(self._tensors(), temporary, {"iteration": str(iteration), "run": self._run(seed)})
 
     def load(self, path: Path, seed: int) -> int:
         """Continue from a checkpoint of the same run, if there is one; returns the iteration to go on with."""

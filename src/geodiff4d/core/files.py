@@ -18,14 +18,24 @@ from geodiff4d.core.errors import UserError
 SHARD_BYTES = 15_000_000
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON through a temporary name; dataclasses are turned into objects."""
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Yield a name to write to that takes the place of `path` only if the block succeeds, and else is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON, whole or not at all; dataclasses are turned into objects."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    temporary.write_text(json.dumps(plain, indent=1, default=str) + "\n")
-    os.replace(temporary, path)
+    with fresh_file(path) as temporary:
+        temporary.write_text(json.dumps(plain, indent=1, default=str) + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -1,6 +1,6 @@
 """Images in and out: C×H×W float32 in [0, 1], sRGB."""
 
-import os
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_file
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a bomb, or a scan to downscale first."""
@@ -28,24 +29,37 @@ def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height 
         raise UserError(f"{path} is a directory: expected one image file (PNG, JPEG, WebP)")
     if not path.exists():
         raise UserError(f"{path} does not exist: expected an image file (PNG, JPEG, WebP)")
+    return _decode(path, str(path), mode)
+
+
+def decode_image(data: bytes, name: str, mode: str = "RGB") -> Float[Tensor, "channels height width"]:
+    """Decode a picture from memory (an archive's member, a data set's field) as `read_image` does a file.
+
+    Raises:
+        UserError: truncated, too large or not an image; the message calls it `name`.
+    """
+    return _decode(io.BytesIO(data), name, mode)
+
+
+def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "channels height width"]:
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
-                    f"{path} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; "
+                    f"{name} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; "
                     "downscale it first"
                 )
             from PIL import ImageOps
 
             array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image that can be read: expected PNG, JPEG or WebP") from None
+        raise UserError(f"{name} is not an image that can be read: expected PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
-        raise UserError(f"{path} is too large to decode safely: at most {MAX_PIXELS:,} pixels are read") from None
+        raise UserError(f"{name} is too large to decode safely: at most {MAX_PIXELS:,} pixels are read") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
+        raise UserError(f"{name} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
     tensor = torch.from_numpy(array.copy()).float() / 255
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 
@@ -59,10 +73,8 @@ def to_uint8(image: Float[Tensor, "channels height width"]) -> np.ndarray:
 def write_image(path: Path, image: Float[Tensor, "channels height width"]) -> None:
     """Write a PNG or JPEG by the name's ending; it appears whole or not at all."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    Image.fromarray(to_uint8(image)).save(temporary, format="JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG")
-    os.replace(temporary, path)
+    with fresh_file(path) as temporary:
+        Image.fromarray(to_uint8(image)).save(temporary, format="JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG")
 
 
 def encode_normals(

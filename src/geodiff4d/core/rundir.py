@@ -1,7 +1,6 @@
 """A training run on disk: configuration, JSONL log, and one checkpoint that a repeated command resumes from."""
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import write_json
+from geodiff4d.core.files import fresh_file, write_json
 
 
 class RunFolder:
@@ -44,12 +43,10 @@ class RunFolder:
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
         """Replace the checkpoint."""
-        temporary = self.path / ".checkpoint.part"
         # Clones, because safetensors refuses tensors that share memory.
-        save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, {"step": str(step)}
-        )
-        os.replace(temporary, self.path / "checkpoint.safetensors")
+        whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
+        with fresh_file(self.path / "checkpoint.safetensors") as temporary:
+            save_file(whole, temporary, {"step": str(step)})
 
     def load(self) -> tuple[dict[str, Tensor], int] | None:
         """Return (tensors, step) of the checkpoint, or None before the first."""

@@ -1,6 +1,5 @@
 """Video in and out through PyAV (H.264 in MP4; the bundled x264 is GPL, named in the README)."""
 
-import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_file
 from geodiff4d.core.images import to_uint8
 
 
@@ -49,24 +49,17 @@ def write_video(path: Path, frames: Iterable[Float[Tensor, "3 height width"]], f
     """Write an MP4 (H.264, yuv420p, even size by edge padding); it appears whole or not at all."""
     import av
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": "17"}
-            for i, image in enumerate(frames):
-                _, height, width = image.shape
-                if height % 2 or width % 2:
-                    image = torch.nn.functional.pad(image[None], (0, width % 2, 0, height % 2), mode="replicate")[0]
-                if i == 0:  # the codec opens with the first frame, and keeps that size
-                    stream.height, stream.width = image.shape[1:]
-                for packet in stream.encode(av.VideoFrame.from_ndarray(to_uint8(image), format="rgb24")):
-                    container.mux(packet)
-            for packet in stream.encode():
+    with fresh_file(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "17"}
+        for i, image in enumerate(frames):
+            _, height, width = image.shape
+            if height % 2 or width % 2:
+                image = torch.nn.functional.pad(image[None], (0, width % 2, 0, height % 2), mode="replicate")[0]
+            if i == 0:  # the codec opens with the first frame, and keeps that size
+                stream.height, stream.width = image.shape[1:]
+            for packet in stream.encode(av.VideoFrame.from_ndarray(to_uint8(image), format="rgb24")):
                 container.mux(packet)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        for packet in stream.encode():
+            container.mux(packet)
