@@ -139,7 +139,7 @@ class Clip:
             raise UserError(
                 f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first"
             )
-        return _read_row(paths[0])
+        return read_params(paths[0])
 
     @property
     def expression_tokens(self) -> Float[Tensor, "timesteps tokens channels"] | None:
@@ -158,13 +158,14 @@ class Clip:
         return decode_normals(read_image(path)) if path.exists() else None
 
 
-def _write_row(path: Path, params: HeadParams) -> None:
+def write_params(path: Path, params: HeadParams) -> None:
     """Write VHAP's layout: every array has a leading row axis, but `shape` has none."""
     present = {k: v.detach().cpu().numpy().astype(np.float32) for k, v in vars(params).items() if v is not None}
     np.savez(path, **{k: v if k == "shape" else v[None] for k, v in present.items()})
 
 
-def _read_row(path: Path) -> HeadParams:
+def read_params(path: Path) -> HeadParams:
+    """Read one timestep's head parameters as a clip (or VHAP) stores them, without batch axis."""
     known = {f.name for f in fields(HeadParams)}
     with np.load(path, allow_pickle=False) as data:
         arrays = {k: torch.from_numpy(data[k].astype(np.float32)) for k in data.files if k in known}
@@ -194,12 +195,12 @@ class ClipWriter:
 
     def add_params(self, timestep: int, params: HeadParams) -> None:
         """Store a timestep's head parameters (no batch axis)."""
-        _write_row(self.path / f"flame_param/{timestep:05d}.npz", params)
+        write_params(self.path / f"flame_param/{timestep:05d}.npz", params)
         if not self._with_params:
             zero = params.map(torch.zeros_like)
             open_mouth = torch.tensor([0.3, 0.0, 0.0])
             canonical = replace(zero, shape=params.shape, static_offset=params.static_offset, jaw_pose=open_mouth)
-            _write_row(self.path / "canonical_flame_param.npz", canonical)
+            write_params(self.path / "canonical_flame_param.npz", canonical)
         self._with_params.add(timestep)
 
     def add(

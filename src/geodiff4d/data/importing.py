@@ -68,6 +68,11 @@ def no_params(timestep: int) -> HeadParams | None:
     return None
 
 
+def no_background(camera_index: int) -> Float[Tensor, "3 height width"] | None:
+    """Say that a source has no picture of the empty scene."""
+    return None
+
+
 @dataclass(frozen=True)
 class Source:
     """One clip to be: the frames of one person that a reader found."""
@@ -85,6 +90,8 @@ class Source:
     fps: float = 24.0
     camera_ids: dict[int, str] = field(default_factory=dict)
     """The source's own names of its cameras (serial numbers) by camera index."""
+    background: Callable[[int], Float[Tensor, "3 height width"] | None] = no_background
+    """The empty scene as a camera sees it, where the source has it; kept as backgrounds/{camera:02d}.png."""
     extra: dict = field(default_factory=dict)
     """Goes into transforms.json: what a user may want to know later (participant, sequence, licence, …)."""
 

@@ -1,0 +1,76 @@
+"""Import a data set or a tracker's result as clips: NeRSemble v2, RenderMe-360, SynthHuman, VHAP, Pixel3DMM, CAP4D."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+Dataset = Literal["nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d"]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d import`; docs/DATA.md says how to get each data set."""
+
+    dataset: Annotated[Dataset, tyro.conf.Positional]
+    """What SRC is."""
+    src: Annotated[Path, tyro.conf.Positional]
+    """The data set's folder, or a part of it: one participant, one sequence, one file."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write to: a clip, or one clip below it for each person and sequence. The same command resumes."""
+    limit: int | None = None
+    """At most so many timesteps of each clip (SynthHuman: so many pictures)."""
+    every: int = 1
+    """Take every n-th timestep (NeRSemble runs at 73 frames/s: 3 is 24.3)."""
+    cameras: tuple[str, ...] = ()
+    """Only these cameras, by index or by the data set's own name."""
+    only: tuple[str, ...] = ()
+    """Only clips whose name matches one of these patterns, such as '017_EXP-*'."""
+    size: int | None = None
+    """Scale pictures down to this many pixels on their longer side."""
+    masks: Path | None = None
+    """Folder of foreground masks by frame (docs/DATA.md says how files are named)."""
+    normals: Path | None = None
+    """Folder of camera-space normals by frame, or your DAViD .onnx file, which is then run on every picture."""
+    params: Path | None = None
+    """Folder of head parameters by timestep, {t:05d}.npz as in a clip."""
+    head: str | None = None
+    """The head that the parameters belong to (your FLAME file, or openhead), to draw it on the contact sheet."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a DAViD network runs."""
+
+
+def run(args: Args) -> None:
+    from importlib import import_module
+
+    from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.data.importer import ImportConfig, import_sources, summary
+    from geodiff4d.data.importing import Choice, Report
+    from geodiff4d.data.joins import Joins
+    from geodiff4d.heads import load_head
+
+    if not args.src.exists():
+        raise UserError(f"{args.src} does not exist: expected the folder or file of {args.dataset}; see docs/DATA.md")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
+    choice = Choice(args.limit, args.every, args.cameras, args.only)
+    config = ImportConfig(args.size, Joins(args.masks, args.normals, args.params))
+    head = load_head(args.head) if args.head else None
+    estimator = None
+    if args.normals is not None and args.normals.is_file():
+        from geodiff4d.data.david import DavidNormals
+
+        estimator = DavidNormals(args.normals, args.device)
+    report = Report()
+    sources = import_module(f"geodiff4d.data.{args.dataset}").read(args.src, choice, report)
+    origin = f"{args.dataset} {args.src.resolve()}"
+    head = head or (load_head() if any(source.head == "openhead" for source in sources) else None)
+    clips = import_sources(sources, args.out, origin, choice, report, config, head, estimator, progress.track)
+    for folder in clips:
+        print(summary(folder))
+    for line in report.lines():
+        print(f"warning: {line}", file=sys.stderr)
+    print(f"look at {clips[0]}/sheet.png" + (f"; all warnings: {args.out}/import_report.json" if len(report) else ""))
