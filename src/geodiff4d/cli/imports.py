@@ -9,6 +9,8 @@ import tyro
 
 Dataset = Literal["nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d"]
 
+SHOWN_WARNINGS = 20
+
 
 @dataclass(frozen=True)
 class Args:
@@ -71,6 +73,7 @@ def run(args: Args) -> None:
     clips = import_sources(sources, args.out, origin, choice, report, config, head, estimator, progress.track)
     for folder in clips:
         print(summary(folder))
-    for line in report.lines():
+    for line in report.lines()[:SHOWN_WARNINGS]:
         print(f"warning: {line}", file=sys.stderr)
-    print(f"look at {clips[0]}/sheet.png" + (f"; all warnings: {args.out}/import_report.json" if len(report) else ""))
+    warned = f"; all {len(report)} warnings: {args.out}/import_report.json" if len(report) else ""
+    print(f"look at {clips[0]}/sheet.png{warned}")
