@@ -59,6 +59,25 @@ def empty_clip(folder: Path) -> None:
     (folder / "empty/transforms.json").write_text(json.dumps(meta | {"frames": []}))
 
 
+def data_sets(folder: Path) -> None:
+    """Small data sets in the formats of the real ones, and their damaged twins (tests/mini_datasets.py)."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import mini_datasets as mini
+
+    show = mini.performance(timesteps=2)
+    mini.make_nersemble(folder / "sets/nersemble", show, mini.COLOUR_MATRIX)
+    mini.make_renderme(folder / "sets/renderme", show)
+    mini.make_synthhuman(folder / "sets/synthhuman", show)
+    mini.write_params(folder / "sets/params", show.params)
+    for video in sorted((folder / "sets/nersemble").rglob("*.mp4")):
+        cut = folder / "sets/cut" / video.relative_to(folder / "sets/nersemble")
+        cut.parent.mkdir(parents=True, exist_ok=True)
+        cut.write_bytes(video.read_bytes()[:200])
+    shutil.copytree(folder / "sets/nersemble/017/calibration", folder / "sets/cut/017/calibration")
+    smc = (folder / "sets/renderme/0026_e3_raw.smc").read_bytes()
+    (folder / "sets/cut_0026_e3_raw.smc").write_bytes(smc[: len(smc) // 2])
+
+
 PEOPLE = "--portrait world/train_0 --driving world/train_1"
 MODEL = "--preset debug --model runs/image/model"
 
@@ -66,6 +85,11 @@ MODEL = "--preset debug --model runs/image/model"
 def bad(line: str, says: str, prepare: Callable[[Path], None] | None = None) -> Recipe:
     """A command that must end in one line that says what is wrong, and leave no output."""
     return Recipe(f"{line} --out bad/out", says=says, code=2, absent=("bad/out", "bad/.*"), prepare=prepare)
+
+
+def bad_import(line: str, says: str) -> Recipe:
+    """An import that must end in one line and leave nothing."""
+    return Recipe(line, says=says, code=2, absent=("bad/out", "bad/.*"))
 
 
 RECIPES = [
@@ -106,6 +130,18 @@ RECIPES = [
         f"reconstruct {PEOPLE} --preset debug --generator warp --out runs/two",
         ("runs/two/report.html", "runs/two/avatar.mp4"),
     ),
+    Recipe(
+        "import nersemble sets/nersemble imported/nersemble --params sets/params --head openhead --size 96",
+        ("imported/nersemble/017_EXP-1-head/transforms.json", "imported/nersemble/017_EXP-1-head/sheet.png"),
+        prepare=data_sets,
+    ),
+    Recipe("import nersemble sets/nersemble imported/nersemble --params sets/params --size 96", says="4 frames"),
+    Recipe("import renderme360 sets/renderme imported/renderme", ("imported/renderme/0026_e3/flame_param/00001.npz",)),
+    Recipe("import synthhuman sets/synthhuman imported/faces", ("imported/faces/faces_0000000/normals/00003_00.png",)),
+    bad_import("import nersemble sets/cut bad/out", says="no camera that can be read"),
+    bad_import("import renderme360 sets/cut_0026_e3_raw.smc bad/out", says="truncated"),
+    bad_import("import synthhuman world bad/out", says="no SynthHuman pictures"),
+    bad_import("import nersemble nowhere bad/out", says="nowhere does not exist"),
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),

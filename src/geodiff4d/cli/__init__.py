@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("geodiff4d.cli.fit", "fit an avatar to a clip"),
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
+    "import": ("geodiff4d.cli.imports", "read a data set or a tracker's result into clips"),
     "train": ("geodiff4d.cli.train", "train the codec or the image model"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
 }

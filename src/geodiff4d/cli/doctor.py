@@ -25,7 +25,7 @@ EXTRAS = {
     "gpu": ("gsplat", "gsplat", "splatting on CUDA"),
     "viewer": ("viser", "viser", "the live viewer"),
     "onnx": ("onnxruntime", "onnxruntime", "your own DAViD and ArcFace files"),
-    "data": ("h5py", "h5py", "RenderMe-360"),
+    "data": ("h5py", "h5py", "RenderMe-360 and, with OpenEXR, SynthHuman"),
     "cluster": ("ray", "ray", "training on several machines"),
 }
 PACKAGE = Path(__file__).parents[1]
