@@ -106,7 +106,7 @@ def slow_pose(head: Head, p: HeadParams) -> np.ndarray:
                 k = PARENTS[k]
             out[i] += head.skin_weights[i, j].item() * x
     if head.eyelid_basis is not None:
-        out = out + head.eyelid_basis.numpy() @ n["eyelids"]
+        out = out + (head.eyelid_basis.numpy() @ n["eyelids"]) @ R[0].T
     return out + n["translation"]
 
 
@@ -304,7 +304,7 @@ def test_fields_agree_with_regions(head):
 def test_bad_files_are_named(tmp_path):
     cases = {
         "missing.npz": "no head at",
-        "generic_model.pkl": "FLAME files are not read yet",
+        "generic_model.pkl": "no head at",
         "text.npz": "is not a head",
         "other.npz": "lacks template, faces",
         "shape.npz": "`template` should be",

@@ -29,7 +29,7 @@ def load(source: str | Path = "openhead") -> Head:
     OpenHead comes with 64 identity components, what a tracker can fit; `load_wide` has all of them.
 
     Raises:
-        UserError: the file is missing, is FLAME's, or is not a head.
+        UserError: the file is missing or not a head.
 
     Example:
         >>> head = load("openhead")
@@ -72,13 +72,19 @@ def _find(source: str | Path) -> Path:
     if str(source) == "openhead":
         return OPENHEAD
     path = Path(source)
-    if path.suffix == ".pkl":
-        raise UserError(f"{path}: FLAME files are not read yet: expected openhead or an .npz head; use --head openhead")
     if not path.exists():
         raise UserError(f"no head at {path}: expected openhead or the path of an .npz head; check --head")
     if not path.is_file():
         raise UserError(f"{path} is a folder: expected openhead or the path of an .npz head; check --head")
     return path
+
+
+def lacks_names(path: Path) -> bool:
+    """Whether an .npz has FLAME's arrays instead of this format's: a converted FLAME file."""
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        return "v_template.npy" in file.namelist() and "template.npy" not in file.namelist()
 
 
 @cache

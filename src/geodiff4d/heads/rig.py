@@ -2,7 +2,8 @@
 
 Parameter names, joint order (root, neck, jaw, left eye, right eye) and frame (metres, +y up, face toward +z) are
 FLAME's; linear blend skinning follows Li et al. 2017: v = template + shape + expression, joints regressed from that,
-pose correctives where the file has them, then skinning; eyelids are added after it (Pixel3DMM).
+pose correctives where the file has them, then skinning; eyelids are added after it, along the turned head's axes
+(Pixel3DMM).
 """
 
 from collections.abc import Callable
@@ -198,7 +199,8 @@ class Head:
         T = joint_transforms(R, shaped.joints)
         v = skin(v, T, self.skin_weights)
         if self.eyelid_basis is not None and params.eyelids is not None:
-            v = v + blend(self.eyelid_basis, params.eyelids)
+            # Pixel3DMM turns the head outside of its skinning, so that the lids turn with it.
+            v = v + blend(self.eyelid_basis, params.eyelids) @ R[..., 0, :, :].mT
         t = params.translation
         return PosedHead(v + t[..., None, :], self.faces, _translated(T, t))
 
