@@ -235,6 +235,63 @@ def test_fresh_expression_modules_leave_the_image_model_as_it_was():
     assert torch.equal(unet(**i)[0], unet(i["x"], i["timestep"])[0])
 
 
+TEMPORAL = replace(TINY, temporal_layers=2, temporal_ff_factor=2)
+
+
+@torch.no_grad()
+def test_fresh_temporal_modules_leave_the_image_model_as_it_was(unet):
+    video = UNet(TEMPORAL).eval()
+    report = video.load_state_dict(unet.state_dict(), strict=False)
+    assert not report.unexpected_keys and all(".temporals." in k for k in report.missing_keys)
+    assert_close(video(**inputs(3))[0], unet(**inputs(3))[0], atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_temporal_modules_tell_frames_apart_by_their_place():
+    video, given = random_unet(TEMPORAL), inputs(4)
+    y = video(**given)[0]
+    one = dict(given, x=given["x"].clone())
+    one["x"][..., 2, :, :] += 1
+    assert (video(**one)[0] - y).abs().amax((0, 1, 2, 4, 5)).min() > 1e-3, "every frame hears of every other"
+    order = [2, 0, 3, 1]
+    mixed = dict(given, x=given["x"][:, :, :, order])
+    mixed |= {k: given[k][:, order] for k in ("tokens", "latent")}
+    assert (video(**mixed)[0] - y[:, :, :, order]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_padded_frame_changes_no_other():
+    video, given = random_unet(TEMPORAL), inputs(4)
+    valid = torch.tensor([[True, True, True, False]])
+    y = video(**given, valid=valid)[0]
+    padded = dict(given, x=given["x"].clone())
+    padded["x"][..., 3, :, :] = 7
+    assert_close(video(**padded, valid=valid)[0][:, :, :, :3], y[:, :, :, :3])
+    short = {k: v[:, :, :, :3] if k == "x" else v[:, :3] if k in ("tokens", "latent") else v for k, v in given.items()}
+    assert_close(video(**short)[0], y[:, :, :, :3], atol=1e-5, rtol=1e-5)
+
+
+def test_windows_beyond_the_positions_are_refused():
+    with pytest.raises(UserError, match="33 frames"), torch.no_grad():
+        random_unet(TEMPORAL)(**inputs(33))
+
+
+def test_the_papers_unet_has_x_nemos_21_places():
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(temporal_layers=2))
+    for kind in ("expressions", "temporals"):
+        assert sum(len(getattr(b, kind)) for b in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]) == 21
+
+
+@torch.no_grad()
+def test_the_domains_of_a_frame_do_not_mix_along_time():
+    video, given = random_unet(TEMPORAL), inputs(3)
+    y = video(**given, joint=False)[0]
+    changed = dict(given, x=given["x"].clone())
+    changed["x"][:, 1] += 1
+    assert_close(video(**changed, joint=False)[0][:, 0], y[:, 0])
+
+
 @torch.no_grad()
 def test_expressions_reach_their_own_frame_alone(unet):
     a = inputs()

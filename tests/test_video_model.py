@@ -47,7 +47,7 @@ CHANNELS = 6
 UNET = UNetConfig(
     in_channels=2 * CHANNELS + CHANNELS + 2, out_channels=CHANNELS, widths=(16, 16), layers=1,
     down_attention=(False, True), up_attention=(1, 0), heads=2, groups=8, ff_factor=2, cross_dim=None,
-    expression_dim=4, expression_layers=1, expression_ff_factor=2, expression_latent=8,
+    expression_dim=4, expression_layers=1, expression_ff_factor=2, expression_latent=8, every_layer=False,
 )  # fmt: skip
 EMBEDDED = VideoModelConfig(
     unet=UNET,

@@ -49,6 +49,7 @@ def _small(
     shared: dict[str, Any] = dict(
         out_channels=c, widths=widths, layers=1, down_attention=(False, True, False), up_attention=(1, 2, 1),
         heads=None, groups=groups, ff_factor=2, cross_dim=None, expression_layers=1, expression_ff_factor=1,
+        every_layer=False,
     )  # fmt: skip
     return VideoModelConfig(
         unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
@@ -27,6 +27,8 @@ class Layout:
     frames: int
     joint: bool = True
     """Whether the domains attend to each other (`--ablate domain-attention` turns this off)."""
+    valid: Bool[Tensor, "b t"] | None = None
+    """Frames that are not mere padding; None means all. Read by temporal modules alone: nothing else mixes frames."""
 
 
 class MultiHead(nn.Module):

@@ -9,11 +9,12 @@ from typing import cast
 
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from geodiff4d.video.attention import ExpressionAttention, Layout, ReferenceKV, Transformer2D
+from geodiff4d.video.temporal import TemporalModule
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class UNetConfig:
     """Width of an expression token; None for the reference network."""
     expression_layers: int = 2
     expression_ff_factor: int = 4
+    every_layer: bool = True
+    """Expression and temporal modules stand behind every layer (X-NeMo's 21 places), or behind transformers only."""
+    temporal_layers: int = 0
+    """Self-attentions over time in each temporal module; 0 is the image model (stage 1), X-NeMo has 2."""
+    temporal_ff_factor: int = 4
     expression_latent: int | None = None
     """Add a projection of this many expression latents to the time embedding (ours, embedded preset only)."""
     domains: int = 2
@@ -95,35 +101,37 @@ class Sampler(nn.Module):
 
 
 class Block(nn.Module):
-    """One level: resnets, each followed by a transformer and an expression module where the config has them."""
+    """One level: resnets, each followed by transformer, expression and temporal module where the config has them."""
 
     attentions: nn.ModuleList
-    expressions: nn.ModuleList
     downsamplers: nn.ModuleList
     upsamplers: nn.ModuleList
 
     def __init__(
-        self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None
-    ):
+        self, config: UNetConfig, inputs: list[int], width: int, attending: int, c_time: int, sampler: str | None,
+        layers: int | None = None,
+    ):  # fmt: skip
+        """`layers` is how many of the resnets begin a layer, if not all of them do (the middle's second does not)."""
         super().__init__()
-        heads = config.head_count(width)
+        heads, layers = config.head_count(width), len(inputs) if layers is None else layers
         self.resnets = nn.ModuleList(Resnet(c, width, c_time, config.groups) for c in inputs)
         if attending:
             self.attentions = nn.ModuleList(
                 Transformer2D(width, heads, config.groups, config.cross_dim, config.ff_factor) for _ in range(attending)
             )
-        if attending and config.expression_dim:
-            self.expressions = nn.ModuleList(
-                ExpressionAttention(
-                    width,
-                    heads,
-                    config.groups,
-                    config.expression_dim,
-                    config.expression_layers,
-                    config.expression_ff_factor,
-                )
-                for _ in range(attending)
+        places = layers if config.every_layer else attending
+        token_dim = config.expression_dim
+        self.expressions = nn.ModuleList(
+            ExpressionAttention(
+                width, heads, config.groups, token_dim, config.expression_layers, config.expression_ff_factor
             )
+            for _ in range(places)
+            if token_dim is not None
+        )
+        self.temporals = nn.ModuleList(
+            TemporalModule(width, heads, config.groups, config.temporal_layers, config.temporal_ff_factor)
+            for _ in range(places if config.temporal_layers else 0)
+        )
         self.attending = attending
         if sampler:
             setattr(self, sampler, nn.ModuleList([Sampler(width, 2 if sampler == "downsamplers" else 1)]))
@@ -162,7 +170,7 @@ class UNet(nn.Module):
             self.down_blocks.append(Block(config, inputs, width, attending, c_time, None if last else "downsamplers"))
             skips += [width] * (n if last else n + 1)
             c = width
-        self.mid_block = Block(config, [c, c], c, 1, c_time, None)
+        self.mid_block = Block(config, [c, c], c, 1, c_time, None, layers=1)
         self.up_blocks = nn.ModuleList()
         for i, width in enumerate(reversed(w)):
             last = i == len(w) - 1
@@ -202,6 +210,7 @@ class UNet(nn.Module):
         text: Float[Tensor, "b m x"] | None = None,
         domain_ids: tuple[int, ...] = (0, 1),
         joint: bool = True,
+        valid: Bool[Tensor, "b t"] | None = None,
     ) -> tuple[Float[Tensor, "b d o t h w"], list[Tensor]]:
         """Run the network on latents with their conditions concatenated along channels.
 
@@ -210,13 +219,14 @@ class UNet(nn.Module):
             latent: expression latent per frame, for the time embedding (if configured).
             reference: keys and values per attention site, from `reference_kv`.
             domain_ids: which class embedding each entry of the domain axis has.
+            valid: frames that are not padding (temporal modules); None means all.
 
         Returns:
             (prediction, or a reference network's last features; hidden states at every attention site,
             `[(b d t), tokens, channels]`).
         """
         b, d, _, t, _, _ = x.shape
-        layout = Layout(b, d, t, joint)
+        layout = Layout(b, d, t, joint, valid)
         emb = self._embed(timestep, latent, domain_ids, t, x.dtype)
         context = None if tokens is None else repeat(tokens, "b t n e -> (b d t) n e", d=d)
         words = None if text is None else repeat(text, "b m x -> (b d t) m x", d=d, t=t)
@@ -228,9 +238,9 @@ class UNet(nn.Module):
             if j < block.attending:
                 h, hidden = block.attentions[j](h, layout, next(kv) if kv else None, words)
                 bank.append(hidden)
-                if context is not None and self.config.expression_dim:
-                    h = block.expressions[j](h, context)
-            return h
+            if context is not None and j < len(block.expressions):
+                h = block.expressions[j](h, context)
+            return block.temporals[j](h, layout) if j < len(block.temporals) else h
 
         h = rearrange(x, "b d c t h w -> (b d t) c h w")
         if h.device.type == "cpu":
