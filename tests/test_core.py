@@ -49,6 +49,16 @@ def test_rotations_are_orthonormal_and_match_the_exponential(w):
 
 @quick
 @given(rotations())
+def test_axis_angles_come_back_from_their_matrices(w):
+    R = geometry.axis_angle_to_matrix(w)
+    back = geometry.matrix_to_axis_angle(R)
+    assert back.norm() <= math.pi + 1e-12
+    # Half a turn has two axes: what must come back is the rotation.
+    torch.testing.assert_close(geometry.axis_angle_to_matrix(back), R, atol=1e-7, rtol=0)
+
+
+@quick
+@given(rotations())
 def test_quaternions_round_trip(w):
     R = geometry.axis_angle_to_matrix(w)
     q = geometry.matrix_to_quat(R)

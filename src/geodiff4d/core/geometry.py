@@ -21,6 +21,15 @@ def axis_angle_to_matrix(axis_angle: Float[Tensor, "*batch 3"]) -> Float[Tensor,
     return torch.eye(3, dtype=K.dtype, device=K.device) + a * K + b * (K @ K)
 
 
+def matrix_to_axis_angle(R: Float[Tensor, "*batch 3 3"]) -> Float[Tensor, "*batch 3"]:
+    """Turn rotation matrices into axis-angle vectors [rad] of at most π; not differentiable at the identity."""
+    q = matrix_to_quat(R)
+    q = torch.where(q[..., :1] < 0, -q, q)
+    length = q[..., 1:].norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(length, q[..., :1])
+    return q[..., 1:] * torch.where(length > 1e-12, angle / length.clamp(min=1e-12), 2.0)
+
+
 def skew(v: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3 3"]:
     """Return the matrix of the cross product `v ×`."""
     x, y, z = v.unbind(-1)

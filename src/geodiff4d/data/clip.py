@@ -263,10 +263,10 @@ class ClipWriter:
             "extra": json.loads(json.dumps(self.extra)),
         }
         write_json(self.path / "transforms.json", {"geodiff4d": ours, **top, "frames": self._frames})
-        # VHAP's split: the first 70 % of timesteps train; camera 8, else the last, validates.
+        # VHAP's split: the first 70 % of timesteps train; camera 8, else the last of several, validates.
         steps, cameras = top["timestep_indices"], top["camera_indices"]
         train_steps = set(steps[: max(1, int(0.7 * len(steps)))])
-        held_camera = 8 if 8 in cameras else (cameras[-1] if cameras else 0)
+        held_camera = None if len(cameras) < 2 else 8 if 8 in cameras else cameras[-1]
         split = {
             "train": [
                 f for f in self._frames if f["timestep_index"] in train_steps and f["camera_index"] != held_camera

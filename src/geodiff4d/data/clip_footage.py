@@ -1,8 +1,8 @@
 """Clips as training footage: a folder of clips, whatever made them.
 
 Clips may be uncut: their canonical crop (docs/CONVENTIONS.md), fixed per clip and camera, is found here; a clip that is
-cropped already stays as it is. Driving crops are cut around the 68 landmarks of the tracked mesh. Only the clips'
-indices are held.
+cropped already stays as it is. Driving crops are cut around the 68 landmarks of the tracked mesh at zero expression.
+Only the clips' indices are held.
 """
 
 from collections import OrderedDict
@@ -22,7 +22,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.clip import Clip, ClipFrame
-from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_track, head_region
+from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.data.footage import ARKIT, Footage, FrameKey, Frames, StoreFootage, Take
 from geodiff4d.data.store import FOCUS_REGIONS
 from geodiff4d.data.synthetic.world import disturbed
@@ -134,7 +134,7 @@ class ClipFootage:
         return self._opened(take)[0]
 
     def _head(self, take: int) -> Head:
-        return _head(self._clip(take).head_name, self.head_path, self._where[take].folder)
+        return _head(self._clip(take).head_name, self.head_path)
 
     def _records(self, take: int, view: int, instants: Sequence[int]) -> list[int]:
         """Return positions of frames in the clip."""
@@ -227,13 +227,12 @@ class ClipFootage:
 
     def driving(self, take: int, view: int, instants: Sequence[int], size: int) -> Float[Tensor, "n 3 size size"]:
         head, clip = self._head(take), self._clip(take)
-        points = head.landmarks68.on(head.pose(self._params(take, instants)).vertices, head.faces)
-        xy, _ = self._cameras(take, view, instants).project(points)
+        # At zero expression, as when driving: an open mouth must not widen the cut that shows it.
+        still = head.pose(self._params(take, instants).without_expression())
+        xy, _ = self._cameras(take, view, instants).project(head.landmarks68.on(still.vertices, head.faces))
         read = (clip.frame(r) for r in self._records(take, view, instants))
-        boxes = face_crop_track(xy)
-        return torch.stack(
-            [crop_image(composite(f.image, f.mask), box, size, fill=0.5) for f, box in zip(read, boxes, strict=True)]
-        )
+        cut = [crop_image(composite(f.image, f.mask), face_crop_box(p), size) for f, p in zip(read, xy, strict=True)]
+        return torch.stack(cut)
 
     def warped(
         self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int
@@ -275,19 +274,17 @@ def _forget(cache: OrderedDict[Any, Any]) -> None:
 
 
 @cache
-def _head(name: str, path: str | None, clip: Path) -> Head:
-    """Load a clip's head.
+def _head(name: str, path: str | None) -> Head:
+    """Load a clip's head: the file that was given, else by its name.
 
     Raises:
-        UserError: it is FLAME and no file was given, or the file is of another model.
+        UserError: it is FLAME and no file is known, or the file is of another model.
     """
-    if name == "openhead":
+    if path is None or name == "openhead":
         return load_head(name)
-    if path is None:
-        raise UserError(f"{clip} was tracked with the head {name!r}: give its file with --head")
     head = load_head(path)
     if name not in ("flame", head.name):
-        raise UserError(f"{clip} was tracked with the head {name!r}, but {path} is {head.name!r}: give its file")
+        raise UserError(f"a clip was tracked with the head {name!r}, but {path} is {head.name!r}: give its file")
     return head
 
 

@@ -87,7 +87,7 @@ class Footage(Protocol):
         ...
 
     def driving(self, take: int, view: int, instants: Sequence[int], size: int) -> Float[Tensor, "n 3 size size"]:
-        """Cut the face from frames of one view: one size for all, smoothed centres."""
+        """Cut the face from frames of one view."""
         ...
 
     def warped(

@@ -228,7 +228,7 @@ class Mixture(Dataset):
 
 
 def _runs(keys: Sequence[FrameKey], together: bool) -> list[tuple[FrameKey, list[int]]]:
-    """Group frames that are decoded at once: a clip as a whole, whose crops are smoothed; independent images alone."""
+    """Group frames that are decoded at once: a clip as a whole, independent images alone."""
     return [(keys[0], [k.instant for k in keys])] if together else [(k, [k.instant]) for k in keys]
 
 

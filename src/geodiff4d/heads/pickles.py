@@ -96,7 +96,7 @@ def read_pickle(path: Path | str) -> Any:
         (5023, 3)
     """
     path = Path(path)
-    return _guarded(path, _bytes(path))
+    return read_bytes(path, _bytes(path))
 
 
 def read_npy(path: Path | str) -> Any:
@@ -117,7 +117,7 @@ def read_npy(path: Path | str) -> Any:
             data = file.read()
     except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{path} is not an .npy file that can be read ({error}): download it again") from None
-    return _guarded(path, data)
+    return read_bytes(path, data)
 
 
 def _bytes(path: Path, count: int = -1) -> bytes:
@@ -130,7 +130,12 @@ def _bytes(path: Path, count: int = -1) -> bytes:
         return file.read(count)
 
 
-def _guarded(path: Path, data: bytes) -> Any:
+def read_bytes(path: Path, data: bytes) -> Any:
+    """Read a pickle that was found in `path`, by the rules of `read_pickle`.
+
+    Raises:
+        UserError: as `read_pickle`.
+    """
     try:
         return _Plain(4 * len(data) + SPARE_BYTES).of(_run(data))
     except Refused as error:
