@@ -24,7 +24,7 @@ from geodiff4d.data.store import Store, StoreConfig
 from geodiff4d.heads import load_head
 from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.diffusion import DiffusionConfig
-from geodiff4d.video.expression import ExpressionConfig
+from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
 from geodiff4d.video.generate import Portrait, generate
 from geodiff4d.video.model import (
     ConditionImages,
@@ -39,6 +39,7 @@ from geodiff4d.video.sample import SampleConfig, sample
 from geodiff4d.video.train import ImageTraining, Objective, train_image
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
+from geodiff4d.video.warm_start import REGIONS, fit_motion_code, warm_start
 
 GOLDEN = Path(__file__).parent / "golden" / "image_loss.txt"
 SIZE = 32
@@ -447,6 +448,7 @@ class TinyStore(Store):
             setattr(self, name, np.zeros(shape, kind))
         ramp = np.linspace(0, 1, SIZE)
         self.expr[:] = rng.normal(0, 1, self.expr.shape)
+        self.joints[:] = np.random.default_rng(1).normal(0, 0.1, self.joints.shape)
         for s, i, v in np.ndindex(n):
             stripe = 0.5 + 0.3 * np.cos(6 * ramp + 2 * self.expr[s, i, 0])
             picture = np.stack([np.outer(stripe, ramp), np.outer(ramp, stripe), np.full((SIZE, SIZE), 0.2 + 0.6 * s)])
@@ -562,6 +564,39 @@ def test_one_batch_can_be_learnt(codec, batches, config):
         optimiser.step()
         losses.append(loss.mean().item())
     assert losses[-1] < 0.7 * losses[0], losses
+
+
+def test_motion_codes_keep_what_moves():
+    """Left and right lids, jaw and gaze each move their own components; head pose and shape move none."""
+    head = load_head()
+    n = len(head.expression_names)
+    zero = head.neutral(2 * n)
+    jaw = torch.randn(2 * n, 3, generator=torch.Generator().manual_seed(0)) * 0.05
+    sample = replace(zero, expr=torch.cat([torch.eye(n), 0.5 * torch.eye(n)]), jaw_pose=jaw)
+    gaze = torch.randn(zero.eyes_pose.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    code = fit_motion_code(head, replace(sample, eyes_pose=gaze))
+    sides = [r.side for r in REGIONS]
+    ends = np.cumsum([0] + [b.shape[1] for b in code.basis])
+    left, right = (slice(ends[sides.index(s)], ends[sides.index(s) + 1]) for s in (1, -1))
+
+    def moved(**change: torch.Tensor) -> torch.Tensor:
+        return (code(head, replace(head.neutral(1), **change)) - code(head, head.neutral(1)))[0]
+
+    blink = torch.eye(n)[head.expression_names.index("eyeBlinkLeft")][None]
+    assert moved(expr=blink)[left].norm() > 20 * moved(expr=blink)[right].norm()
+    assert moved(jaw_pose=torch.tensor([[0.2, 0.0, 0.0]]))[: ends[1]].norm() > 1
+    looked = moved(eyes_pose=torch.full_like(head.neutral(1).eyes_pose, 0.2))
+    assert looked[-4:].abs().min() > 0.5 > looked[: ends[1]].norm()
+    assert moved(rotation=torch.ones(1, 3), shape=torch.ones_like(head.neutral(1).shape)).norm() == 0
+
+
+def test_a_warm_encoder_knows_what_the_store_shows(batches):
+    torch.manual_seed(0)
+    encoder = ExpressionEncoder(EMBEDDED.expression)
+    losses: list[float] = []
+    plain = Batches(batches.store, batches.latents, batches.pairs, augment=None)
+    warm_start(encoder, plain, 80, False, lambda step, total, r: losses.append(r["loss"]), lr=4e-3, crops=24)
+    assert losses[-1] < 0.85 * losses[0], losses
 
 
 def test_the_encoder_learns_from_the_denoising_loss_alone(codec, batches):

@@ -9,7 +9,7 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from geodiff4d.data.crops import crop_image, face_crop_box
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, orbit, random_cameras
 from geodiff4d.data.synthetic.expressions import random_expression
 from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.world import SyntheticSubject, disturbed
+from geodiff4d.data.synthetic.world import WORLD_VERSION, SyntheticSubject, disturbed
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.render.warp import complete
@@ -55,6 +55,8 @@ class StoreConfig:
     grid: int = 16
     """Side of the latent grid, for the foreground and focus maps."""
     seed: int = 0
+    world: int = WORLD_VERSION
+    """Version of the open world: pictures of another are not mixed in."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,7 +73,7 @@ class StoreConfig:
             "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"),
             "crop": ((*n, 3, self.crop, self.crop), "u1"),
             "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
-            "expr": ((*n[:2], 52), "f4"), "done": ((n[0],), "u1"),
+            "expr": ((*n[:2], 52), "f4"), "joints": ((*n[:2], 9), "f4"), "done": ((n[0],), "u1"),
         }  # fmt: skip
 
 
@@ -95,26 +97,39 @@ class Store:
     cover: np.ndarray
     focus: np.ndarray
     expr: np.ndarray
+    joints: np.ndarray
     done: np.ndarray
     faces: np.ndarray
     uv: np.ndarray
     uv_faces: np.ndarray
 
+    def motion(self) -> HeadParams:
+        """Expression, jaw and gaze of every (subject, instant), in rows; the rest is zero."""
+        joints = torch.from_numpy(np.array(self.joints)).flatten(0, 1)
+        still = openhead().neutral(len(joints))
+        expr = torch.from_numpy(np.array(self.expr)).flatten(0, 1)
+        return replace(still, expr=expr, jaw_pose=joints[:, :3], eyes_pose=joints[:, 3:].reshape(still.eyes_pose.shape))
+
     def __init__(self, folder: Path, writable: bool = False):
         """Open a store.
 
         Raises:
-            UserError: there is none, or it was not finished.
+            UserError: there is none, it is another version's, or it was not finished.
         """
         self.folder = Path(folder)
+        mode = "r+" if writable else "r"
         try:
-            self.config = StoreConfig(**json.loads((self.folder / "store.json").read_text()))
+            saved = json.loads((self.folder / "store.json").read_text())
         except FileNotFoundError:
             raise UserError(
                 f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one"
             ) from None
-        for name in (*self.config.arrays(0), *_topology()):
-            setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode="r+" if writable else "r"))
+        try:
+            self.config = StoreConfig(**saved)
+            for name in (*self.config.arrays(0), *_topology()):
+                setattr(self, name, np.load(self.folder / f"{name}.npy", mmap_mode=mode))
+        except (FileNotFoundError, TypeError) as error:
+            raise UserError(f"{folder} is a store of another version ({error}): remove it and build it again") from None
         if not writable and not self.done.all():
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
 
@@ -185,7 +200,7 @@ def _render_subject(folder: Path, s: int) -> None:
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
     posed = head.pose(tracked)
     still = head.pose(tracked.without_expression())
-    store.expr[s] = m.expr.numpy()
+    store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
         cameras = _cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])

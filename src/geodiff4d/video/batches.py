@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -33,8 +33,6 @@ class Batch:
     """Where the portrait itself shows the point, and where the head is at all."""
     crops: Float[Tensor, "b t 3 size size"]
     """Driving crops in [0, 1]."""
-    expr: Float[Tensor, "b t coefficients"]
-    """The drivers' true coefficients; read by the encoder's optional warm start alone."""
     weight: Float[Tensor, "b 1 1 t h w"]
     """Weight of each latent cell in the loss, mean 1."""
 
@@ -78,10 +76,6 @@ class Batches:
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
         self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
 
-    def with_pairs(self, pairs: PairConfig) -> "Batches":
-        """The same data in batches of another make-up, drawn independently."""
-        return Batches(self.store, self.latents, pairs, self.seed + 1, self.augment, self.weights, self.encoded_pose)
-
     def __getitem__(self, index: int) -> Batch:
         p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
         b, t = p.driving_view.shape
@@ -101,7 +95,7 @@ class Batches:
             reference=z_ref[:, 0], reference_pose=self._pose(z_ref, ref),
             target=rearrange(z[:, :, :2], "b t d c h w -> b d c t h w"),
             pose=rearrange(self._pose(z, tgt), "b t c h w -> b c t h w"),
-            warp=warp, visibility=visibility, crops=crops, expr=take(self.store.expr, tgt[:2]),
+            warp=warp, visibility=visibility, crops=crops,
             weight=(weight / weight.mean())[:, None, None],
         )  # fmt: skip
 
@@ -112,11 +106,11 @@ class Batches:
         small = interpolate(image.flatten(0, -4), size=z.shape[-2:], mode="area")
         return small.unflatten(0, image.shape[:-3])
 
-    def drivers(self, index: int) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n coefficients"]]:
-        """Return the driving crops of a batch and their true coefficients, without anything else."""
-        p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
-        s = np.repeat(p.subject[:, None], p.driving_view.shape[1], 1)
-        crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0).flatten(0, 1)
-        if self.augment is not None:
-            crops = augment_crops(crops, self.augment, torch.Generator().manual_seed(self.seed * 1_000_003 + index))
-        return crops, take(self.store.expr, (s, p.target[..., 0])).flatten(0, 1)
+    def drivers(self, index: int, n: int) -> tuple[Float[Tensor, "n 3 size size"], Int[Tensor, " n"]]:
+        """Draw driving crops alone, from any view: (augmented crops, their rows of the store's `motion`)."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        subjects, instants, views = self.store.config.shape
+        row = torch.randint(subjects * instants, (n,), generator=generator)
+        view = torch.randint(views, (n,), generator=generator).numpy()
+        crops = take(self.store.crop, (row.numpy() // instants, row.numpy() % instants, view), 255.0)
+        return crops if self.augment is None else augment_crops(crops, self.augment, generator), row

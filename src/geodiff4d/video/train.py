@@ -6,7 +6,7 @@ uninterrupted one; weights are averaged (EMA), and the average is what is saved 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.unet import Resnet
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
+from geodiff4d.video.warm_start import warm_start
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
@@ -66,7 +67,7 @@ class ImageTraining:
     timestep_power: float = 1.0
     """t = 1000 u^power: 1 is uniform, below 1 favours high noise."""
     warm_start: int = 0
-    """Steps of regressing the known coefficients before denoising starts (ours; the paper has none)."""
+    """Steps of regressing the known motion before denoising starts (`video/warm_start.py`; the paper has none)."""
     autocast: bool = True
     log_every: int = 20
     validate_every: int = 250
@@ -242,7 +243,10 @@ def train_image(
         ema = {k: tensors[f"ema.{k}"].to(v) for k, v in ema.items()}
         restore_optimiser(optimiser, tensors)
     elif config.warm_start:
-        warm_start(model, batches, config, lambda step, total, record: progress(0, config.steps, record))
+        warm_start(
+            model.expression, batches, config.warm_start, config.autocast,
+            lambda step, total, record: progress(0, config.steps, record),
+        )  # fmt: skip
         ema = {k: v.detach().clone() for k, v in _trained(model).items()}
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
@@ -277,38 +281,6 @@ def train_image(
             progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
     return model.eval()
-
-
-def warm_start(model: VideoModel, batches: Batches, config: ImageTraining, progress: Progress) -> None:
-    """Let the encoder regress the synthetic world's coefficients before the denoiser asks anything of it.
-
-    Coefficients are divided by their deviation, so that rare actions count; the readout starts at their mean and is
-    thrown away afterwards.
-    """
-    encoder = model.expression
-    known = torch.from_numpy(np.array(batches.store.expr)).flatten(0, 1)
-    std = known.std(0).clamp(min=0.02).to(model.device)
-    head = nn.Linear(encoder.config.latent, known.shape[-1]).to(model.device)
-    nn.init.zeros_(head.weight)
-    head.bias.data.copy_(known.mean(0).to(model.device) / std)
-    optimiser = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], weight_decay=0.02)
-    many = batches.with_pairs(replace(batches.pairs, references=32, targets=4))
-    for step in range(config.warm_start):
-        for group in optimiser.param_groups:
-            group["lr"] = (
-                6e-4
-                * min(1, (step + 1) / 30)
-                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.warm_start)))
-            )
-        crops, expr = many.drivers(step)
-        with autocast(model.device, config.autocast):
-            guess = head(encoder(crops.to(model.device)))
-        loss = (guess.float() - expr.to(model.device) / std).square().mean()
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
-        if step % 50 == 0 or step == config.warm_start - 1:
-            progress(step, config.warm_start, {"warm_start": step, "loss": round(loss.item(), 5)})
 
 
 @torch.no_grad()
