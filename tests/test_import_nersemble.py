@@ -190,6 +190,22 @@ def test_a_larger_limit_adds(data, tmp_path):
     assert Clip(folder).timesteps == [0, 1]
 
 
+def test_whose_parameters(data, show, tmp_path):
+    """The clip says the head that the user named, and parameters of another do not pass for it."""
+    joins = Joins(params=data / "params")
+    (folder,), _ = run(data / "nersemble", tmp_path / "a", joins=joins, head="openhead")
+    assert Clip(folder).head_name == "openhead"
+    report = Report()
+    sources = nersemble.read(data / "nersemble", EVERYTHING, report)
+    other = replace(show.head, name="other", expr_basis=show.head.expr_basis[..., :10])
+    config = ImportConfig(joins=joins, head="other")
+    with pytest.raises(
+        UserError, match=r"not other's: expected 64 shape and 10 expression coefficients, got 64 and 52"
+    ):
+        import_sources(sources, tmp_path / "b", "x", EVERYTHING, report, config, other)
+    assert not (tmp_path / "b").exists()
+
+
 def test_an_unrelated_folder_is_not_touched(data, tmp_path):
     (tmp_path / "out" / NAME).mkdir(parents=True)
     (tmp_path / "out" / NAME / "thesis.txt").write_text("mine")

@@ -135,12 +135,16 @@ RECIPES = [
         ("imported/nersemble/017_EXP-1-head/transforms.json", "imported/nersemble/017_EXP-1-head/sheet.png"),
         prepare=data_sets,
     ),
-    Recipe("import nersemble sets/nersemble imported/nersemble --params sets/params --size 96", says="4 frames"),
+    Recipe(
+        "import nersemble sets/nersemble imported/nersemble --params sets/params --head openhead --size 96",
+        says="4 frames",
+    ),
     Recipe("import renderme360 sets/renderme imported/renderme", ("imported/renderme/0026_e3/flame_param/00001.npz",)),
     Recipe("import synthhuman sets/synthhuman imported/faces", ("imported/faces/faces_0000000/normals/00003_00.png",)),
     bad_import("import nersemble sets/cut bad/out", says="no camera that can be read"),
     bad_import("import renderme360 sets/cut_0026_e3_raw.smc bad/out", says="truncated"),
     bad_import("import synthhuman world bad/out", says="no SynthHuman pictures"),
+    bad_import("import nersemble sets/nersemble bad/out --params sets/params", says="--params needs --head"),
     bad_import("import nersemble nowhere bad/out", says="nowhere does not exist"),
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png", says="make track-env"),

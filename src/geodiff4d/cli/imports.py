@@ -39,7 +39,7 @@ class Args:
     params: Path | None = None
     """Folder of head parameters by timestep, {t:05d}.npz as in a clip."""
     head: str | None = None
-    """The head that the parameters belong to (your FLAME file, or openhead), to draw it on the contact sheet."""
+    """The head that the parameters belong to: your FLAME file, or openhead. --params needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where a DAViD network runs."""
 
@@ -59,8 +59,11 @@ def run(args: Args) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
     choice = Choice(args.limit, args.every, args.cameras, args.only)
-    config = ImportConfig(args.size, Joins(args.masks, args.normals, args.params))
+    if args.params is not None and args.head is None:
+        raise UserError("--params needs --head: whose parameters are they? Pass your FLAME file, or openhead")
     head = load_head(args.head) if args.head else None
+    joins = Joins(args.masks, args.normals, args.params)
+    config = ImportConfig(args.size, joins, None if head is None else head.name)
     estimator = None
     if args.normals is not None and args.normals.is_file():
         from geodiff4d.data.david import DavidNormals
@@ -69,7 +72,11 @@ def run(args: Args) -> None:
     report = Report()
     sources = import_module(f"geodiff4d.data.{args.dataset}").read(args.src, choice, report)
     origin = f"{args.dataset} {args.src.resolve()}"
-    head = head or (load_head() if any(source.head == "openhead" for source in sources) else None)
+    if head is None:
+        try:
+            head = load_head(sources[0].head)
+        except UserError:  # FLAME without its file: everything is imported, only the sheet's pose maps are missing
+            head = None
     clips = import_sources(sources, args.out, origin, choice, report, config, head, estimator, progress.track)
     for folder in clips:
         print(summary(folder))

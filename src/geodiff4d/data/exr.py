@@ -10,11 +10,11 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import MAX_PIXELS
 
-ORDER = "RGBA"
+ORDERS = ("RGBA", "XYZ")
 
 
 def read_exr(path: Path) -> Float[Tensor, "channels height width"]:
-    """Read the channels R, G, B (and A), or the only one there is, in this order, as float32.
+    """Read the channels R, G, B (and A), or X, Y, Z, or the only one there is, in this order, as float32.
 
     Raises:
         UserError: the extra is not installed; the file is missing, truncated, too large or not an EXR.
@@ -38,10 +38,14 @@ def read_exr(path: Path) -> Float[Tensor, "channels height width"]:
         raise
     except Exception as error:
         # The binding raises RuntimeError, KeyError and others of its own for damaged files.
-        raise UserError(f"{path} is truncated or not an EXR ({str(error).splitlines()[0]}): copy it again") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is truncated or not an EXR ({reason}): copy it again") from None
     short = {name.rpartition(".")[2]: plane for name, plane in planes.items()}
-    names = [name for name in ORDER if name in short] or sorted(short)[:1]
+    found = ([name for name in order if name in short] for order in ORDERS)
+    names = next((names for names in found if len(names) > 1), sorted(short)[: len(short) == 1])
     shapes = {short[name].shape for name in names}
     if not names or len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        raise UserError(f"{path} has the channels {', '.join(sorted(planes)) or 'none'}: expected R, G, B or one")
+        raise UserError(
+            f"{path} has the channels {', '.join(sorted(planes)) or 'none'}: expected R, G, B, or X, Y, Z, or one"
+        )
     return torch.from_numpy(np.stack([short[name] for name in names]))

@@ -21,9 +21,9 @@ from torch.nn.functional import interpolate
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.importing import Choice, Report, Source, SourceFrame
+from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
-from geodiff4d.data.sheet import write_sheet
+from geodiff4d.data.sheet import fits, sizes, write_sheet
 from geodiff4d.heads import Head
 
 JOURNAL = "import.jsonl"
@@ -38,6 +38,8 @@ class ImportConfig:
     size: int | None = None
     """Longer side of what is written [px]; larger pictures are scaled down, smaller ones stay."""
     joins: Joins = Joins()
+    head: str | None = None
+    """Name of the head that the parameters belong to, where the user says it; else the source's own word."""
 
     def __post_init__(self) -> None:
         if self.size is not None and not 16 <= self.size <= 8192:
@@ -94,8 +96,9 @@ def import_clip(
         UserError: the folder holds something else, or the source stopped; what was read until then is a clip.
     """
     joins = config.joins.for_clip(source.name)
+    source = of_head(source, config)
     identity = {
-        "origin": origin, "clip": source.name, "size": config.size,
+        "origin": origin, "clip": source.name, "size": config.size, "head": source.head,
         "joins": {name: None if path is None else str(path.resolve()) for name, path in vars(joins).items()},
     }  # fmt: skip
     asked = {"limit": choice.limit, "every": choice.every, "cameras": list(choice.cameras)}
@@ -109,6 +112,10 @@ def import_clip(
             if frame.timestep not in writer.with_params:
                 params = params_of(joins, source, frame.timestep)
                 if params is not None:
+                    if config.head is not None and head is not None and not fits(head, params):
+                        raise UserError(
+                            f"the parameters of {source.name or origin} are not {head.name}'s: " + sizes(head, params)
+                        )
                     writer.add_params(frame.timestep, params)
             writer.store(scaled(frame, config.size), source.camera_ids.get(frame.camera_index))
         if not writer.stored:
@@ -116,6 +123,22 @@ def import_clip(
         writer.finish(asked, report, source)
     write_sheet(folder, head)
     return folder
+
+
+def of_head(source: Source, config: ImportConfig) -> Source:
+    """Return the source with its head named as the user does.
+
+    Raises:
+        UserError: the source's own parameters belong to another head.
+    """
+    if config.head is None:
+        return source
+    if config.joins.params is None and source.head not in ("flame", config.head) and source.params is not no_params:
+        raise UserError(
+            f"{source.name or 'the source'} has parameters of {source.head}, --head is {config.head}: coefficients of "
+            "different heads do not mix"
+        )
+    return replace(source, head=config.head)
 
 
 def _why(report: Report) -> str:

@@ -54,8 +54,16 @@ def row(frame: ClipFrame, head: Head | None) -> Float[Tensor, "3 height width"]:
 
 def fits(head: Head, params: HeadParams) -> bool:
     """Say whether the parameters may be this head's: a FLAME clip is no OpenHead clip."""
-    sizes = params.shape.shape[-1], params.expr.shape[-1]
-    return sizes == (head.shape_basis.shape[-1], head.expr_basis.shape[-1])
+    counts = params.shape.shape[-1], params.expr.shape[-1]
+    return counts == (head.shape_basis.shape[-1], head.expr_basis.shape[-1])
+
+
+def sizes(head: Head, params: HeadParams) -> str:
+    """Say how many coefficients each has."""
+    return (
+        f"expected {head.shape_basis.shape[-1]} shape and {head.expr_basis.shape[-1]} expression coefficients, "
+        f"got {params.shape.shape[-1]} and {params.expr.shape[-1]}"
+    )
 
 
 def tile(image: Float[Tensor, "3 h w"], side: int = TILE) -> Float[Tensor, "3 side side"]:

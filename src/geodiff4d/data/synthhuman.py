@@ -123,7 +123,7 @@ def _part(kind: str, sample: int, index: dict[tuple[str, int], Place], report: R
 
 
 def _xyz(planes: Float[Tensor, "channels h w"]) -> Float[Tensor, "3 h w"]:
-    """Order a file's R, G, B as x, y, z by what z must look like."""
+    """Order a file's three channels as x, y, z by what z must look like."""
     if planes.shape[0] < 3:
         return torch.zeros(3, *planes.shape[1:])
     planes = planes[:3].nan_to_num(0, 0, 0)
