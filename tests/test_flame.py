@@ -332,6 +332,45 @@ def test_lids_come_in_pairs(tmp_path):
         load_head(model)
 
 
+# A model that came alone
+
+
+@pytest.fixture(scope="module")
+def lone(tmp_path_factory):
+    """A person whom OpenHead's basis cannot quite express, written as a FLAME file without anything beside it."""
+    own = openhead.load_wide()
+    g = torch.Generator().manual_seed(1)
+    shaped = own.shape(replace(own.neutral(), shape=torch.randn(own.shape_basis.shape[-1], generator=g)))
+    a = arrays(80, 150)
+    n = len(own.template)
+    a |= {"v_template": 0.95 * shaped.vertices.double().numpy() + [0, 0.03, -0.05], "f": own.faces.numpy()}
+    a |= {"weights": own.skin_weights.double().numpy(), "J_regressor": own.joint_regressor.double().numpy()}
+    a |= {"shapedirs": np.zeros((n, 3, 400), np.float16), "posedirs": np.zeros((n, 3, 36), np.float16)}
+    path = tmp_path_factory.mktemp("lone") / "flame2023.pkl"
+    path.write_bytes(pickle.dumps(a))
+    return own, load_head(path), path
+
+
+def test_openhead_hands_over_landmarks_and_regions(lone):
+    own, head, _ = lone
+    for kind, most in (("landmarks68", 2.5), ("mediapipe", 2.0)):
+        got, truth = (getattr(h, kind).on(head.template, head.faces) for h in (head, own))
+        assert (got - truth).norm(dim=1).mean() * 1000 < most, kind
+    assert torch.equal(head.mediapipe_index, own.mediapipe_index)
+    for name in ("lips", "brows", "lids", "scalp", "ears", "mouth"):
+        both, any_ = (head.regions[name] & own.regions[name]).sum(), (head.regions[name] | own.regions[name]).sum()
+        assert both / any_ > 0.6, name
+
+
+def test_what_is_there_is_told(lone, full):
+    told = flame.describe(lone[2])
+    assert told[0] == "flame2023 (by its name), 5522 vertices"
+    assert "68 landmarks: handed over from OpenHead" in told and "atlas: a cylinder" in told
+    told = flame.describe(full[1].parent)
+    assert told[0].endswith("5143 vertices with teeth") and "regions: FLAME_masks.pkl" in told
+    assert "eyelids: l_eyelid.npy, r_eyelid.npy" in told
+
+
 # Bad files
 
 
@@ -388,3 +427,15 @@ def test_a_changed_file_is_read_again(tmp_path):
 def test_generated_files_are_flames_size(full):
     """The official 2020 and 2023 files have 53,023,716 bytes."""
     assert abs(full[1].stat().st_size - 53_023_716) < 200_000
+
+
+def test_doctor_tells_what_it_finds(lone, tmp_path, monkeypatch):
+    from geodiff4d.cli.doctor import flame_model
+
+    assert flame_model()[0].state == "missing"
+    monkeypatch.setenv(flame.ENVIRONMENT, str(lone[2]))
+    (found,) = flame_model()
+    assert found.state == "ok" and "flame2023 (by its name)" in found.detail and "atlas: a cylinder" in found.detail
+    (tmp_path / "x.pkl").write_bytes(BAD["cut"][0])
+    monkeypatch.setenv(flame.ENVIRONMENT, str(tmp_path))
+    assert flame_model()[0].state == "failed"

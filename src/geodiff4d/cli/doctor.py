@@ -61,8 +61,8 @@ def run(args: Args) -> None:
 def examine() -> list[Finding]:
     """Run every probe; one that breaks becomes a finding, never a crash."""
     probes: list[Callable[[], list[Finding]]] = [
-        python, core_packages, torch_device, numba_compiler, video_codec, extras, shipped_files, track_environment,
-        machine,
+        python, core_packages, torch_device, numba_compiler, video_codec, extras, shipped_files, flame_model,
+        track_environment, machine,
     ]  # fmt: skip
     findings = []
     for probe in probes:
@@ -206,6 +206,24 @@ def shipped_files() -> list[Finding]:
         findings.append(
             Finding("weights", "missing", "no trained network is shipped", "use --generator warp, or --model DIR")
         )
+    return findings
+
+
+def flame_model() -> list[Finding]:
+    """FLAME: the user's own head model."""
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.heads import flame
+
+    paths = flame.environment()
+    if not paths:
+        how = f"--head PATH, or set {flame.ENVIRONMENT} to it (docs/FLAME.md)"
+        return [Finding("FLAME", "missing", "optional: your own head model", how)]
+    findings = []
+    for path in paths:
+        try:
+            findings.append(Finding("FLAME", "ok", "; ".join(flame.describe(path))))
+        except UserError as error:
+            findings.append(Finding("FLAME", "failed", str(error), f"mend it, or unset {flame.ENVIRONMENT}"))
     return findings
 
 

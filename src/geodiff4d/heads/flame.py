@@ -23,7 +23,20 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import flame_atlas, flame_teeth
-from geodiff4d.heads.flame_beside import NAMES, Beside, Points, beside
+from geodiff4d.heads.flame_beside import (
+    EYELIDS,
+    FULL_EMBEDDINGS,
+    MASKS,
+    MEDIAPIPE,
+    NAMES,
+    STATIC_EMBEDDINGS,
+    TEMPLATES,
+    TEXTURE,
+    Beside,
+    Points,
+    beside,
+)  # fmt: skip
+from geodiff4d.heads.flame_transfer import Transferred, transfer
 from geodiff4d.heads.pickles import read_pickle
 from geodiff4d.heads.rig import JOINTS, PARENTS, Head, Landmarks
 
@@ -94,7 +107,7 @@ def find(name: str) -> Head:
     Raises:
         UserError: there is none, or only one of another year.
     """
-    models = [p for p in dict.fromkeys([*_loaded, *_environment()]) if p.is_file()]
+    models = [p for p in dict.fromkeys([*_loaded, *environment()]) if p.is_file()]
     found = {p: read_model(p).name for p in models}
     names = set(found.values())
     if name == "flame" and len(names) == 1:
@@ -114,6 +127,31 @@ def find(name: str) -> Head:
         f"the head asked for is {name}, found {listed}: coefficients of different FLAME models do not mix; "
         f"set {ENVIRONMENT} to {name}'s file"
     )
+
+
+def describe(path: Path | str) -> list[str]:
+    """Say what a FLAME model is and what lies beside it, a line each.
+
+    Raises:
+        UserError: as `load`.
+    """
+    path = model_file(Path(path))
+    head, model, files = load(path), read_model(path), beside(path)
+
+    def line(what: str, names: tuple[str, ...], otherwise: str) -> str:
+        found = [n for n in names if n in files]
+        return f"{what}: {', '.join(found) if found else otherwise}"
+
+    teeth = " with teeth" if "teeth" in head.regions else ""
+    own = "handed over from OpenHead" if len(head.landmarks68.face_index) else "none"
+    return [
+        f"{head.name} (by {model.evidence}), {len(head.template)} vertices{teeth}",
+        line("68 landmarks", (*FULL_EMBEDDINGS, *STATIC_EMBEDDINGS), own),
+        line("MediaPipe's landmarks", (MEDIAPIPE,), own),
+        line("regions", (MASKS,), own),
+        line("atlas", (*TEMPLATES, TEXTURE), "a cylinder"),
+        line("eyelids", EYELIDS, "none"),
+    ]
 
 
 def read_model(path: Path | str) -> Model:
@@ -156,7 +194,8 @@ def claimed(path: Path) -> str | None:
 _loaded: list[Path] = []
 
 
-def _environment() -> list[Path]:
+def environment() -> list[Path]:
+    """Return the model files that the environment variable GEODIFF4D_FLAME points to."""
     value = os.environ.get(ENVIRONMENT)
     if not value:
         return []
@@ -207,7 +246,7 @@ def identify(
     if claim:
         return claim, "its name"
     print_ = hashlib.sha256(template.astype("<f4").tobytes() + np.ascontiguousarray(basis, "<f4").tobytes())
-    return f"flame-{print_.hexdigest()[:8]}", "nothing known: its own fingerprint"
+    return f"flame-{print_.hexdigest()[:8]}", "its fingerprint alone"
 
 
 def _sha256(path: Path) -> str:
@@ -266,7 +305,9 @@ def _assemble(path: Path, state: tuple, teeth: bool) -> Head:
     has_teeth = teeth and n == flame_teeth.FLAME_VERTS
     extra = Beside(path, n, m.faces)
     lids = extra.eyelids()
-    parts = regions(m.skin_weights, extra.masks(), lids)
+    eyes = m.skin_weights[:, 3:].sum(1) > 0.5
+    handed = transfer(m.template, m.faces, m.joint_regressor @ m.template, eyes)
+    parts = (handed.regions if handed else {}) | regions(m.skin_weights, extra.masks(), lids)
     uv, uv_faces = extra.texture_coordinates() or flame_atlas.unwrap(m.template, m.faces, parts["eyes"])
     template, faces, weights, regressor = m.template, m.faces, m.skin_weights, m.joint_regressor
     shape, expr, pose = m.shape_basis, m.expr_basis, m.pose_basis
@@ -282,17 +323,25 @@ def _assemble(path: Path, state: tuple, teeth: bool) -> Head:
     pose, regressor = _padded(pose, 0, added), _padded(regressor, 1, added)
     parts = {k: _padded(v, 0, added) for k, v in parts.items()}
     parts["teeth"] = np.arange(n + added) >= n
-    none = Points(np.zeros(0, np.int64), np.zeros((0, 3)))
-    points, index = extra.mediapipe() or (none, none.face_index)
+    marks, (points, index) = _embeddings(extra, handed)
     return Head(
         name=m.name, template=_real(template), faces=torch.from_numpy(faces), shape_basis=_real(shape),
         expr_basis=_real(expr), joint_regressor=_real(regressor), skin_weights=_real(weights), uv=_real(uv),
         uv_faces=torch.from_numpy(uv_faces), regions={k: torch.from_numpy(v) for k, v in parts.items() if v.any()},
         expression_names=tuple(f"expr{i:03d}" for i in range(expr.shape[-1])),
-        landmarks68=_landmarks(extra.landmarks68() or none), mediapipe=_landmarks(points),
+        landmarks68=_landmarks(marks), mediapipe=_landmarks(points),
         mediapipe_index=torch.from_numpy(index), pose_basis=_real(pose),
         eyelid_basis=None if lids is None else _real(_padded(lids, 0, added)),
     )  # fmt: skip
+
+
+def _embeddings(extra: Beside, handed: Transferred | None) -> tuple[Points, tuple[Points, np.ndarray]]:
+    """Return the 68 landmarks and MediaPipe's: the files', else OpenHead's, else none."""
+    none = Points(np.zeros(0, np.int64), np.zeros((0, 3)))
+    marks, mediapipe = extra.landmarks68(), extra.mediapipe()
+    if handed:
+        return marks or handed.landmarks68, mediapipe or (handed.mediapipe, handed.mediapipe_index)
+    return marks or none, mediapipe or (none, none.face_index)
 
 
 def regions(
@@ -300,7 +349,7 @@ def regions(
     masks: dict[str, Bool[np.ndarray, " verts"]] | None,
     lids: Float[np.ndarray, "verts 3 2"] | None,
 ) -> dict[str, Bool[np.ndarray, " verts"]]:
-    """Name FLAME's parts as OpenHead's are named, as far as the files tell; the eyeballs and neck always.
+    """Name FLAME's parts as OpenHead's are named, as far as the files tell; the eyeballs always.
 
     FLAME's own masks (forehead, nose, eye_region, …) stay beside them.
     """
@@ -310,7 +359,6 @@ def regions(
     for name, sources in (("neck", ("neck", "boundary")), ("ears", ("left_ear", "right_ear"))):
         if any(s in masks for s in sources):
             out[name] = np.any([masks[s] for s in sources if s in masks], axis=0)
-    out.setdefault("neck", skin_weights[:, JOINTS.index("root")] > 0.5)
     if lids is not None:
         out["lids"] = np.linalg.norm(lids, axis=1).max(-1) > MIN_LID_M
     return out | {"eyes": left | right, "left_eye": left, "right_eye": right, "skin": ~(left | right)}
