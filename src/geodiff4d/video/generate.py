@@ -18,6 +18,7 @@ from geodiff4d.render.warp import CompletedHead, complete, sample_completed
 from geodiff4d.video.detail import restore_detail
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
 from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.windows import runs_of
 
 TEXELS = 256
 """Side of the completed texture; the same as in training."""
@@ -130,7 +131,8 @@ def generate(
     if config.start != "noise":
         start = _start(model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, config)
     conditions = _conditions(model, head, texture, params, cameras, config.chunk)
-    z = sample(model, conditions, null if drop_expression else latents, kv, start, config, progress)
+    driven = null if drop_expression else latents
+    z = sample(model, conditions, driven, kv, start, config, progress, runs_of(cameras))
     images = _decode(model, z, head, texture, params, cameras, config)
     rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
     if not model.config.normals:

@@ -102,6 +102,11 @@ class VideoModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 
+    @property
+    def temporal(self) -> bool:
+        """Whether frames see each other (stage 2)."""
+        return self.config.unet.temporal_layers > 0
+
     def networks(self) -> dict[str, nn.Module]:
         """The trained networks by name; the codec is frozen."""
         return {"unet": self.unet, "reference": self.reference, "expression": self.expression}
@@ -162,13 +167,17 @@ class VideoModel(nn.Module):
         conditions: Conditions,
         latent: Float[Tensor, "b t f"],
         reference: list[ReferenceKV],
+        valid: Bool[Tensor, "b t"] | None = None,
     ) -> Float[Tensor, "b d c t h w"]:
-        """Predict the clean latents of both domains from noisy ones and expression latents."""
+        """Predict the clean latents of both domains from noisy ones and expression latents.
+
+        `valid` marks frames that are not padding, for temporal modules.
+        """
         x = self.diffusion.scale_input(z_t, conditions.base, t)
         planes = conditions.planes[:, None].expand(-1, x.shape[1], -1, -1, -1, -1)
         out, _ = self.unet(
             torch.cat([x, planes.to(x.dtype)], 2), t.float(), self.expression.tokens(latent), latent, reference,
-            text=self._words(x), domain_ids=self.config.domains, joint=self.config.joint_attention,
+            text=self._words(x), domain_ids=self.config.domains, joint=self.config.joint_attention, valid=valid,
         )  # fmt: skip
         return self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
 
