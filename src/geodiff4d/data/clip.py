@@ -167,7 +167,8 @@ def write_params(path: Path, params: HeadParams) -> None:
 def read_params(path: Path) -> HeadParams:
     """Read one timestep's head parameters as a clip (or VHAP) stores them, without batch axis."""
     known = {f.name for f in fields(HeadParams)}
-    with np.load(path, allow_pickle=False) as data:
+    # A damaged archive would leave the file open, had numpy opened it.
+    with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
         arrays = {k: torch.from_numpy(data[k].astype(np.float32)) for k in data.files if k in known}
     return HeadParams(**{k: v if k == "shape" else v[0] for k, v in arrays.items()})
 
