@@ -15,6 +15,7 @@ from PIL import Image
 from geodiff4d.core import camera as cameras
 from geodiff4d.core import files, geometry, images, topology, video
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.rundir import RunFolder
 
 quick = settings(max_examples=40, deadline=None)
 unit = st.floats(-1, 1, allow_nan=False, width=32)
@@ -459,3 +460,41 @@ class Config:
 def test_dataclasses_are_written_as_objects(tmp_path):
     files.write_json(tmp_path / "a.json", Config())
     assert files.read_json(tmp_path / "a.json") == {"width": 4}
+
+
+# --- runs
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    lr: float = 0.1
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
+    run = RunFolder(tmp_path / "run", RunConfig())
+    assert run.load() is None
+    for step in (1, 2, 3):
+        run.save({"w": torch.full((4,), float(step))}, step)
+    tensors, step = run.load()
+    assert step == 3 and tensors["w"][0] == 3
+    newest = tmp_path / "run/checkpoint.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7])
+    said: list[str] = []
+    tensors, step = RunFolder(tmp_path / "run", RunConfig()).load(said.append)
+    assert step == 2 and tensors["w"][0] == 2 and "damaged" in said[0]
+    (tmp_path / "run/checkpoint-previous.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="no checkpoint"):
+        run.load()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run", RunConfig())
+    run.save({"w": torch.ones(4)}, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("geodiff4d.core.rundir.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        run.save({"w": torch.zeros(4)}, 2)
+    assert run.load()[1] == 1

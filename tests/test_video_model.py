@@ -587,6 +587,41 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
         train_image(tmp_path / "parts", EMBEDDED, codec, batches, replace(TRAINING, lr=1.0))
 
 
+class Poisoned(Batches):
+    """Batches whose numbers are gone from index 2 on."""
+
+    def __getitem__(self, index: int):
+        batch = super().__getitem__(index)
+        return batch if index < 2 else replace(batch, target=batch.target * float("nan"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(codec, batches, tmp_path):
+    config = replace(TRAINING, steps=4, save_every=1)
+    with pytest.raises(UserError, match="step 2: loss nan"):
+        poisoned = Poisoned(batches.store, batches.latents, batches.pairs, batches.seed)
+        train_image(tmp_path, EMBEDDED, codec, poisoned, config)
+    assert all(p.isfinite().all() for p in load_video_model(tmp_path / "model").parameters())
+    whole = train_image(tmp_path, EMBEDDED, codec, batches, config)
+    assert all(p.isfinite().all() for p in whole.parameters())
+
+
+def test_accumulated_batches_make_one_step(codec, batches, tmp_path):
+    """Two batches for one step have the mean of their gradients: three steps of two see batches 0 to 5 once each."""
+    seen: list[int] = []
+
+    class Noting(Batches):
+        def __getitem__(self, index: int):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    noting = Noting(batches.store, batches.latents, batches.pairs, batches.seed)
+    config = replace(TRAINING, steps=3, accumulate=2, clip=1e9)
+    got = train_image(tmp_path / "two", EMBEDDED, codec, noting, config)
+    assert seen == [0, 1, 2, 3, 4, 5]
+    one = train_image(tmp_path / "one", EMBEDDED, codec, batches, replace(config, accumulate=1))
+    assert not torch.equal(got.unet.conv_in.weight, one.unet.conv_in.weight)
+
+
 def test_ten_steps_lose_what_they_lost_before(codec, batches, tmp_path):
     """float32, no autocast. To renew the file after a wanted change: delete it and run this test once."""
     losses: list[float] = []

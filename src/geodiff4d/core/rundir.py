@@ -1,22 +1,28 @@
-"""A training run on disk: configuration, JSONL log, and one checkpoint that a repeated command resumes from."""
+"""A training run on disk: configuration, JSONL log, and the checkpoint that a repeated command resumes from."""
 
 import json
+import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, write_json
 
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
+"""Newest first."""
+
 
 class RunFolder:
-    """`config.json`, `log.jsonl` and `checkpoint.safetensors` of one run.
+    """`config.json`, `log.jsonl`, `checkpoint.safetensors` and the one before it, `checkpoint-previous.safetensors`.
 
     Raises:
         UserError: the folder holds a run of another configuration.
@@ -42,22 +48,34 @@ class RunFolder:
             file.write(json.dumps({"seconds": round(time.monotonic() - self.started, 2), **record}) + "\n")
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Replace the checkpoint."""
+        """Write the newest checkpoint and keep the one before it."""
         # Clones, because safetensors refuses tensors that share memory.
         whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        with fresh_file(self.path / "checkpoint.safetensors") as temporary:
+        newest, previous = (self.path / name for name in CHECKPOINTS)
+        with fresh_file(newest) as temporary:
             save_file(whole, temporary, {"step": str(step)})
+            if newest.exists():
+                os.replace(newest, previous)
 
-    def load(self) -> tuple[dict[str, Tensor], int] | None:
-        """Return (tensors, step) of the checkpoint, or None before the first."""
-        from safetensors import safe_open
+    def load(self, warn: Callable[[str], None] = lambda line: None) -> tuple[dict[str, Tensor], int] | None:
+        """Return (tensors, step) of the newest checkpoint that can be read, or None before the first.
 
-        path = self.path / "checkpoint.safetensors"
-        if not path.exists():
-            return None
-        with safe_open(path, "pt") as file:
-            step = int((file.metadata() or {})["step"])
-        return load_file(path), step
+        A damaged one is passed over for the one before it, and `warn` is told.
+
+        Raises:
+            UserError: there are checkpoints and none can be read.
+        """
+        paths = [p for name in CHECKPOINTS if (p := self.path / name).exists()]
+        for path in paths:
+            try:
+                with safe_open(path, "pt") as file:
+                    step = int((file.metadata() or {})["step"])
+                return load_file(path), step
+            except (SafetensorError, KeyError, ValueError) as error:
+                warn(f"{path} is damaged ({error}): going back to the checkpoint before it")
+        if paths:
+            raise UserError(f"no checkpoint in {self.path} can be read: remove the folder to start over")
+        return None
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

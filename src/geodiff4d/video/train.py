@@ -5,7 +5,9 @@ uninterrupted one; weights are averaged (EMA), and the average is what is saved 
 """
 
 import math
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import Store
@@ -58,6 +61,8 @@ class ImageTraining:
     """Share of the steps before the rate decays along a cosine."""
     weight_decay: float = 1e-2
     clip: float = 1.0
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step; each has `pairs.references × pairs.targets` targets."""
     ema: float = 0.999
     drop_expression: float = 0.1
     """S-A.1."""
@@ -235,7 +240,7 @@ def train_image(
     objective, prepared = accelerator.prepare(Objective(model), optimiser)
     ema = {k: v.detach().clone() for k, v in _trained(model).items()}
     first = 0
-    if (saved := folder.load()) is not None:
+    if (saved := folder.load(accelerator.print)) is not None:
         tensors, first = saved
         model.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, strict=False
@@ -250,28 +255,39 @@ def train_image(
         ema = {k: v.detach().clone() for k, v in _trained(model).items()}
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    clock = _Clock(first, config)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["factor"] * _rate(step, config)
-        index = step * ranks + rank
-        batch = batches[index].to(accelerator.device)
-        draws = _draws(model, batch, config, index)
-        with autocast(accelerator.device, config.autocast):
-            per_domain = objective(batch, *draws)
-        loss = per_domain.mean()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+        per_domain = torch.zeros(len(model_config.domains), device=accelerator.device)
+        for part in range(config.accumulate):
+            index = (step * config.accumulate + part) * ranks + rank
+            batch = batches[index].to(accelerator.device)
+            draws = _draws(model, batch, config, index)
+            # Processes exchange gradients once a step, after the last part.
+            waits = part < config.accumulate - 1
+            with accelerator.no_sync(objective) if waits else nullcontext():
+                with autocast(accelerator.device, config.autocast):
+                    error = objective(batch, *draws) / config.accumulate
+                accelerator.backward(error.mean())
+            per_domain += error.detach()
+        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+        loss, last = per_domain.mean(), step == config.steps - 1
+        logs, saves = step % config.log_every == 0 or last, (step + 1) % config.save_every == 0 or last
+        # A GPU is asked only where it must answer anyway; weights are not touched by a step that went wrong.
+        if accelerator.device.type == "cpu" or logs or saves:
+            _check_finite(loss, norm, step, folder.path)
         prepared.step()
         prepared.zero_grad(set_to_none=True)
         _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
 
-        last = step == config.steps - 1
-        if accelerator.is_main_process and (step % config.log_every == 0 or last):
+        if accelerator.is_main_process and logs:
             record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
             record |= {f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)}
+            record |= clock.at(step, ranks)
             folder.log(record)
             progress(step, config.steps, record)
-        if accelerator.is_main_process and ((step + 1) % config.save_every == 0 or last):
+        if accelerator.is_main_process and saves:
             tensors = {f"model.{k}": v for k, v in _trained(model).items()} | {f"ema.{k}": v for k, v in ema.items()}
             folder.save(tensors | optimiser_tensors(optimiser), step + 1)
             model.save(folder.path / "model", ema)
@@ -281,6 +297,34 @@ def train_image(
             progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
     return model.eval()
+
+
+def _check_finite(loss: Tensor, norm: Tensor | float | None, step: int, folder: Path) -> None:
+    """Stop before a bad gradient reaches the weights.
+
+    Raises:
+        UserError: the loss or the gradient's norm is not finite.
+    """
+    if math.isfinite(loss.item()) and (norm is None or math.isfinite(float(norm))):
+        return
+    raise UserError(
+        f"step {step}: loss {loss.item():.3g}, gradient norm {float(norm or 0):.3g}: expected finite numbers; "
+        f"the last good checkpoint stays in {folder}: run again with a lower rate"
+    )
+
+
+class _Clock:
+    """Throughput and time to go, measured over this process's own steps."""
+
+    def __init__(self, first: int, config: ImageTraining):
+        self.first, self.config, self.started = first, config, time.monotonic()
+
+    def at(self, step: int, ranks: int) -> dict[str, float]:
+        """Return targets per second and seconds left after a step."""
+        seconds = (time.monotonic() - self.started) / (step + 1 - self.first)
+        c = self.config
+        targets = c.pairs.references * c.pairs.targets * c.accumulate * ranks
+        return {"targets_per_second": round(targets / seconds, 1), "eta": round(seconds * (c.steps - step - 1))}
 
 
 @torch.no_grad()
