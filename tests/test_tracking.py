@@ -22,9 +22,16 @@ from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
 from geodiff4d.tracking.fit import FRONT, fit
 from geodiff4d.tracking.layout import Layout, landmark_head
+from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 from geodiff4d.tracking.matte import matte
+from geodiff4d.tracking.observe import observe
+from geodiff4d.tracking.points import choose_points
+from geodiff4d.tracking.problem import FitConfig
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
-from geodiff4d.tracking.track import TrackConfig, focal_length, track
+from geodiff4d.tracking.source import focal_length
+from geodiff4d.tracking.squares import HeadSquare
+from geodiff4d.tracking.track import TrackConfig, track, track_frames
+from geodiff4d.tracking.turn import apparent_turn
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 640.0
 
@@ -178,6 +185,112 @@ def test_video_to_clip(head, tmp_path):
     assert torch.equal(clip.params(0).shape, clip.params(2).shape)
 
 
+def perceived(head: Head, params: HeadParams, noise_px: float = 0.3) -> list[Detection]:
+    """What the embedded network would say: its own points, how sure it is, a mask, normals and first guesses."""
+    markup, mesh = choose_points(head), head.pose(params)
+    points, _ = camera().expand(*params.batch).project(markup.on(head).on(mesh.vertices, head.faces))
+    points = points + noise_px * torch.randn(points.shape, generator=torch.Generator().manual_seed(3))
+    T = camera().T_cam_world.expand(*params.batch, 4, 4)
+    centre = mesh.vertices.mean(1)
+    turns = apparent_turn(axis_angle_to_matrix(params.rotation), T, centre)
+    where, _ = camera().expand(*params.batch).project(centre[:, None])
+    facing = torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 16, 16).half()
+    return [
+        Detection(
+            p, markup.index, 1.0, torch.cat([p.amin(0), p.amax(0)]), mask=torch.ones(1, 16, 16).half(),
+            sigma=torch.full((len(p),), noise_px), normal=facing, extent=(0.0, -40.0, float(WIDTH)),
+            square=HeadSquare(*w[0].tolist(), 100.0, 0.0), turn=R, shape=shape[:24], markup=markup,
+        )
+        for p, w, R, shape in zip(points, where, turns, params.shape, strict=True)
+    ]  # fmt: skip
+
+
+def test_own_points_guesses_and_uncertainty(head):
+    truth = motion(head, 2)[1:]
+    [d] = perceived(head, truth)
+    result = fit(head, [d], WIDTH, HEIGHT, FOCAL)
+    assert rotation_error_deg(result.params.rotation, truth.rotation).max() < 2
+    # A point that is known to be unsure does not pull.
+    bad = d.points.clone()
+    bad[:40] += 12
+    sigma = d.sigma.clone()
+    sigma[:40] = 30
+    unsure = fit(head, [replace(d, points=bad, sigma=sigma)], WIDTH, HEIGHT, FOCAL)
+    assert rotation_error_deg(unsure.params.rotation, truth.rotation).max() < 3
+    # First guesses bind as much as they are trusted.
+    believing = FitConfig(turn_sigma_rad=1e-3, guess_sigma=0.05)
+    guessed = fit(head, [d], WIDTH, HEIGHT, FOCAL, believing)
+    assert rotation_error_deg(guessed.params.rotation, truth.rotation).max() < 0.3
+    assert (guessed.params.shape[0, :24] - truth.shape[0, :24]).abs().mean() < 0.15
+    assert observe(head, [d]).inner.sum() > 60
+
+
+def test_frames_in_memory_with_a_gap(head):
+    truth = motion(head, 4)
+    seen: list[Detection | None] = [*perceived(head, truth)]
+    seen[2] = None
+    images = [torch.full((3, HEIGHT, WIDTH), 0.2 * t) for t in range(4)]
+    tracked = track_frames(images, head, FakeDetector(seen), TrackConfig(size=48, focal_px=FOCAL))
+    assert tracked.located.lost == [2] and tracked.images.shape == (4, 3, 48, 48)
+    assert rotation_error_deg(tracked.params.rotation, truth.rotation).max() < 3, "the gap is interpolated"
+    assert tracked.normals is not None and tracked.normals[2].abs().max() == 0
+    inside = tracked.masks[0, 0] > 0.5
+    assert inside.any() and (tracked.normals[0, 2][inside] > 0.99).float().mean() > 0.95
+    assert tracked.masks[2].max() > 0.9, "without a segmentation the mask is the head's"
+
+
+def test_live_follows_a_growing_file(head, tmp_path):
+    import threading
+    import time
+
+    import av
+
+    path, count = tmp_path / "live.ts", 9
+    truth = motion(head, count)
+
+    def write() -> None:
+        with av.open(str(path), "w", format="mpegts") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for t in range(count):
+                frame = av.VideoFrame.from_ndarray(np.full((HEIGHT, WIDTH, 3), 20 * t, np.uint8), format="rgb24")
+                container.mux(stream.encode(frame))
+                time.sleep(0.02)
+            container.mux(stream.encode())
+
+    path.touch()
+    writer = threading.Thread(target=write)
+    writer.start()
+    answers: list[Detection | None] = [None, *perceived(head, truth)[1:]]
+    answers[7] = None
+
+    @dataclass
+    class Following:
+        def follow(self, images):
+            for image, answer in zip(images, answers, strict=False):
+                assert image.shape == (3, HEIGHT, WIDTH)
+                yield answer
+
+    frames = list(
+        track_live(live_frames(path, patience_s=1.0), head, Following(), LiveConfig(warmup=3, focal_px=FOCAL))
+    )
+    writer.join()
+    assert [f.seen for f in frames] == [True] * 6 + [False, True], "frames before the first face are passed over"
+    assert all(torch.equal(f.params.shape, frames[0].params.shape) for f in frames)
+    assert torch.equal(frames[6].params.rotation, frames[5].params.rotation)
+    fitted = torch.stack([f.params.rotation for f in frames if f.seen])
+    assert rotation_error_deg(fitted, truth.rotation[[1, 2, 3, 4, 5, 6, 8]]).max() < 4
+    assert max(f.error_px for f in frames) < 2
+
+
+def test_live_sources_that_are_not(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        next(live_frames(tmp_path / "nothing"))
+    (tmp_path / "text").write_text("not a video")
+    with pytest.raises(UserError, match="while it grows"):
+        next(live_frames(tmp_path / "text", patience_s=0.02))
+
+
 @pytest.mark.parametrize("bad", ["missing", "directory", "text", "truncated", "no face", "empty video"])
 def test_bad_input_is_one_line_and_leaves_nothing(head, tmp_path, bad):
     source = tmp_path / "in.png"
@@ -205,9 +318,10 @@ def test_exif_focal_length(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 85
     Image.new("RGB", (360, 240)).save(tmp_path / "a.jpg", exif=exif)
-    focal, source = focal_length(tmp_path / "a.jpg", 360, 240, TrackConfig())
+    focal, source = focal_length(tmp_path / "a.jpg", 360, 240, None, 2.0)
     assert source == "exif (85 mm)" and focal == pytest.approx(85 / 36 * 360, rel=0.01)
-    assert focal_length(tmp_path / "a.jpg", 360, 240, TrackConfig(focal_px=500.0)) == (500.0, "given")
+    assert focal_length(tmp_path / "a.jpg", 360, 240, 500.0, 2.0) == (500.0, "given")
+    assert focal_length(None, 360, 240, None, 2.0)[0] == 720
 
 
 STUB = """#!{python}

@@ -18,8 +18,8 @@ class Args:
     """Clip folder to write; it replaces an older one."""
     head: str = "openhead"
     """`openhead`, or the path of an .npz head (docs/OPENHEAD.md)."""
-    detector: Literal["mediapipe"] = "mediapipe"
-    """Who finds the landmarks; `make track-env` installs it."""
+    detector: Literal["embedded", "mediapipe"] = "mediapipe"
+    """Who finds the landmarks: the network that ships with the package, or MediaPipe (`make track-env` installs it)."""
     size: int = 256
     """Side of the square crop that is written [px]."""
     limit: int | None = None
@@ -32,10 +32,11 @@ def run(args: Args) -> None:
     from geodiff4d.cli import progress
     from geodiff4d.heads import load_head
     from geodiff4d.tracking.detect import MediaPipeDetector
-    from geodiff4d.tracking.track import TrackConfig, track
+    from geodiff4d.tracking.track import TrackConfig, default_detector, track
 
     config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
-    clip = track(args.input, args.out, load_head(args.head), MediaPipeDetector(), config, progress.track)
+    detector = MediaPipeDetector() if args.detector == "mediapipe" else default_detector()
+    clip = track(args.input, args.out, load_head(args.head), detector, config, progress.track)
     for note in clip.extra["notes"]:
         print(f"note: {note}", file=sys.stderr)
     show = "overlay.mp4" if (clip.folder / "overlay.mp4").exists() else "overlay.png"

@@ -1,14 +1,15 @@
 """Landmarks and a person mask from a detector that the fit knows nothing about.
 
-`Detector` is the contract: 2D points with MediaPipe's numbering, and optionally who is foreground. MediaPipe 0.10.21
-cannot share an environment with numpy 2, so `MediaPipeDetector` calls it as one subprocess per batch of images.
+`Detector` is the contract: numbered 2D points, and optionally their uncertainty, who is foreground, and normals.
+MediaPipe 0.10.21 cannot share an environment with numpy 2, so `MediaPipeDetector` calls it as one subprocess per batch
+of images.
 """
 
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,11 +21,14 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import to_uint8
+from geodiff4d.tracking.points import SurfacePoints
+from geodiff4d.tracking.squares import HeadSquare
 
 WORKER = Path(__file__).with_name("mediapipe_worker.py")
 ENVIRONMENT_VARIABLE = "GEODIFF4D_TRACK_ENV"
 MAX_SIDE = 1024
 """Larger images are shrunk for the detector, which looks at 192² and 256² crops of them."""
+Box = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Detection:
     points: Float[Tensor, "points 2"]
     """Pixels, x right and y down, pixel centres at half integers."""
     index: Int[Tensor, " points"]
-    """Each point's number in MediaPipe's mesh (0–477; from 468 on the irises)."""
+    """Each point's number: MediaPipe's (0–477; from 468 on the irises), or as `points` says."""
     score: float
     """Confidence, 0 to 1."""
     box: Float[Tensor, "4"]
@@ -42,7 +46,21 @@ class Detection:
     faces: int = 1
     """How many faces were seen; this one is the largest, or in a video the one followed."""
     mask: Float[Tensor, "1 height width"] | None = None
-    """Where a person is, 0 to 1, half precision; it spans the image but may have fewer pixels."""
+    """Where a person is, 0 to 1, half precision; it spans `extent` but may have fewer pixels."""
+    sigma: Float[Tensor, " points"] | None = None
+    """Standard deviation of each point per axis [px], if the detector knows."""
+    normal: Float[Tensor, "3 height width"] | None = None
+    """Camera-space normals times the foreground, half precision; spans `extent`."""
+    extent: Box | None = None
+    """(left, top, side) of what mask and normals span [px]; the whole image if not given."""
+    square: HeadSquare | None = None
+    """Where the head is, for the next frame."""
+    turn: Float[Tensor, "3 3"] | None = None
+    """First guess of the head's rotation to the viewer (x right, y up, z to the viewer) along the ray to it."""
+    shape: Float[Tensor, " shapes"] | None = None
+    """First guess of OpenHead's first identity coefficients."""
+    markup: SurfacePoints | None = None
+    """Where on OpenHead the points are, if they are not all landmarks of the head's own file."""
 
 
 @runtime_checkable
@@ -53,6 +71,15 @@ class Detector(Protocol):
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
     ) -> list[Detection | None]:
         """Return a detection per image, None where there is no face; `video` says that images follow each other."""
+        ...
+
+
+@runtime_checkable
+class FollowingDetector(Protocol):
+    """A detector that answers picture by picture, as they come."""
+
+    def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
+        """Yield a detection per image of a video."""
         ...
 
 

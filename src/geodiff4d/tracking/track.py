@@ -1,10 +1,11 @@
 """From a photograph or a video to a clip: detect, fit, crop, matte, write.
 
-The clip has one camera, the canonical crop of every frame, a foreground mask, and FLAME-named parameters; what the fit
-left over stands in its `extra`, and overlay.png or overlay.mp4 shows the tracked head on the pictures.
+The clip has one camera, the canonical crop of every frame, a foreground mask, normals where the detector sees them, and
+FLAME-named parameters; what the fit left over stands in its `extra`, and overlay.png or overlay.mp4 shows the tracked
+head on the pictures.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,24 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.images import encode_normals, read_image, to_uint8, write_image
-from geodiff4d.core.video import read_video, write_video
+from geodiff4d.core.images import encode_normals, to_uint8, write_image
+from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
-from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
-from geodiff4d.tracking.detect import Detection, Detector
-from geodiff4d.tracking.fit import FitConfig, fit
+from geodiff4d.tracking.detect import Box, Detection, Detector
+from geodiff4d.tracking.fit import Fit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
+from geodiff4d.tracking.problem import FitConfig
+from geodiff4d.tracking.source import first_size, focal_length, frame_rate, frames_of, is_video
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-FULL_FRAME_DIAGONAL_MM = 43.27
-Box = tuple[float, float, float]
+Frames = Callable[[], Iterable[Tensor]]
+"""Streams the frames from the start; called more than once."""
 
 
 @dataclass(frozen=True)
@@ -57,136 +60,176 @@ def unchanged(items: Iterable[Any], description: str, total: int | None = None) 
     return items
 
 
+@dataclass(frozen=True)
+class Located:
+    """Where the head is in all frames."""
+
+    detections: list[Detection | None]
+    fit: Fit
+    mesh: PosedHead
+    box: Box
+    """The canonical crop of the uncut frames."""
+    camera: Camera
+    """Of the crop."""
+    region: Bool[Tensor, " verts"]
+    focal_source: str
+
+    @property
+    def lost(self) -> list[int]:
+        """Frames in which no face was seen: their head is interpolated."""
+        return [t for t, d in enumerate(self.detections) if d is None]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A tracked picture or sequence in memory."""
+
+    images: Float[Tensor, "frames 3 size size"]
+    """Canonical crops."""
+    masks: Float[Tensor, "frames 1 size size"]
+    normals: Float[Tensor, "frames 3 size size"] | None
+    """Camera-space unit normals, zero on the background; None where the detector sees none."""
+    camera: Camera
+    params: HeadParams
+    located: Located
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One frame of the result."""
+
+    image: Float[Tensor, "3 size size"]
+    mask: Float[Tensor, "1 size size"]
+    normal: Float[Tensor, "3 size size"] | None
+
+
+def track_frames(
+    images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
+    config: TrackConfig = TrackConfig(), video: bool = True, progress: Callable[..., Iterable[Any]] = unchanged,
+) -> Tracked:  # fmt: skip
+    """Track pictures that are in memory; `video` says that they follow each other, all show one person.
+
+    Raises:
+        UserError: no picture shows a face.
+
+    Example:
+        >>> tracked = track_frames([portrait], load_head("openhead"), video=False)  # doctest: +SKIP
+        >>> tracked.params.rotation.shape  # doctest: +SKIP
+        torch.Size([1, 3])
+    """
+    located = locate(lambda: images, head, detector or default_detector(), config, video, progress)
+    cuts = list(cut_frames(lambda: progress(images, "matting"), located, config.size))
+    normals = [c.normal for c in cuts]
+    blank = torch.zeros(3, config.size, config.size)
+    return Tracked(
+        torch.stack([c.image for c in cuts]), torch.stack([c.mask for c in cuts]),
+        None if all(n is None for n in normals) else torch.stack([blank if n is None else n for n in normals]),
+        located.camera, located.fit.params, located,
+    )  # fmt: skip
+
+
 def track(
-    source: Path, out: Path, head: Head, detector: Detector,
+    source: Path, out: Path, head: Head, detector: Detector | None = None,
     config: TrackConfig = TrackConfig(), progress: Callable[..., Iterable[Any]] = unchanged,
 ) -> Clip:  # fmt: skip
     """Track one picture or video and write a clip folder.
 
-    `progress(items, description, total)` passes items through (`cli.progress.track`).
+    `progress(items, description, total)` passes items through (`cli.progress.track`); without a detector the embedded
+    one is taken.
 
     Raises:
         UserError: the source cannot be read, shows no face, or the detector is not installed. Nothing is written then.
 
     Example:
-        >>> clip = track(Path("me.jpg"), Path("runs/me"), head, MediaPipeDetector())  # doctest: +SKIP
+        >>> clip = track(Path("me.jpg"), Path("runs/me"), head)  # doctest: +SKIP
     """
     source, video = Path(source), is_video(source)
-    width, height = _size(frames_of(source, config.limit))
-    detections = detector.detect(progress(frames_of(source, config.limit), "reading"), video=video)
+
+    def frames() -> Iterator[Tensor]:
+        return frames_of(source, config.limit)
+
+    width, height = first_size(frames())
+    located = locate(frames, head, detector or default_detector(), config, video, progress, source)
+    result, camera, count = located.fit, located.camera, len(located.detections)
+    scale = 256 / located.box[2]
+    extra = {
+        "source": source.name, "source_size": [width, height], "crop": list(located.box),
+        "focal_source": located.focal_source, "focal_px": float(result.camera.K[0, 0]),
+        "notes": notes(source, located.detections), "lost_frames": located.lost,
+        "normals": "detector", "error_px_at_256": result.error * scale,
+        "errors_px_at_256": [None if e != e else round(e * scale, 3) for e in result.error_px.tolist()],
+    }  # fmt: skip
+    with ClipWriter(out, head.name, frame_rate(source) if video else 24.0, extra) as writer:
+
+        def written() -> Iterator[Tensor]:
+            """Write frame by frame; yields how each looks."""
+            cuts = cut_frames(lambda: progress(frames(), "matting", count), located, config.size)
+            for t, cut in enumerate(cuts):
+                writer.add_params(t, result.params[t])
+                writer.add(t, 0, cut.image, camera, cut.mask, cut.normal)
+                if t == 0:
+                    writer.set_reference(cut.image, cut.normal)
+                yield overlay(cut, located, t)
+
+        if video:
+            write_video(writer.path / "overlay.mp4", written(), writer.fps)
+        else:
+            write_image(writer.path / "overlay.png", next(written()))
+    return Clip(out)
+
+
+def default_detector() -> Detector:
+    """Return the detector that ships with the package."""
+    from geodiff4d.tracking.embedded import EmbeddedDetector
+
+    return EmbeddedDetector()
+
+
+def locate(
+    frames: Frames, head: Head, detector: Detector, config: TrackConfig, video: bool,
+    progress: Callable[..., Iterable[Any]] = unchanged, source: Path | None = None,
+) -> Located:  # fmt: skip
+    """Detect and fit: where the head is in all frames.
+
+    Raises:
+        UserError: no frame shows a face.
+    """
+    width, height = first_size(iter(frames()))
+    detections = detector.detect(progress(frames(), "detecting"), video=video)
     if not any(detections):
         raise UserError(
-            f"{source} shows no face: expected one face, seen from the front or up to 60° from it; "
+            f"{source or 'the pictures'} shows no face: expected one face, seen from the front or up to 60° from it; "
             "try a picture where it is larger, brighter or upright"
         )
-    focal_px, focal_source = focal_length(source, width, height, config)
+    focal_px, focal_source = focal_length(source, width, height, config.focal_px, config.fit.focal_scale)
     result = fit(head, detections, width, height, focal_px, config.fit)
     mesh = head.pose(result.params)
     region = head_region(head)
     box = canonical_crop_box(result.camera, mesh.vertices[:, region])
-    camera = result.camera.cropped(*box, config.size)
-    extra = {
-        "source": source.name, "source_size": [width, height], "crop": list(box), "focal_source": focal_source,
-        "focal_px": float(result.camera.K[0, 0]), "notes": notes(source, detections),
-        "error_px_at_256": result.error * 256 / box[2],
-        "errors_px_at_256": [None if e != e else round(e * 256 / box[2], 3) for e in result.error_px.tolist()],
-    }  # fmt: skip
-    with ClipWriter(out, head.name, frame_rate(source) if video else 24.0, extra) as writer:
-        crops, masks = [], []
-        work = zip(frames_of(source, config.limit), detections, mesh.vertices, strict=True)
-        for image, detection, vertices in progress(work, "matting", len(detections)):
-            crop = crop_image(image, box, config.size, fill=0.5)
-            crops.append(crop)
-            masks.append(
-                _matte(
-                    crop, detection, width, box, PosedHead(vertices, mesh.faces, mesh.T_world_joint[0]), camera, region
-                )
-            )
-        masks = list(smooth_over_time(torch.stack(masks)))
-        for t, (crop, mask) in enumerate(zip(crops, masks, strict=True)):
-            writer.add_params(t, result.params[t])
-            writer.add(t, 0, crop, camera, mask)
-        writer.set_reference(crops[0])
-        looks = (
-            overlay(crop, mask, PosedHead(v, mesh.faces, mesh.T_world_joint[0]), camera, d, box)
-            for crop, mask, v, d in zip(crops, masks, mesh.vertices, detections, strict=True)
-        )
-        if video:
-            write_video(writer.path / "overlay.mp4", progress(looks, "drawing", len(crops)), writer.fps)
-        else:
-            write_image(writer.path / "overlay.png", next(looks))
-    return Clip(out)
+    return Located(detections, result, mesh, box, result.camera.cropped(*box, config.size), region, focal_source)
 
 
-def is_video(source: Path) -> bool:
-    """Tell a video from a picture by its name, and by looking inside where the name says nothing.
-
-    Raises:
-        UserError: the source is missing or a directory.
-    """
-    if source.is_dir():
-        raise UserError(f"{source} is a directory: expected one picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
-    if not source.exists():
-        raise UserError(f"{source} does not exist: expected a picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
-    if source.suffix.lower() in PICTURES:
-        return False
-    from PIL import Image
-
-    try:
-        with Image.open(source):
-            return False
-    except Exception:
-        return True
+def cut_frames(frames: Frames, located: Located, size: int) -> Iterator[Cut]:
+    """Cut out every frame's head with its foreground, the flicker taken out of the masks, and its normals."""
+    waiting: list[Tensor] = []
+    masks: list[Tensor] = []
+    work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
+    for t, (image, detection, vertices) in enumerate(work):
+        crop = crop_image(image, located.box, size, fill=0.5)
+        waiting.append(crop)
+        masks.append(_matte(crop, detection, image.shape[2], vertices, located))
+        if t:
+            yield _finished(waiting, masks, t - 1, located)
+    yield _finished(waiting, masks, len(masks) - 1, located)
 
 
-def frames_of(source: Path, limit: int | None) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a source's frames; a picture is one frame."""
-    if is_video(source):
-        yield from read_video(source, limit)
-    else:
-        yield read_image(source)
-
-
-def _size(frames: Iterator[Tensor]) -> tuple[int, int]:
-    for frame in frames:
-        return frame.shape[2], frame.shape[1]
-    raise UserError("the video has no frames: expected at least one")
-
-
-def frame_rate(source: Path) -> float:
-    """Frames per second of a video, 24 where it does not say."""
-    import av
-
-    with av.open(str(source)) as container:
-        rate = container.streams.video[0].average_rate
-    return float(rate) if rate else 24.0
-
-
-def focal_length(source: Path, width: int, height: int, config: TrackConfig) -> tuple[float, str]:
-    """Return the focal length of the uncut image [px], and where it is from: given, exif or assumed.
-
-    EXIF states the focal length of a full-frame camera (43.27 mm diagonal) with the same field of view.
-    """
-    if config.focal_px is not None:
-        return config.focal_px, "given"
-    equivalent = _exif_focal_mm(source)
-    if equivalent:
-        return equivalent / FULL_FRAME_DIAGONAL_MM * (width**2 + height**2) ** 0.5, f"exif ({equivalent:g} mm)"
-    return config.fit.focal_scale * max(width, height), f"assumed ({config.fit.focal_scale:g} × the longer side)"
-
-
-def _exif_focal_mm(source: Path) -> float | None:
-    if is_video(source):
-        return None
-    from PIL import ExifTags, Image
-
-    try:
-        with Image.open(source) as image:
-            value = float(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
-    except Exception:
-        # Damaged EXIF is no reason to refuse a picture.
-        return None
-    return value if 5 < value < 2000 else None
+def _finished(crops: list[Tensor], masks: list[Tensor], t: int, located: Located) -> Cut:
+    around = torch.stack([masks[max(t - 1, 0)], masks[t], masks[min(t + 1, len(masks) - 1)]])
+    mask = smooth_over_time(around)[1] if len(masks) > 2 else masks[t]
+    crop, crops[t] = crops[t], crops[t][:, :0]
+    if t > 1:
+        masks[t - 2] = masks[t - 2][:, :0]
+    return Cut(crop, mask, _normal(located.detections[t], mask, located.box))
 
 
 def notes(source: Path, detections: list[Detection | None]) -> list[str]:
@@ -195,47 +238,61 @@ def notes(source: Path, detections: list[Detection | None]) -> list[str]:
     most = max(d.faces for d in detections if d is not None)
     if most > 1:
         out.append(f"{source.name} shows {most} faces: the largest was taken; crop the picture to another to choose it")
-    missing = sum(d is None for d in detections)
+    missing = [t for t, d in enumerate(detections) if d is None]
     if missing:
-        out.append(f"no face in {missing} of {len(detections)} frames: their head is interpolated")
+        which = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+        out.append(
+            f"no face in {len(missing)} of {len(detections)} frames ({which}): their head is interpolated, "
+            "and marked red in the overlay"
+        )
     return out
 
 
-def _matte(
-    crop: Tensor,
-    detection: Detection | None,
-    width: int,
-    box: Box,
-    mesh: PosedHead,
-    camera: Camera,
-    region: Bool[Tensor, " verts"],
-) -> Tensor:
-    size = camera.width
+def _matte(crop: Tensor, detection: Detection | None, width: int, vertices: Tensor, located: Located) -> Tensor:
     person = None
     if detection is not None and detection.mask is not None:
-        scale = detection.mask.shape[2] / width
-        person = crop_image(
-            detection.mask.float(), (box[0] * scale, box[1] * scale, box[2] * scale), size, fill=0.0
-        ).clamp(0, 1)
-    fragments = rasterize(mesh.vertices, mesh.faces, camera)
-    part = interpolate(fragments, mesh.faces, region.float()[:, None])[0] > 0.5
+        person = _spanned(detection.mask, detection.extent, width, located.box, len(crop[0])).clamp(0, 1)
+    mesh = located.mesh
+    fragments = rasterize(vertices, mesh.faces, located.camera)
+    part = interpolate(fragments, mesh.faces, located.region.float()[:, None])[0] > 0.5
     return matte(crop, person, fragments.mask, part)
 
 
-def overlay(
-    crop: Float[Tensor, "3 size size"], mask: Float[Tensor, "1 size size"], mesh: PosedHead, camera: Camera,
-    detection: Detection | None, box: Box,
-) -> Float[Tensor, "3 height width"]:  # fmt: skip
-    """Draw three panels: the picture with landmarks, the head's normals over it, and the foreground on grey."""
+def _normal(detection: Detection | None, mask: Tensor, box: Box) -> Tensor | None:
+    """The detector's normals in the crop, unit inside the mask and zero outside."""
+    if detection is None or detection.normal is None:
+        return None
+    out = _spanned(detection.normal, detection.extent, 0, box, mask.shape[-1])
+    return normalize(out, dim=0, eps=1e-4) * (mask > 0.5)
+
+
+def _spanned(values: Tensor, extent: Box | None, width: int, box: Box, size: int) -> Tensor:
+    """Resample what spans `extent` (or the whole image of `width`) to a crop."""
+    left, top, side = extent or (0.0, 0.0, float(width))
+    scale = values.shape[2] / side
+    return crop_image(values.float(), ((box[0] - left) * scale, (box[1] - top) * scale, box[2] * scale), size, fill=0.0)
+
+
+def overlay(cut: Cut, located: Located, t: int) -> Float[Tensor, "3 height width"]:
+    """Draw panels: the picture with landmarks, the head's normals over it, the foreground on grey, what normals say."""
     from PIL import Image, ImageDraw
 
+    camera, crop, detection = located.camera, cut.image, located.detections[t]
+    mesh = PosedHead(located.mesh.vertices[t], located.mesh.faces, located.mesh.T_world_joint[t])
     fragments: Fragments = rasterize(mesh.vertices, mesh.faces, camera)
     normals, seen = render_normals(mesh, camera, fragments)
     shaded = torch.where(seen > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen), crop)
     picture = Image.fromarray(to_uint8(crop))
+    draw, scale = ImageDraw.Draw(picture), camera.width / located.box[2]
     if detection is not None:
-        draw, scale = ImageDraw.Draw(picture), camera.width / box[2]
-        for x, y in ((detection.points - torch.tensor(box[:2])) * scale).tolist():
+        for x, y in ((detection.points - torch.tensor(located.box[:2])) * scale).tolist():
             draw.point((x, y), fill=(60, 255, 60))
+    else:
+        draw.rectangle((0, 0, camera.width - 1, camera.width - 1), outline=(255, 0, 0), width=4)
     dotted = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
-    return torch.cat([dotted, shaded, crop * mask + 0.5 * (1 - mask)], -1)
+    panels = [dotted, shaded, crop * cut.mask + 0.5 * (1 - cut.mask)]
+    if cut.normal is not None:
+        panels.append(encode_normals(cut.normal, cut.mask))
+    elif any(d is not None and d.normal is not None for d in located.detections):
+        panels.append(torch.full_like(crop, 0.5))
+    return torch.cat(panels, -1)

@@ -1,0 +1,212 @@
+"""How well people of the open world are tracked from one picture each, beside the truth.
+
+Every picture shows one subject with an expression of its own, off centre, before its background; the tracker knows
+nothing of the camera. A picture in which no face is found counts as a failure. Lengths in pixels are those of a
+canonical crop of 256. The truth is the subject's own mesh, which the tracker's head can only come near.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.images import write_image
+from geodiff4d.data.crops import canonical_crop_box, head_region
+from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression
+from geodiff4d.data.synthetic.cameras import orbit
+from geodiff4d.data.synthetic.seeds import Split, generator
+from geodiff4d.evaluate.metrics import normal_deg
+from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.tracking.detect import Detection, Detector
+from geodiff4d.tracking.track import Cut, TrackConfig, Tracked, overlay, track_frames
+
+SKULL_JOINT = 1
+YAW_BINS = (0.0, 15.0, 30.0, 45.0, 75.0)
+FACE_RADIUS_M = 0.095
+"""The face is the skin so near to the tip of the nose."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture and the truth of it."""
+
+    subject: SyntheticSubject
+    params: HeadParams
+    """Truth, a batch of one."""
+    camera: Camera
+    image: Float[Tensor, "3 size size"]
+    yaw_deg: float
+    """Of the head to the camera, whatever its sign."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What tracking one picture was worth."""
+
+    yaw_deg: float
+    landmark_px: float
+    """Mean distance of the fitted head's 68 landmarks."""
+    detected_px: float
+    """Mean distance of the detector's points, where it says which places of the head they are."""
+    rotation_deg: float
+    pitch_deg: float
+    """Signed parts of the rotation's error."""
+    yaw_error_deg: float
+    vertex_mm: float
+    """Face without expression, aligned by rotation, translation and scale."""
+    mean_head_mm: float
+    """The same of the mean head."""
+    normal_deg: float
+    mask_iou: float
+
+
+def make_case(seed: int, split: Split = "test", size: int = 320, yaw_deg: float = 60.0) -> Case:
+    """Render one case: half of them nearly from the front, the others from anywhere within ±`yaw_deg`."""
+    rng = generator("tracking", split, seed)
+    subject = SyntheticSubject(seed, split)
+    expr, jaw, eyes = random_expression(int(rng.integers(1 << 31)), 1)
+    turn = torch.from_numpy(np.deg2rad(rng.normal(0, [5.0, 5.0, 4.0]))).float()[None]
+    params = subject.params(expr, rotation=turn, jaw_pose=jaw, eyes_pose=eyes)
+    front = rng.random() < 0.5
+    azimuth = rng.normal(0, 10) if front else rng.uniform(-yaw_deg, yaw_deg)
+    elevation = rng.normal(0, 6) if front else rng.uniform(-20, 20)
+    camera = orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), size, float(rng.uniform(0.6, 2)))
+    vertices = subject.vertices(params)[0]
+    camera = canonical_crop(camera[0], vertices[head_region(subject.rig)])
+    side = float(rng.uniform(1.0, 1.5)) * size
+    left, top = (size - side) / 2 + rng.uniform(-0.2, 0.2, 2) * (side - 0.6 * size)
+    camera = camera.cropped(float(left), float(top), side, size)
+    image = subject.render(params, camera.expand(1)).rgb[0]
+    R = _skull(subject, params, camera)
+    return Case(subject, params, camera, image, abs(float(torch.rad2deg(torch.atan2(R[0, 2], -R[2, 2])))))
+
+
+def score(case: Case, tracked: Tracked, head: Head) -> Score:
+    """Compare a tracked picture with the truth."""
+    vertices = case.subject.vertices(case.params)[0]
+    mesh = tracked.located.mesh
+    whole = tracked.located.fit.camera
+    true_box = canonical_crop_box(case.camera, vertices[None, head_region(head)])
+    px = 256 / true_box[2]
+    fitted, _ = whole.project(head.landmarks68.on(mesh.vertices[0], head.faces))
+    true, _ = case.camera.project(head.landmarks68.on(vertices, head.faces))
+    R_fit = whole.T_cam_world[:3, :3] @ mesh.T_world_joint[0, SKULL_JOINT, :3, :3]
+    D = R_fit @ _skull(case.subject, case.params, case.camera).T
+    off = torch.stack([D[2, 1] - D[1, 2], D[0, 2] - D[2, 0], D[1, 0] - D[0, 1]]) / 2
+    face = face_region(head)
+    neutral = head.template + head.shape_basis @ tracked.params.shape[0]
+    truth = case.subject.rig.template[face]
+    frames = case.subject.render(case.params, case.camera.cropped(*tracked.located.box, tracked.camera.width).expand(1))
+    angle = float("nan")
+    if tracked.normals is not None:
+        angle = float(normal_deg(tracked.normals, frames.normal, (frames.mask > 0.9).float())[0])
+    a, b = tracked.masks[0] > 0.5, frames.mask[0] > 0.5
+    return Score(
+        yaw_deg=case.yaw_deg,
+        landmark_px=float((fitted - true).norm(dim=-1).mean()) * px,
+        detected_px=_detected(tracked.located.detections[0], case, vertices, head) * px,
+        rotation_deg=float(torch.rad2deg(torch.acos(((D.trace() - 1) / 2).clamp(-1, 1)))),
+        pitch_deg=float(torch.rad2deg(off[0])),
+        yaw_error_deg=float(torch.rad2deg(off[1])),
+        vertex_mm=1000 * aligned_error(neutral[face], truth),
+        mean_head_mm=1000 * aligned_error(head.template[face], truth),
+        normal_deg=angle,
+        mask_iou=float((a & b).sum() / (a | b).sum()),
+    )
+
+
+def face_region(head: Head) -> Bool[Tensor, " verts"]:
+    """Skin near the tip of the nose."""
+    tip = head.landmarks68.on(head.template, head.faces)[30]
+    return head.regions["skin"] & ((head.template - tip).norm(dim=1) < FACE_RADIUS_M)
+
+
+def aligned_error(points: Float[Tensor, "points 3"], truth: Float[Tensor, "points 3"]) -> float:
+    """Mean distance after the best similarity transform (Umeyama 1991), in the unit of the points."""
+    a, b = (x.double() - x.double().mean(0) for x in (points, truth))
+    U, S, Vh = torch.linalg.svd(b.T @ a)
+    flip = torch.ones(3, dtype=torch.float64)
+    flip[2] = torch.sign(torch.linalg.det(U @ Vh))
+    scale = (S * flip).sum() / a.square().sum()
+    return float((scale * a @ (U @ torch.diag(flip) @ Vh).T - b).norm(dim=1).mean())
+
+
+def _skull(subject: SyntheticSubject, params: HeadParams, camera: Camera) -> Float[Tensor, "3 3"]:
+    own = HeadParams(**{f.name: getattr(params, f.name) for f in fields(params)})
+    posed = subject.rig.pose(HeadParams(
+        own.shape[..., :0], own.expr, own.rotation, own.neck_pose, own.jaw_pose, own.eyes_pose, own.translation
+    ))  # fmt: skip
+    return camera.T_cam_world[:3, :3] @ posed.T_world_joint[0, SKULL_JOINT, :3, :3]
+
+
+def _detected(detection: Detection | None, case: Case, vertices: Tensor, head: Head) -> float:
+    if detection is None or detection.markup is None:
+        return float("nan")
+    true, _ = case.camera.project(detection.markup.on(head).on(vertices, head.faces))
+    return float((detection.points - true).norm(dim=-1).mean())
+
+
+def evaluate_tracking(
+    out: Path, head: Head, detectors: dict[str, Detector], count: int = 100, split: Split = "test",
+    config: TrackConfig = TrackConfig(), progress: Callable[..., Iterable[Any]] = lambda items, *a: items,
+) -> dict[str, Any]:  # fmt: skip
+    """Track `count` subjects' pictures with each detector; writes `metrics.json` and a sheet of overlays each."""
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.core.files import write_json
+
+    scores: dict[str, list[Score | None]] = {name: [] for name in detectors}
+    looks: dict[str, list[Tensor]] = {name: [] for name in detectors}
+    for seed in progress(range(count), "tracking"):
+        case = make_case(seed, split)
+        for name, detector in detectors.items():
+            try:
+                tracked = track_frames([case.image], head, detector, config, video=False)
+            except UserError:
+                scores[name].append(None)
+                continue
+            scores[name].append(score(case, tracked, head))
+            if len(looks[name]) < 24:
+                normal = None if tracked.normals is None else tracked.normals[0]
+                looks[name].append(overlay(Cut(tracked.images[0], tracked.masks[0], normal), tracked.located, 0))
+    result = {
+        "split": split, "count": count,
+        **{name: summary(s) for name, s in scores.items()},
+        "cases": {name: [None if s is None else asdict(s) for s in values] for name, values in scores.items()},
+    }  # fmt: skip
+    write_json(out / "metrics.json", result)
+    for name, pictures in looks.items():
+        if pictures:
+            rows = [torch.cat(pictures[i : i + 2], -1) for i in range(0, len(pictures) - 1, 2)] or pictures
+            write_image(out / f"{name}.png", torch.cat(rows, -2))
+    return result
+
+
+def summary(scores: list[Score | None]) -> dict[str, Any]:
+    """Medians over the pictures with a face (mean for normals and masks), overall and by yaw; and failures."""
+    found = [s for s in scores if s is not None]
+    out: dict[str, Any] = {"failures": len(scores) - len(found), "pictures": len(scores)}
+    out |= _medians(found)
+    for low, high in pairwise(YAW_BINS):
+        out[f"yaw_{low:.0f}_{high:.0f}"] = _medians([s for s in found if low <= s.yaw_deg < high])
+    return out
+
+
+def _medians(scores: list[Score]) -> dict[str, float | int | None]:
+    out: dict[str, float | int | None] = {"pictures_with_face": len(scores)}
+    for f in fields(Score):
+        values = np.array([getattr(s, f.name) for s in scores], dtype=float)
+        values = values[np.isfinite(values)]
+        if f.name == "yaw_deg":
+            continue
+        reduce = np.mean if f.name in ("normal_deg", "mask_iou") else np.median
+        if f.name in ("pitch_deg", "yaw_error_deg"):
+            reduce = lambda v: np.sqrt(np.mean(np.square(v)))  # noqa: E731
+        out[f.name] = round(float(reduce(values)), 4) if len(values) else None
+    return out

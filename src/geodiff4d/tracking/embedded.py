@@ -1,0 +1,143 @@
+"""The embedded detector: the perception network over whole photographs and videos.
+
+The finder looks at the picture shrunk to a few sizes; what it finds is cut out, upright, and looked at twice: in a wide
+crop for the foreground, the normals and a better crop, then in a tight one for the points. In a video the last frame's
+head says where to cut, and the finder is asked again when the face is lost.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample, interpolate, normalize, pad
+
+from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, load_perception
+from geodiff4d.tracking.scenes import head_box
+from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_turn
+
+FINDER_SIDES = (192, 384, 768)
+"""Longer side of the pictures that the finder sees; the last one is looked at only where the others show nobody."""
+WIDE, TIGHT = 1.75, 1.25
+"""Side of the crops over the side of the points' box."""
+
+
+@dataclass(frozen=True)
+class EmbeddedDetector:
+    """Points with uncertainty, foreground and normals by the network that ships with the package.
+
+    Example:
+        >>> [detection] = EmbeddedDetector().detect([image])  # doctest: +SKIP
+        >>> detection.points.shape  # doctest: +SKIP
+        torch.Size([192, 2])
+    """
+
+    model: Perception = field(default_factory=load_perception)
+    threshold: float = 0.0
+    """Logit above which a crop shows a face."""
+
+    def detect(
+        self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
+    ) -> list[Detection | None]:
+        """Find a face in each image, the largest; in a video the one found first is followed."""
+        return list(self.follow(images)) if video else [self.photo(image) for image in images]
+
+    @torch.no_grad()
+    def photo(self, image: Float[Tensor, "3 height width"]) -> Detection | None:
+        """Find the largest face of one picture."""
+        faces = self.faces(image)
+        return None if not faces else self._detection(image, faces[0], len(faces))
+
+    @torch.no_grad()
+    def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
+        """Find the same face in pictures that follow each other; one at a time, as they come."""
+        last: Detection | None = None
+        for image in images:
+            found = None
+            if last is not None and last.square is not None:
+                found = self._detection(image, last.square, last.faces)
+            if found is None:
+                found = self.photo(image)
+            last = found
+            yield found
+
+    @torch.no_grad()
+    def faces(self, image: Float[Tensor, "3 height width"]) -> list[HeadSquare]:
+        """Find all faces, the largest first."""
+        for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
+            candidates = distinct([s for side in sides for s in self._find(image, side)])[:8]
+            looked = [self._look(image, c, 1.5) for c in candidates]
+            faces = [square for square, look in looked if float(look.score) > self.threshold]
+            faces = distinct(faces)
+            if faces:
+                return sorted(faces, key=lambda s: -s.side)
+        return []
+
+    def _find(self, image: Tensor, side: int) -> list[HeadSquare]:
+        height, width = image.shape[1:]
+        scale = side / max(height, width)
+        if scale > 2:
+            return []
+        size = [max(round(height * scale), FINDER_STRIDE), max(round(width * scale), FINDER_STRIDE)]
+        small = interpolate(image[None], size=size, mode="bilinear", antialias=True)
+        fill = [(-s) % FINDER_STRIDE for s in size]
+        # Half a side of grey all around lets heads be found that the border cuts.
+        out = self.model.find(pad(small, (32, 32 + fill[1], 32, 32 + fill[0]), value=0.5))[0]
+        rows, columns = (out[0] > 0).nonzero(as_tuple=True)
+        values = out[:, rows, columns]
+        x = ((columns + 0.5 + values[1]) * FINDER_STRIDE - 32) / scale
+        y = ((rows + 0.5 + values[2]) * FINDER_STRIDE - 32) / scale
+        sides = 64 * values[3].exp() / scale
+        roll = -torch.atan2(values[5], values[4])
+        return [HeadSquare(*map(float, row)) for row in zip(x, y, sides, roll, values[0], strict=True)]
+
+    def _look(self, image: Tensor, square: HeadSquare, scale: float) -> tuple[HeadSquare, Look]:
+        """Look at a square, grown; returns the square again as the look corrects it."""
+        grown = square.grown(scale)
+        crop = cut_square(image, grown, self.model.config.size)
+        look = self.model.look(crop[None].contiguous(memory_format=torch.channels_last))
+        # The head's up axis, as seen, says how much it is tilted in the crop.
+        up = look.rotation[0, :2, 1]
+        tilt = float(torch.atan2(up[0], up[1]))
+        roll = square.roll + tilt
+        at = grown.to_picture(look.points[0])
+        centre, side = head_box(at @ plane_turn(roll))
+        x, y = (centre @ plane_turn(roll).mT).tolist()
+        return HeadSquare(x, y, float(side), roll, float(look.score)), look
+
+    def _detection(self, image: Tensor, square: HeadSquare, faces: int) -> Detection | None:
+        corrected, broad = self._look(image, square, WIDE)
+        if float(broad.score) < self.threshold:
+            return None
+        after, look = self._look(image, corrected, TIGHT)
+        tight = corrected.grown(TIGHT)
+        points = tight.to_picture(look.points[0])
+        box, dense = _upright(broad.dense, square.grown(WIDE))
+        return Detection(
+            points, self.model.points.index, float(broad.score[0].sigmoid()),
+            torch.cat([points.amin(0), points.amax(0)]), faces, dense[:1].half(),
+            sigma=look.log_sigma[0].exp() * tight.side,
+            normal=dense[1:].half(), extent=box, square=after, turn=_untilted(look.rotation[0], tight.roll),
+            shape=look.shape[0], markup=self.model.points,
+        )  # fmt: skip
+
+
+def _upright(dense: Tensor, square: HeadSquare) -> tuple[tuple[float, float, float], Tensor]:
+    """Take a turned square's mask and normals to the picture's axes: (left, top, side), [4, size, size]."""
+    mask, normal = dense[:, :1].sigmoid(), normalize(dense[:, 1:], dim=1, eps=1e-6)
+    reach = abs(torch.tensor(square.roll).cos()) + abs(torch.tensor(square.roll).sin())
+    bound, size = square.side * float(reach), round(dense.shape[-1] * float(reach))
+    theta = torch.cat([plane_turn(-square.roll) * bound / square.side, torch.zeros(2, 1)], 1)
+    grid = affine_grid(theta[None], [1, 4, size, size], align_corners=False)
+    out = grid_sample(torch.cat([mask, normal * mask], 1), grid, padding_mode="zeros", align_corners=False)[0]
+    turned = torch.cat([plane_turn(-square.roll) @ out[1:3].flatten(1), out[3:].flatten(1)]).view(3, size, size)
+    return (square.x - bound / 2, square.y - bound / 2, bound), torch.cat([out[:1], turned])
+
+
+def _untilted(rotation: Float[Tensor, "3 3"], roll: float) -> Float[Tensor, "3 3"]:
+    """Take a rotation seen in a turned crop to the picture's axes (y up there)."""
+    R = torch.eye(3)
+    R[:2, :2] = plane_turn(-roll)
+    return R @ rotation

@@ -1,0 +1,207 @@
+"""Tracking as pictures come: from a webcam, or from a video file that is still being written.
+
+The first frames settle who it is (identity, focal length, camera); from then on every frame is fitted alone, pulled
+toward where the last one was. Nothing is known of the future, so it lags and trembles a little more than `track` does.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.tracking.detect import Detection, FollowingDetector
+from geodiff4d.tracking.embedded import EmbeddedDetector
+from geodiff4d.tracking.fit import Fit, fit
+from geodiff4d.tracking.layout import Layout, landmark_head
+from geodiff4d.tracking.observe import observe, shared_points
+from geodiff4d.tracking.problem import Anchor, FitConfig, Problem, limits
+from geodiff4d.tracking.solve import Unknowns, minimise
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """How pictures are followed as they come."""
+
+    warmup: int = 6
+    """Frames with a face that settle identity and camera; they are given out when the last of them has come."""
+    steps: int = 4
+    """Levenberg–Marquardt steps per frame."""
+    rotation_sigma_rad: float = 0.05
+    """How far a head turns from one frame to the next, and so on."""
+    translation_sigma_m: float = 0.01
+    expr_sigma: float = 0.2
+    gaze_sigma_rad: float = 0.2
+    focal_px: float | None = None
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class LiveFrame:
+    """One frame as it was tracked."""
+
+    params: HeadParams
+    """No batch axis; the shape is the same in all frames."""
+    camera: Camera
+    """Of the uncut picture; the same in all frames."""
+    seen: bool
+    """Whether there was a face; else the last one's parameters are repeated."""
+    error_px: float
+    image: Float[Tensor, "3 height width"]
+    detection: Detection | None
+
+
+def track_live(
+    images: Iterable[Float[Tensor, "3 _height _width"]], head: Head, detector: FollowingDetector | None = None,
+    config: LiveConfig = LiveConfig(),
+) -> Iterator[LiveFrame]:  # fmt: skip
+    """Track pictures one by one, as they come.
+
+    Frames before the first face are passed over.
+
+    Example:
+        >>> for frame in track_live(live_frames(Path("/dev/video0")), load_head("openhead")):  # doctest: +SKIP
+        ...     drive(frame.params)
+    """
+    detector = detector or EmbeddedDetector()
+    waiting: list[tuple[Tensor, Detection | None]] = []
+    follower: Follower | None = None
+    kept: list[Tensor] = []
+
+    def passing() -> Iterator[Tensor]:
+        for image in images:
+            kept.append(image)
+            yield image
+
+    for detection in detector.follow(passing()):
+        image = kept.pop()
+        if follower is not None:
+            yield follower.step(image, detection)
+            continue
+        if detection is None and not waiting:
+            continue
+        waiting.append((image, detection))
+        if sum(d is not None for _, d in waiting) >= config.warmup:
+            follower = Follower.settle(head, waiting, config)
+            yield from (follower.step(i, d) for i, d in waiting)
+            waiting = []
+    if waiting:
+        follower = Follower.settle(head, waiting, config)
+        yield from (follower.step(i, d) for i, d in waiting)
+
+
+class Follower:
+    """Fits frame after frame to a head whose identity and camera are settled."""
+
+    def __init__(self, head: Head, settled: Fit, example: Detection, config: LiveConfig):
+        self.head, self.settled, self.config = head, settled, config
+        self.shared = shared_points(head, example)
+        self.small = landmark_head(head, self.shared[0])
+        self.layout = Layout(self.small)
+        self.limits = limits(self.layout, config.fit)
+        self.limits = replace(self.limits, free_shared=torch.zeros_like(self.limits.free_shared))
+        shape = settled.params.shape[0].double()
+        self.fixed = torch.cat([shape, torch.zeros(1, dtype=torch.float64)])
+        sigma = self.layout.fill(
+            config.expr_sigma, rotation=config.rotation_sigma_rad, translation=config.translation_sigma_m,
+            eyes_pose=config.gaze_sigma_rad,
+        )  # fmt: skip
+        self.precision = sigma.square().reciprocal()
+        self.K = settled.camera.K.double()
+        first = int(settled.seen.nonzero()[0])
+        self.last = self._unknowns(settled.params[first : first + 1])
+        self.error = float("nan")
+
+    @staticmethod
+    def settle(head: Head, frames: list[tuple[Tensor, Detection | None]], config: LiveConfig) -> "Follower":
+        """Fit the first frames together."""
+        height, width = frames[0][0].shape[1:]
+        detections = [d for _, d in frames]
+        settled = fit(head, detections, width, height, config.focal_px, config.fit)
+        return Follower(head, settled, next(d for d in detections if d is not None), config)
+
+    def step(self, image: Float[Tensor, "3 height width"], detection: Detection | None) -> LiveFrame:
+        """Fit one frame; without a face the last one's parameters are repeated."""
+        if detection is not None:
+            seen = observe(self.head, [detection], self.config.fit.weighting, self.shared)
+            problem = Problem(self.small, self.layout, seen, self.K, self.config.fit, self.limits)
+            problem.anchor = Anchor(self.last, self.precision)
+            x = Unknowns(self.last, self.fixed)
+            x = minimise(problem, x, self.limits, self.config.steps, self.config.fit.tolerance)
+            self.last = x.frame
+            off = (problem.project(x.frame, x.shared) - seen.points).norm(dim=-1)[0, seen.inner]
+            self.error = float(off.mean())
+        params = self.layout.params(self.last, self.fixed[:-1][None]).map(lambda v: v[0].float())
+        params = replace(params, translation=params.translation - self._mean)
+        return LiveFrame(params, self.settled.camera, detection is not None, self.error, image, detection)
+
+    @property
+    def _mean(self) -> Float[Tensor, "3"]:
+        """What `fit` took out of the translations and put into the camera."""
+        T = self.settled.camera.T_cam_world
+        return T[:3, :3].T @ (T[:3, 3] - torch.tensor([0.0, 0.0, 1.0]))
+
+    def _unknowns(self, params: HeadParams) -> Float[Tensor, "one unknowns"]:
+        whole = replace(params, translation=params.translation + self._mean)
+        return torch.cat([getattr(whole, name) for name in self.layout.slices], -1).double()
+
+
+class GrowingFile:
+    """A file that is read while another program writes it: reading waits at the end until it grows no more."""
+
+    def __init__(self, path: Path, patience_s: float):
+        self._file = path.open("rb")
+        self._patience = patience_s
+
+    def read(self, size: int = -1) -> bytes:
+        """Read at least a byte, unless the file has not grown for as long as patience lasts."""
+        waited = 0.0
+        while True:
+            data = self._file.read(size)
+            if data or waited >= self._patience:
+                return data
+            time.sleep(POLL_SECONDS)
+            waited += POLL_SECONDS
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor, "3 height width"]]:
+    """Yield frames as they come from a webcam (a device such as /dev/video0) or a growing file.
+
+    A file must be of a kind that can be read before it is finished: MPEG-TS, Matroska, WebM or fragmented MP4.
+
+    Raises:
+        UserError: it is missing, or no frame can be decoded.
+    """
+    import av
+
+    source = Path(source)
+    if not source.exists():
+        raise UserError(
+            f"{source} does not exist: expected a webcam (/dev/video0) or a video file that is being written"
+        )
+    growing = None if source.is_char_device() else GrowingFile(source, patience_s)
+    count = 0
+    try:
+        with av.open(growing or str(source), "r", format=None if growing else "v4l2") as container:
+            for frame in container.decode(video=0):
+                count += 1
+                yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+    except (av.FFmpegError, IndexError) as error:
+        if not count:
+            raise UserError(
+                f"{source} cannot be read while it grows ({error}): expected MPEG-TS, Matroska, WebM or fragmented MP4"
+            ) from None
+    finally:
+        if growing is not None:
+            growing.close()

@@ -1,0 +1,135 @@
+"""What the fit takes from detections: points that head and detector share, how sure they are, and first guesses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM
+from geodiff4d.core.errors import UserError
+from geodiff4d.heads.rig import Head, Landmarks
+from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.points import CONTOUR, known_points
+from geodiff4d.tracking.turn import ray_rotation
+
+Shared = tuple[Landmarks, Int[Tensor, " points"], Int[Tensor, " points"]]
+"""Places on the head, their numbers, and their rows in a detection."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How much detected points count."""
+
+    noise: float = 0.012
+    """Landmark noise over the face's size, where the detector does not know it; outliers lose their weight."""
+    floor: float = 0.004
+    """Noise that is added to what the detector thinks of itself, over the face's size."""
+    evidence: float = 60.0
+    """How many independent landmarks a face is worth: neighbours err together."""
+    contour: float = 0.2
+    """Weight of the outline's points, where the detector lets them slide."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Landmarks of all frames that both the detector and the head know."""
+
+    points: Float[Tensor, "frames points 2"]
+    weight: Float[Tensor, "frames points"]
+    """0 where no face was seen."""
+    sigma_px: Float[Tensor, "frames points"]
+    index: Int[Tensor, " points"]
+    landmarks: Landmarks
+    """The same points on the head."""
+    inner: Bool[Tensor, " points"]
+    """Points whose error says how good a fit is: features of the face."""
+    seen: Bool[Tensor, " frames"]
+    face_px: float
+    turn: Float[Tensor, "frames 3 3"] | None = None
+    """First guess of each head's rotation to the viewer, along the ray to `centre`."""
+    centre: Float[Tensor, "frames 2"] | None = None
+    shape: Float[Tensor, " shapes"] | None = None
+    """First guess of OpenHead's first identity coefficients."""
+
+
+def observe(
+    head: Head,
+    detections: Sequence[Detection | None],
+    weighting: Weighting = Weighting(),
+    shared: Shared | None = None,
+) -> Observed:
+    """Gather the landmarks that head and detector share, with their weights; `shared` if it is known already.
+
+    Raises:
+        UserError: no frame has a face, or head and detector share too few points.
+    """
+    first = next((d for d in detections if d is not None), None)
+    if first is None:
+        raise UserError(
+            "no face was found: expected one face, seen from the front or up to 60° from it; try a larger picture"
+        )
+    landmarks, index, rows = shared or shared_points(head, first)
+    points = torch.stack([(d or first).points[rows] for d in detections]).double()
+    seen = torch.tensor([d is not None for d in detections])
+    face_px = float((points.amax(1) - points.amin(1)).amax(-1)[seen].median())
+    weight = torch.ones(len(index), dtype=torch.float64)
+    if first.sigma is None:
+        sigma = torch.full(points.shape[:2], weighting.noise * face_px, dtype=torch.float64)
+        weight[torch.isin(index, torch.tensor(CONTOUR))] = weighting.contour
+    else:
+        own = torch.stack([_sigma(d or first)[rows] for d in detections]).double()
+        sigma = (own.square() + (weighting.floor * face_px) ** 2).sqrt()
+    weight = weight * (weighting.evidence / weight.sum())
+    inner = (index < 478) & ~torch.isin(index, torch.tensor(CONTOUR))
+    turn = centre = shape = None
+    if first.turn is not None and first.square is not None:
+        turn = torch.stack([_given((d or first).turn) for d in detections]).double()
+        squares = [_given((d or first).square) for d in detections]
+        centre = torch.tensor([(s.x, s.y) for s in squares], dtype=torch.float64)
+    if first.shape is not None:
+        shape = torch.stack([_given(d.shape) for d in detections if d is not None]).mean(0).double()
+    return Observed(
+        points, weight * seen[:, None], sigma, index, landmarks, inner, seen, face_px, turn, centre, shape
+    )  # fmt: skip
+
+
+def shared_points(head: Head, detection: Detection) -> Shared:
+    """Return what head and detection share: places on the head, their numbers, and their rows in the detection.
+
+    Raises:
+        UserError: fewer than twenty.
+    """
+    if detection.markup is not None and head.name == "openhead":
+        return detection.markup.on(head), detection.index, torch.arange(len(detection.index))
+    landmarks, known = known_points(head)
+    index = known[torch.isin(known, detection.index)].sort().values
+    if len(index) < 20:
+        raise UserError(
+            f"{head.name} has {len(index)} of the detector's landmarks: expected at least 20; "
+            "rebuild the head's file with its landmarks"
+        )
+    chosen = known.argsort()[torch.searchsorted(known.sort().values, index)]
+    order = detection.index.argsort()
+    rows = order[torch.searchsorted(detection.index[order], index)]
+    return Landmarks(landmarks.face_index[chosen], landmarks.bary[chosen]), index, rows
+
+
+def guessed_rotation(seen: Observed, K: Float[Tensor, "3 3"]) -> Float[Tensor, "frames 3 3"] | None:
+    """Return the guessed rotations in the fit's world (see `fit`), or None where the detector has none."""
+    if seen.turn is None or seen.centre is None:
+        return None
+    ray = torch.cat([(seen.centre - K[:2, 2]) / K[0, 0], torch.ones(len(seen.centre), 1).double()], -1)
+    front = IMAGE_NORMAL_FROM_CAM.double()
+    return front @ ray_rotation(torch.nn.functional.normalize(ray, dim=-1)) @ front @ seen.turn
+
+
+def _sigma(detection: Detection) -> Tensor:
+    return _given(detection.sigma)
+
+
+def _given(value):
+    """A detector gives a field in every frame or in none."""
+    assert value is not None
+    return value

@@ -1,0 +1,186 @@
+"""Rendered people to train the perception network on: pictures, exact normals and points, memory-mapped and resumable.
+
+One row is one picture of one person. The picture stands on plain grey and its normals are zero where there is nothing,
+so that their length is the foreground: training puts other backgrounds behind (`scenes`).
+"""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import write_json
+from geodiff4d.core.images import composite, encode_normals
+from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, head_region, random_expression
+from geodiff4d.data.synthetic.cameras import openhead, orbit
+from geodiff4d.data.synthetic.seeds import Split, generator
+from geodiff4d.heads.rig import HeadParams
+from geodiff4d.tracking.points import SurfacePoints, choose_points
+from geodiff4d.tracking.turn import apparent_turn
+
+SKULL_JOINT = 1
+SURROUND = 1.25
+"""Side of the pictures over the side of the canonical crop: shoulders and hair are in it."""
+
+
+@dataclass(frozen=True)
+class PeopleConfig:
+    """What is rendered."""
+
+    split: Split = "train"
+    subjects: int = 600
+    instants: int = 8
+    """Pictures of each subject: every one has its own expression, pose and camera."""
+    size: int = 256
+    supersample: int = 2
+    azimuth_deg: float = 75.0
+    elevation_deg: float = 30.0
+    points: int = 192
+    seed: int = 0
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every array, by name."""
+        n, image = (self.subjects, self.instants), (3, self.size, self.size)
+        return {
+            "rgb": ((*n, *image), "u1"), "normal": ((*n, *image), "u1"), "points": ((*n, self.points, 2), "f4"),
+            "turn": ((*n, 3, 3), "f4"), "shape": ((*n, 64), "f4"), "done": (n[:1], "u1"),
+        }  # fmt: skip
+
+
+class People:
+    """Memory-mapped rows; `len` of them."""
+
+    rgb: np.ndarray
+    """[n, 3, size, size], on grey."""
+    normal: np.ndarray
+    points: np.ndarray
+    """[n, points, 2] px."""
+    turn: np.ndarray
+    """[n, 3, 3] of the skull, in `network.Look.rotation`'s convention."""
+    shape: np.ndarray
+
+    def __init__(self, folder: Path):
+        """Open a finished store.
+
+        Raises:
+            UserError: there is none, or it was not finished.
+        """
+        self.folder = Path(folder)
+        if not (self.folder / "people.json").exists():
+            raise UserError(
+                f"{folder} has no rendered people: expected people.json; `geodiff4d train perception` renders them"
+            )
+        load = lambda name: np.load(self.folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
+        if not load("done").all():
+            raise UserError(f"{folder} is unfinished: run the same `geodiff4d train perception` again to resume it")
+        for name in ("rgb", "normal", "points", "turn", "shape"):
+            array = load(name)
+            keep = 3 if name in ("rgb", "normal") else 1 if name == "shape" else 2
+            setattr(self, name, array.reshape(-1, *array.shape[array.ndim - keep :]))
+        self.markup = SurfacePoints(*(torch.from_numpy(np.array(load(f"points_{k}"))) for k in ("index", "position")))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+def build_people(
+    folder: Path, config: PeopleConfig, workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> People:  # fmt: skip
+    """Render the pictures, or finish what was interrupted; subjects that are done are kept.
+
+    Raises:
+        UserError: the folder holds people of another configuration.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "people.json"
+    if path.exists() and json.loads(path.read_text()) != asdict(config):
+        raise UserError(f"{folder} holds people of another configuration: name another folder or remove it")
+    if not path.exists():
+        for name, (shape, kind) in config.arrays().items():
+            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
+        markup = choose_points(openhead(), config.points)
+        np.save(folder / "points_index.npy", markup.index.numpy())
+        np.save(folder / "points_position.npy", markup.position.numpy())
+        write_json(path, config)
+    done = np.load(folder / "done.npy", mmap_mode="r+")
+    todo = np.nonzero(done == 0)[0].tolist()
+    finished = config.subjects - len(todo)
+    progress(finished, config.subjects)
+    if workers <= 1:
+        for s in todo:
+            _render_subject(folder, config, s)
+            finished += 1
+            progress(finished, config.subjects)
+        return People(folder)
+    # spawn: a forked torch may wait forever for threads it does not have.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_render_subject, folder, config, s) for s in todo]):
+            future.result()
+            finished += 1
+            progress(finished, config.subjects)
+    return People(folder)
+
+
+def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
+    """Draw a subject's expressions, head poses and cameras: near and far, from all sides that a tracker should take."""
+    rng, n = generator("people", config.split, s, config.seed), config.instants
+    expr, jaw, eyes = random_expression(int(rng.integers(1 << 31)), n)
+    turn = np.deg2rad(rng.normal(0, 1, (2, n, 3)) * np.array([6.0, 6.0, 5.0]))
+    rotation, neck = (torch.from_numpy(x.astype(np.float32)) for x in turn)
+    zero = openhead().neutral(n)
+    params = HeadParams(zero.shape, expr, rotation, neck, jaw, eyes, zero.translation)
+    # Half the pictures are nearly frontal, as portraits are.
+    wide = rng.random(n) < 0.5
+    azimuth = np.where(wide, rng.uniform(-1, 1, n) * config.azimuth_deg, rng.normal(0, 15, n))
+    elevation = np.where(wide, rng.uniform(-1, 1, n) * config.elevation_deg, rng.normal(0, 8, n))
+    distance = np.exp(rng.uniform(np.log(0.45), np.log(2.5), n))
+    angles = [torch.from_numpy(x.astype(np.float32)) for x in (azimuth, elevation)]
+    cameras = [orbit(angles[0][i : i + 1], angles[1][i : i + 1], config.size, float(distance[i]))[0] for i in range(n)]
+    return params, Camera.stack(cameras)
+
+
+def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
+    torch.set_num_threads(1)
+    head = openhead()
+    markup = SurfacePoints(*(torch.from_numpy(np.load(folder / f"points_{k}.npy")) for k in ("index", "position")))
+    subject = SyntheticSubject(config.seed * 100_000 + s, config.split)
+    motion, cameras = draw_motion(config, s)
+    params = subject.params(motion.expr, motion.rotation, motion.neck_pose, motion.jaw_pose, motion.eyes_pose)
+    vertices = subject.vertices(params)
+    crops = [canonical_crop(cameras[i], vertices[i][head_region()]) for i in range(config.instants)]
+    # A wider look of the same direction.
+    grown = (SURROUND - 1) / 2 * config.size
+    cameras = Camera.stack([c.cropped(-grown, -grown, SURROUND * config.size, config.size) for c in crops])
+    frames = subject.render(params, cameras, config.supersample)
+    skull = subject.rig.pose(_own(params)).T_world_joint[:, SKULL_JOINT, :3, :3]
+    rows = {
+        "rgb": _bytes(composite(frames.rgb, frames.mask)),
+        "normal": _bytes(encode_normals(frames.normal, frames.mask)),
+        "points": cameras.project(markup.on(head).on(vertices, head.faces))[0].numpy(),
+        "turn": apparent_turn(skull, cameras.T_cam_world, vertices[:, head_region()].mean(1)).numpy(),
+        "shape": params.shape.numpy(),
+        "done": np.uint8(1),
+    }
+    for name, value in rows.items():
+        np.load(folder / f"{name}.npy", mmap_mode="r+")[s] = value
+
+
+def _own(params: HeadParams) -> HeadParams:
+    return HeadParams(
+        params.shape[..., :0], params.expr, params.rotation, params.neck_pose, params.jaw_pose, params.eyes_pose,
+        params.translation,
+    )  # fmt: skip
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    return (x.clamp(0, 1) * 255).round().byte().numpy()

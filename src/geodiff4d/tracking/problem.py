@@ -1,0 +1,267 @@
+"""The fit's cost: reprojection against priors, with its Gauss–Newton model (the solver is in `solve`)."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM
+from geodiff4d.core.geometry import axis_angle_to_matrix
+from geodiff4d.heads.rig import Head, joint_transforms
+from geodiff4d.tracking.layout import Layout
+from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
+from geodiff4d.tracking.solve import Limits, Normal, Unknowns
+
+FRONT = IMAGE_NORMAL_FROM_CAM
+"""Rotation world → camera of a camera that looks along -z, upright."""
+
+DIFFERENCE = 1e-6
+"""Step of the pose angles' numerical derivatives [rad]."""
+
+CHUNK = 32
+"""Frames whose Jacobians are held at once."""
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Weights of the fit: each σ is what the term is expected to deviate by."""
+
+    focal_scale: float = 2.0
+    """Focal length over the image's longer side, where nothing is known of it: a portrait lens."""
+    focal_sigma: float = 0.0
+    """Relative uncertainty of the focal length; 0 keeps it as it is."""
+    weighting: Weighting = Weighting()
+    turn_sigma_rad: float = 0.0
+    """How far the detector's first guess of the rotation may be off; 0 does not use it."""
+    guess_sigma: float = 0.0
+    """How far its first guess of the identity may be off; 0 does not use it."""
+    shape_sigma: float = 1.0
+    expr_sigma: float = 0.5
+    expr_l1: float = 2.0
+    """Weight of the sum of ARKit actions: unused ones stay at zero."""
+    asymmetry_sigma: float = 0.35
+    """Difference of a left action from its right twin."""
+    gaze_sigma_rad: float = 0.25
+    squint_sigma_rad: float = 0.05
+    """Difference of one eye's direction from the other's."""
+    jaw_sigma_rad: float = 0.2
+    """Jaw joint of heads without a jawOpen action (FLAME); the others use the action."""
+    rotation_bend_rad: float = 0.012
+    """Second difference over frames, per frame², of the head's rotation."""
+    translation_bend_m: float = 0.0015
+    expr_bend: float = 0.08
+    gaze_bend_rad: float = 0.08
+    steps: int = 25
+    """Levenberg–Marquardt steps of the last stage, at most."""
+    tolerance: float = 5e-4
+    """Relative fall of the cost at which it stops."""
+
+    def __post_init__(self) -> None:
+        optional = ("focal_sigma", "turn_sigma_rad", "guess_sigma")
+        for f in fields(self):
+            if f.name == "weighting":
+                continue
+            if getattr(self, f.name) < 0 or (
+                f.name.endswith(("sigma", "_rad", "_m")) and f.name not in optional and getattr(self, f.name) == 0
+            ):
+                raise ValueError(f"{f.name} must be positive, got {getattr(self, f.name)}")
+
+
+def camera_offset() -> Float[Tensor, "3"]:
+    """The world's origin in the camera while fitting: one metre in front of it."""
+    return torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the unknowns of a frame were before, for frames that are fitted one by one."""
+
+    frame: Float[Tensor, "frames unknowns"]
+    precision: Float[Tensor, " unknowns"]
+
+
+class Problem:
+    """The posterior's negative logarithm and its Gauss–Newton model; called by the solver."""
+
+    def __init__(
+        self, head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"], config: FitConfig, moves: Limits
+    ):
+        self.head, self.layout, self.seen, self.K, self.config = head, layout, seen, K, config
+        free = moves.free_frame.nonzero()[:, 0].tolist()
+        angles = [
+            i
+            for k in ("rotation", "jaw_pose", "eyes_pose", "eyelids")
+            if k in layout.slices
+            for i in range(layout.size)[layout.slices[k]]
+        ]
+        self.angles = [i for i in angles if i in free]
+        self.shapes_move = bool(moves.free_shared[:-1].any())
+        n = len(seen.seen)
+        self.front, self.offset = FRONT.double(), camera_offset()
+        arkit = layout.arkit
+        self.precision = layout.fill(
+            0.0, jaw_pose=config.jaw_sigma_rad**-2, eyes_pose=config.gaze_sigma_rad**-2,
+            expr=(config.expr_sigma if arkit else 1.0) ** -2, eyelids=config.expr_sigma**-2,
+        )  # fmt: skip
+        self.slope = layout.fill(0.0, expr=config.expr_l1 if arkit else 0.0)
+        self.coupling = torch.zeros(layout.size, layout.size, dtype=torch.float64)
+        pairs = [(a, b, config.asymmetry_sigma) for a, b in layout.twins()] if arkit else []
+        eyes = layout.slices["eyes_pose"].start
+        pairs += [(eyes + k, eyes + 3 + k, config.squint_sigma_rad) for k in range(3)]
+        for a, b, sigma in pairs:
+            e = torch.zeros(layout.size, dtype=torch.float64)
+            e[a], e[b] = 1.0, -1.0
+            self.coupling += torch.outer(e, e) / sigma**2
+        # Landmarks err the same way in every frame: many frames say little more of the identity than ten do.
+        repeats = max(n / 10.0, 1.0)
+        focal = repeats / config.focal_sigma**2 if config.focal_sigma > 0 else 0.0
+        self.shared_precision = torch.full((layout.shapes + 1,), repeats / config.shape_sigma**2, dtype=torch.float64)
+        self.shared_precision[-1] = focal
+        self.shared_mean = torch.zeros(layout.shapes + 1, dtype=torch.float64)
+        if config.guess_sigma > 0 and seen.shape is not None and self.shapes_move:
+            guessed = min(len(seen.shape), layout.shapes)
+            self.shared_mean[:guessed] = seen.shape[:guessed]
+            self.shared_precision[:guessed] = repeats / config.guess_sigma**2
+        self.guess = guessed_rotation(seen, K) if config.turn_sigma_rad > 0 else None
+        self.anchor: Anchor | None = None
+
+    def project(
+        self, frame: Float[Tensor, "frames unknowns"], shared: Float[Tensor, " shared"]
+    ) -> Float[Tensor, "frames points 2"]:
+        """Landmarks of some frames [px]."""
+        xy, _ = self._through_camera(self._place(frame, shared[:-1]), shared[-1])
+        return xy
+
+    def _place(self, frame: Tensor, shape: Tensor) -> Tensor:
+        """Landmarks in the world [frames, points, 3]."""
+        params = self.layout.params(frame, shape.expand(len(frame), -1))
+        return self.head.pose(params).vertices[:, : len(self.seen.index)]
+
+    def _through_camera(self, world: Tensor, log_zoom: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels [frames, points, 2] and their derivative in the world's points [frames, points, 2, 3]."""
+        cam = world @ self.front.T + self.offset
+        # A head that a bad step puts behind the camera stays finite, and is rejected by its cost.
+        z = cam[..., 2].clamp(min=0.02)
+        focal = self.K[0, 0] * log_zoom.exp()
+        ray = cam[..., :2] / z[..., None]
+        J = torch.zeros(*z.shape, 2, 3, dtype=z.dtype)
+        J[..., 0, 0] = J[..., 1, 1] = focal / z
+        J[..., 2] = -focal * ray / z[..., None]
+        return ray * focal + self.K[:2, 2], J @ self.front
+
+    def jacobian(
+        self, frame: Float[Tensor, "frames unknowns"], shared: Float[Tensor, " shared"]
+    ) -> tuple[Float[Tensor, "frames points 2"], Float[Tensor, "frames points 2 all"]]:
+        """Landmarks [px], and their derivatives (single precision) in the frames' unknowns, then the shared ones.
+
+        Linear bases are differentiated by hand (through skinning and the joints that they move), the few pose angles by
+        differences in double precision. What the stage holds fixed is left at zero.
+        """
+        world = self._place(frame, shared[:-1])
+        xy, camera = self._through_camera(world, shared[-1])
+        n, where = self.layout.size, self.layout.slices
+        moved_by = torch.zeros(*world.shape, n + len(shared))
+        for i in self.angles:
+            moved = frame.clone()
+            moved[:, i] += DIFFERENCE
+            moved_by[..., i] = ((self._place(moved, shared[:-1]) - world) / DIFFERENCE).float()
+        moved_by[..., where["translation"]] = torch.eye(3)
+        if self.shapes_move:
+            moved_by[..., n:-1], moved_by[..., where["expr"]] = self._through_skinning(frame)
+        J = torch.einsum("fpab,fpbk->fpak", camera.float(), moved_by)
+        J[..., -1] = (xy - self.K[:2, 2]).float()
+        return xy, J
+
+    def _through_skinning(self, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of the placed landmarks in the identity and expression coefficients [frames, points, 3, …]."""
+        n, shapes = len(self.seen.index), self.layout.shapes
+        params = self.layout.params(frame, frame.new_zeros(len(frame), shapes))
+        angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *params.eyes_pose.split(3, -1)], -2)
+        R = axis_angle_to_matrix(angles)
+        basis = torch.cat([self.head.shape_basis, self.head.expr_basis], -1)
+        # With the rotations held, joint transforms are linear in the joints' places.
+        joints = (self.head.joint_regressor @ basis.flatten(1)).view(-1, *basis.shape[1:]).permute(2, 0, 1)
+        T = joint_transforms(R[:, None].expand(-1, len(joints), -1, -1, -1), joints.expand(len(R), -1, -1, -1))
+        weights = self.head.skin_weights[:n]
+        turn = torch.einsum("nj,fjab->fnab", weights, T[:, 0, :, :3, :3]).float()
+        out = torch.einsum("fnab,nbk->fnak", turn, basis[:n].float())
+        out = out + torch.einsum("nj,fkja->fnak", weights.float(), T[..., :3, 3].float())
+        return out[..., :shapes], out[..., shapes:]
+
+    def __call__(self, x: Unknowns) -> Normal:
+        n, cost, parts, cutoff = x.frame.shape[1], 0.0, [], 3.0**2
+        for i in range(0, len(x.frame), CHUNK):
+            part = slice(i, i + CHUNK)
+            xy, J = self.jacobian(x.frame[part], x.shared)
+            sigma = self.seen.sigma_px[part][..., None]
+            r = (xy - self.seen.points[part]) / sigma
+            squared, weight = r.square().sum(-1), self.seen.weight[part]
+            # Geman–McClure: a landmark off by much more than the noise is no landmark.
+            cost += 0.5 * float((weight * squared * cutoff / (cutoff + squared)).sum())
+            root = weight.sqrt() * (cutoff / (cutoff + squared))
+            J = (J * (root[..., None] / sigma).float()[..., None]).flatten(1, 2)
+            parts.append(
+                ((J.mT @ J).double(), (J.mT @ (r * root[..., None]).float().flatten(1)[..., None])[..., 0].double())
+            )
+        H, g = (torch.cat(x) for x in zip(*parts, strict=True))
+        data = Normal(cost, H[:, :n, :n], H[:, :n, n:], H[:, n:, n:].sum(0), g[:, :n], g[:, n:].sum(0))
+        return self._with_priors(x, data)
+
+    def _with_priors(self, x: Unknowns, data: Normal) -> Normal:
+        pull = x.frame * self.precision + x.frame @ self.coupling
+        cost = data.cost + 0.5 * float((x.frame * pull).sum()) + float((x.frame * self.slope).sum())
+        off = x.shared - self.shared_mean
+        cost += 0.5 * float((self.shared_precision * off.square()).sum())
+        H = data.frame + torch.diag(self.precision) + self.coupling
+        g = data.frame_gradient + pull + self.slope
+        if self.anchor is not None:
+            away = x.frame - self.anchor.frame
+            cost += 0.5 * float((self.anchor.precision * away.square()).sum())
+            H, g = H + torch.diag(self.anchor.precision), g + self.anchor.precision * away
+        if self.guess is not None:
+            r, J = self._turned(x.frame[:, self.layout.slices["rotation"]])
+            cost += 0.5 * float(r.square().sum())
+            where = self.layout.slices["rotation"]
+            H[:, where, where] += J.mT @ J
+            g[:, where] += (J.mT @ r[..., None])[..., 0]
+        return Normal(
+            cost, H, data.cross, data.shared + torch.diag(self.shared_precision), g,
+            data.shared_gradient + self.shared_precision * off,
+        )  # fmt: skip
+
+    def _turned(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """How far rotations are from the detector's guess, over its uncertainty [frames, 3], and the derivative."""
+        guess = self.guess
+        assert guess is not None
+        scale = self.seen.seen[:, None] / self.config.turn_sigma_rad
+
+        def off(v: Tensor) -> Tensor:
+            D = guess.mT @ axis_angle_to_matrix(v)
+            return 0.5 * torch.stack([D[:, 2, 1] - D[:, 1, 2], D[:, 0, 2] - D[:, 2, 0], D[:, 1, 0] - D[:, 0, 1]], -1)
+
+        r, J = off(rotation), torch.zeros(len(rotation), 3, 3, dtype=rotation.dtype)
+        for i in range(3):
+            moved = rotation.clone()
+            moved[:, i] += DIFFERENCE
+            J[..., i] = (off(moved) - r) / DIFFERENCE
+        return r * scale, J * scale[..., None]
+
+
+def limits(layout: Layout, config: FitConfig) -> Limits:
+    """Say what moves in the last stage, within which bounds and how smoothly."""
+    free = layout.fill(1.0, jaw_pose=0.0 if layout.arkit else [1.0, 1.0, 0.0], eyes_pose=[1.0, 1.0, 0.0] * 2)
+    low, high = layout.fill(-torch.inf, eyelids=0.0), layout.fill(torch.inf, eyelids=1.0)
+    if layout.arkit:
+        low, high = layout.fill(-torch.inf, expr=0.0, eyelids=0.0), layout.fill(torch.inf, expr=1.0, eyelids=1.0)
+        for i, name in enumerate(layout.names):
+            # The eye joints turn the eyes; nothing that landmarks show tells of the tongue.
+            if name.startswith("eyeLook") or name == "tongueOut":
+                free[layout.slices["expr"].start + i] = 0.0
+    bend = layout.fill(
+        0.05, rotation=config.rotation_bend_rad, translation=config.translation_bend_m,
+        expr=config.expr_bend, eyelids=config.expr_bend, eyes_pose=config.gaze_bend_rad,
+    )  # fmt: skip
+    shared = torch.ones(layout.shapes + 1, dtype=torch.float64)
+    shared[-1] = float(config.focal_sigma > 0)
+    return Limits(free, shared, bend.square().reciprocal(), low, high)

@@ -1,0 +1,245 @@
+"""Training pictures for the perception network: rendered people cut, turned and put before other backgrounds."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample, interpolate
+
+from geodiff4d.tracking.degrade import backgrounds, chance, hands, photographed, relight, shapes, uniform
+from geodiff4d.tracking.network import FINDER_STRIDE
+from geodiff4d.tracking.people import People
+
+HEAD_SCALE = (1.15, 1.9)
+"""Side of the crops over the side of the points' box."""
+FINDER_SIZE = 192
+
+
+@dataclass(frozen=True)
+class Crops:
+    """What the looker is trained on."""
+
+    images: Float[Tensor, "b 3 size size"]
+    points: Float[Tensor, "b points 2"]
+    """In crops."""
+    foreground: Float[Tensor, "b 1 half half"]
+    normal: Float[Tensor, "b 3 half half"]
+    """Times the foreground."""
+    clear: Float[Tensor, "b 1 half half"]
+    """0 where something stands before the person: neither foreground nor normals are asked for there."""
+    turn: Float[Tensor, "b 3 3"]
+    shape: Float[Tensor, "b shapes"]
+    face: Float[Tensor, " b"]
+    """1 where there is a face to be seen, 0 where there is not; the rest means nothing there."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the finder is trained on: whole small pictures of nobody, one or a few people."""
+
+    images: Float[Tensor, "b 3 size size"]
+    target: Float[Tensor, "b 6 rows columns"]
+    """As `Finder.forward`, with 1 for the logit at the cells of a head's centre."""
+    ignored: Bool[Tensor, "b rows columns"]
+    """Cells beside a centre, where either answer is fine."""
+
+
+def head_box(points: Float[Tensor, "*batch points 2"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
+    """Return centre and longer side of the points' box."""
+    low, high = points.amin(-2), points.amax(-2)
+    return (low + high) / 2, (high - low).amax(-1)
+
+
+class Scenes:
+    """Draws batches; every one is a function of (seed, step)."""
+
+    def __init__(self, people: People, shapes: int, seed: int = 0, spare: int = 192):
+        """Draw `spare` backgrounds: drawing them anew for every picture would take as long as the network."""
+        self.people, self.shapes, self.seed = people, shapes, seed
+        self.spare = backgrounds(spare, 256, torch.Generator().manual_seed(seed))
+
+    def _source(self, rows: np.ndarray) -> Tensor:
+        """Premultiplied pictures, normals, and alpha [n, 7, s, s]."""
+        order = np.argsort(rows)
+        back = np.argsort(order)
+        pick = lambda a: torch.from_numpy(a[rows[order]][back])  # noqa: E731
+        both = torch.cat([pick(self.people.rgb), pick(self.people.normal)], 1).float().mul_(1 / 127.5).sub_(1)
+        # Not torch's norm: over a strided axis it is ten times slower on a CPU.
+        alpha = (both[:, 3:4].square() + both[:, 4:5].square() + both[:, 5:].square()).sqrt_()
+        alpha = alpha.clamp_(max=1).mul_(alpha > 0.03)
+        both[:, 3:] *= alpha > 0
+        # On grey: (2 rgb − 1) + α is twice the premultiplied picture.
+        both[:, :3] = both[:, :3].add_(alpha).mul_(0.5).clamp_(min=0)
+        return torch.cat([both, alpha], 1)
+
+    def _behind(self, n: int, size: int, g: torch.Generator) -> Tensor:
+        """Draw backgrounds: some parts of the spare ones, turned and with colours changed."""
+        rows = torch.randint(len(self.spare), (n,), generator=g)
+        zoom = torch.exp(uniform(n, -1.2, 0.1, g))
+        shift = (torch.rand(n, 2, generator=g) * 2 - 1) * (1 - zoom[:, 0, 0]).clamp(min=0)
+        theta = _similarity(zoom.flatten(), uniform(n, -3, 3, g).flatten(), shift)
+        x = grid_sample(
+            self.spare[rows], affine_grid(theta, [n, 3, size, size], align_corners=False), padding_mode="reflection",
+            align_corners=False,
+        )  # fmt: skip
+        swap = torch.stack([torch.randperm(3, generator=g) for _ in range(n)])
+        x = x.gather(1, swap[:, :, None, None].expand_as(x))
+        return (x * uniform(n, 0.5, 1.3, g)).clamp(0, 1)
+
+    def crops(self, step: int, batch: int, size: int, augment: bool = True) -> Crops:
+        """Draw crops of heads, a seventh of them without one."""
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        rng = np.random.default_rng((self.seed, step))
+        rows = rng.integers(0, len(self.people), batch)
+        image = self._source(rows)
+        source = image.shape[-1]
+        points = torch.from_numpy(self.people.points[rows])
+        centre, side = head_box(points)
+        low, high = (math.log(s) for s in HEAD_SCALE)
+        scale = torch.exp(uniform(batch, low, high, g).flatten())
+        roll = 0.25 * torch.randn(batch, generator=g).clamp(-2.5, 2.5)
+        shift = 0.06 * torch.randn(batch, 2, generator=g).clamp(-2, 2)
+        theta = _similarity(
+            side * scale / source, roll, (centre + shift * side[:, None]) * 2 / source - 1
+        )  # fmt: skip
+        cut = _cut(image, theta, size)
+        rgb, normal, alpha = cut[:, :3], cut[:, 3:6], cut[:, 6:]
+        normal = _turned(normal, roll)
+        turn = _roll_matrix(roll) @ torch.from_numpy(self.people.turn[rows])
+        if augment:
+            rgb = relight(rgb, normal / alpha.clamp(min=0.05), g)
+        # Crops without anybody: the person is left out.
+        face = 1 - chance(batch, 0.14, g)
+        rgb, normal, alpha = rgb * face, normal * face, alpha * face
+        x = rgb + (1 - alpha) * self._behind(batch, size, g)
+        clear = torch.ones_like(alpha)
+        if augment:
+            x, clear = self._covered(x, g)
+            x = photographed(x, g)
+        half = lambda v: interpolate(v, scale_factor=0.5, mode="area")  # noqa: E731
+        placed = torch.einsum(
+            "bij,bpj->bpi", torch.linalg.inv(theta[:, :, :2]), points * 2 / source - 1 - theta[:, None, :, 2]
+        )
+        return Crops(
+            x.contiguous(memory_format=torch.channels_last), placed / 2 + 0.5, half(alpha), half(normal), half(clear),
+            turn, torch.from_numpy(self.people.shape[rows])[:, : self.shapes], face.flatten(),
+        )  # fmt: skip
+
+    def _covered(self, x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Put a hand or an object before some of the people."""
+        n, size = len(x), x.shape[-1]
+        held, thing = torch.zeros(2, n, 1, size, size)
+        rows = (torch.rand(n, generator=g) < 0.18).nonzero()[:, 0]
+        if len(rows):
+            held[rows] = hands(len(rows), size, g)
+            skin = torch.tensor([0.75, 0.52, 0.42])[:, None, None] * uniform(len(rows), 0.3, 1.25, g)
+            skin = skin * (0.8 + 0.3 * self._behind(len(rows), size, g))
+            x[rows] = torch.where(held[rows] > 0, skin, x[rows])
+        rows = (torch.rand(n, generator=g) < 0.14).nonzero()[:, 0]
+        if len(rows):
+            inside, colour = shapes(len(rows), size, g)
+            thing[rows] = inside.float()
+            x[rows] = torch.where(inside, colour, x[rows])
+        return x, (1 - held) * (1 - thing)
+
+    def pictures(self, step: int, batch: int) -> Pictures:
+        """Draw whole pictures: a fifth without a face, a fifth with two."""
+        g = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000_000)
+        rng = np.random.default_rng((self.seed, step, 1))
+        size, cells = FINDER_SIZE, FINDER_SIZE // FINDER_STRIDE
+        x = self._behind(batch, size, g)
+        target, ignored = torch.zeros(batch, 6, cells, cells), torch.zeros(batch, cells, cells, dtype=torch.bool)
+        count = torch.from_numpy(rng.choice([0, 1, 2], batch, p=[0.2, 0.6, 0.2]))
+        for k in range(2):
+            rows = rng.integers(0, len(self.people), batch)
+            image = self._source(rows)
+            source = image.shape[-1]
+            centre, side = head_box(torch.from_numpy(self.people.points[rows]))
+            there = (count > k)[:, None, None, None].float()
+            want = torch.exp(uniform(batch, math.log(18), math.log(150 if k == 0 else 50), g).flatten())
+            roll = torch.where(
+                chance(batch, 0.15, g) > 0, uniform(batch, -3.1, 3.1, g), 0.3 * torch.randn(batch, 1, 1, 1, generator=g)
+            ).flatten()
+            place = torch.rand(batch, 2, generator=g) * (size - want[:, None] * 0.8) + want[:, None] * 0.4
+            # Picture pixels to source pixels: about the head's centre, turned and scaled.
+            zoom = side / want
+            R = _roll_matrix(roll)[:, :2, :2]
+            offset = centre - torch.einsum("bij,bj->bi", R, place) * zoom[:, None]
+            theta = torch.cat([R * (zoom * size / source)[:, None, None], torch.zeros(batch, 2, 1)], 2)
+            middle = torch.einsum("bij,j->bi", R, torch.full((2,), size / 2)) * zoom[:, None] + offset
+            theta[:, :, 2] = middle * 2 / source - 1
+            cut = _cut(image, theta, size, border=False)
+            rgb, a = relight(cut[:, :3], cut[:, 3:6], g) * there, cut[:, 6:] * there
+            if k:
+                # The second person must not hide the first.
+                a, rgb = self._apart(a, rgb, target, place, want, there)
+                there = there * (a.flatten(1).amax(1) > 0)[:, None, None, None]
+            x = rgb + (1 - a) * x
+            _mark(target, ignored, place / FINDER_STRIDE, want, roll, there.flatten() > 0)
+        return Pictures(photographed(x, g).contiguous(memory_format=torch.channels_last), target, ignored)
+
+    @staticmethod
+    def _apart(
+        a: Tensor, rgb: Tensor, target: Tensor, place: Tensor, want: Tensor, there: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        keep = torch.ones(len(a), 1, 1, 1)
+        for i in range(len(a)):
+            at = target[i, 0].nonzero()
+            if len(at):
+                first = (at[0].flip(0) + 0.5) * FINDER_STRIDE
+                first_side = 64 * target[i, 3, at[0, 0], at[0, 1]].exp()
+                keep[i] = float((first - place[i]).norm() > 0.9 * (first_side + want[i]) / 2 * 1.6)
+        return a * keep, rgb * keep
+
+
+def _mark(target: Tensor, ignored: Tensor, place: Tensor, side: Tensor, roll: Tensor, there: Tensor) -> None:
+    """Write a head into the finder's target, in place; `place` is in cells."""
+    cells = target.shape[-1]
+    for i in there.nonzero()[:, 0].tolist():
+        cx, cy = place[i].tolist()
+        column, row = min(max(int(cx), 0), cells - 1), min(max(int(cy), 0), cells - 1)
+        ignored[i, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+        # Every cell whose centre is within a fifth of the head is a centre too: large heads are easier to learn so.
+        reach = max(0.2 * float(side[i]) / FINDER_STRIDE, 0.0)
+        for r in range(max(int(cy - reach), 0), min(int(cy + reach) + 1, cells)):
+            for c in range(max(int(cx - reach), 0), min(int(cx + reach) + 1, cells)):
+                if (r, c) != (row, column) and math.hypot(r + 0.5 - cy, c + 0.5 - cx) > reach:
+                    continue
+                target[i, :, r, c] = torch.tensor(
+                    [
+                        1.0,
+                        cx - c - 0.5,
+                        cy - r - 0.5,
+                        math.log(float(side[i]) / 64),
+                        math.cos(roll[i]),
+                        math.sin(roll[i]),
+                    ]
+                )
+                ignored[i, r, c] = False
+
+
+def _similarity(scale: Tensor, roll: Tensor, centre: Tensor) -> Float[Tensor, "n 2 3"]:
+    """Crop coordinates to the source's, both −1 to 1; the crop is turned by `roll` (clockwise as seen)."""
+    return torch.cat([_roll_matrix(roll)[:, :2, :2] * scale[:, None, None], centre[:, :, None]], 2)
+
+
+def _roll_matrix(roll: Float[Tensor, " n"]) -> Float[Tensor, "n 3 3"]:
+    """Rotation of image directions (x right, y down) by `roll`, as a 3 × 3 matrix."""
+    c, s, o = roll.cos(), roll.sin(), torch.zeros_like(roll)
+    return torch.stack([c, -s, o, s, c, o, o, o, torch.ones_like(o)], -1).unflatten(-1, (3, 3))
+
+
+def _cut(x: Tensor, theta: Tensor, size: int, border: bool = True) -> Tensor:
+    """Resample source images; a person's lower edge goes on downward, as shoulders do."""
+    grid = affine_grid(theta, [len(x), x.shape[1], size, size], align_corners=False)
+    return grid_sample(x, grid, padding_mode="border" if border else "zeros", align_corners=False)
+
+
+def _turned(normal: Float[Tensor, "n 3 h w"], roll: Float[Tensor, " n"]) -> Float[Tensor, "n 3 h w"]:
+    """Take normals (y up) into a crop that is turned by `roll`."""
+    c, s = roll.cos()[:, None, None], roll.sin()[:, None, None]
+    x, y, z = normal.unbind(1)
+    return torch.stack([c * x - s * y, s * x + c * y, z], 1)

@@ -1,0 +1,89 @@
+"""Where pictures come from: photographs and videos as streams of frames, their rate and their focal length."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.images import read_image
+from geodiff4d.core.video import read_video
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FULL_FRAME_DIAGONAL_MM = 43.27
+
+
+def is_video(source: Path) -> bool:
+    """Tell a video from a picture by its name, and by looking inside where the name says nothing.
+
+    Raises:
+        UserError: the source is missing or a directory.
+    """
+    if source.is_dir():
+        raise UserError(f"{source} is a directory: expected one picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
+    if not source.exists():
+        raise UserError(f"{source} does not exist: expected a picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
+    if source.suffix.lower() in PICTURES:
+        return False
+    from PIL import Image
+
+    try:
+        with Image.open(source):
+            return False
+    except Exception:
+        return True
+
+
+def frames_of(source: Path, limit: int | None) -> Iterator[Float[Tensor, "3 height width"]]:
+    """Stream a source's frames; a picture is one frame."""
+    if is_video(source):
+        yield from read_video(source, limit)
+    else:
+        yield read_image(source)
+
+
+def first_size(frames: Iterator[Tensor]) -> tuple[int, int]:
+    """Return (width, height) of the first frame."""
+    for frame in frames:
+        return frame.shape[2], frame.shape[1]
+    raise UserError("the video has no frames: expected at least one")
+
+
+def frame_rate(source: Path) -> float:
+    """Frames per second of a video, 24 where it does not say."""
+    import av
+
+    with av.open(str(source)) as container:
+        rate = container.streams.video[0].average_rate
+    return float(rate) if rate else 24.0
+
+
+def focal_length(
+    source: Path | None, width: int, height: int, given_px: float | None, assumed: float
+) -> tuple[float, str]:
+    """Return the focal length of the uncut image [px], and where it is from: given, exif or assumed.
+
+    EXIF states the focal length of a full-frame camera (43.27 mm diagonal) with the same field of view; without it the
+    longer side times `assumed` is taken.
+    """
+    if given_px is not None:
+        return given_px, "given"
+    equivalent = None if source is None else _exif_focal_mm(source)
+    if equivalent:
+        return equivalent / FULL_FRAME_DIAGONAL_MM * (width**2 + height**2) ** 0.5, f"exif ({equivalent:g} mm)"
+    return assumed * max(width, height), f"assumed ({assumed:g} × the longer side)"
+
+
+def _exif_focal_mm(source: Path) -> float | None:
+    if is_video(source):
+        return None
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(source) as image:
+            value = float(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
+    except Exception:
+        # Damaged EXIF is no reason to refuse a picture.
+        return None
+    return value if 5 < value < 2000 else None
