@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -24,20 +24,23 @@ class Batch:
 
     reference: Float[Tensor, "b c h w"]
     """RGB latents of the portraits."""
-    reference_pose: Float[Tensor, "b c h w"]
+    reference_pose: Float[Tensor, "b p h w"]
     target: Float[Tensor, "b d c t h w"]
-    pose: Float[Tensor, "b c t h w"]
+    pose: Float[Tensor, "b p t h w"]
     """Pose maps of the targets, encoded."""
     warp: Float[Tensor, "b 3 t height width"]
     visibility: Float[Tensor, "b 2 t height width"]
     """Where the portrait itself shows the point, and where the head is at all."""
     crops: Float[Tensor, "b t 3 size size"]
     """Driving crops in [0, 1]."""
-    weight: Float[Tensor, "b 1 1 t h w"]
-    """Weight of each latent cell in the loss, mean 1."""
+    weight: Float[Tensor, "b domains 1 t h w"]
+    """Weight of each latent cell in the loss, mean 1; one for both domains, or one each."""
+    valid: Bool[Tensor, "b t"] | None = None
+    """Frames that do not merely pad a clip; None means all."""
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class WeightConfig:
     background: float = 0.1
     foreground: float = 1.0
     focus: float = 3.0
+
+
+UNIFORM = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
+"""The paper's loss."""
 
 
 def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32) -> np.ndarray:
@@ -75,6 +82,11 @@ class Batches:
         """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
         self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
+
+    @property
+    def targets(self) -> int:
+        """Targets of a batch."""
+        return self.pairs.references * self.pairs.targets
 
     def __getitem__(self, index: int) -> Batch:
         p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)

@@ -63,6 +63,9 @@ class TemporalModule(nn.Module):
         if layout.frames > MAX_FRAMES:
             raise UserError(f"a window has {layout.frames} frames: expected at most {MAX_FRAMES}; use shorter windows")
         h, w = x.shape[-2:]
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # torch's channels-last group norm crashes in backward if its input needs no gradient (2.13, CPU).
+            x = x.contiguous()
         y = rearrange(self.norm(x), "(b t) c h w -> (b h w) t c", t=layout.frames)
         valid = None
         if layout.valid is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,11 +23,12 @@ from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimise
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import Store
 from geodiff4d.video.attention import MultiHead
-from geodiff4d.video.batches import Batch, Batches, WeightConfig
+from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
+from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.unet import Resnet
-from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
+from geodiff4d.video.vae import PatchCodec, PatchCodecConfig, StableCodec
 from geodiff4d.video.warm_start import warm_start
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -67,10 +68,12 @@ class ImageTraining:
     drop_expression: float = 0.1
     """S-A.1."""
     drop_warp: float = 0.15
-    weights: WeightConfig = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
+    weights: WeightConfig = UNIFORM
     """What a latent cell counts, by what it shows; the paper's loss is uniform."""
     timestep_power: float = 1.0
     """t = 1000 u^power: 1 is uniform, below 1 favours high noise."""
+    parts: Literal["all", "temporal"] = "all"
+    """What is trained: everything (stage 1), or temporal modules alone (stage 2, as in AnimateAnyone's recipe)."""
     warm_start: int = 0
     """Steps of regressing the known motion before denoising starts (`video/warm_start.py`; the paper has none)."""
     autocast: bool = True
@@ -177,8 +180,8 @@ class Objective(nn.Module):
         kv = model.reference_kv(batch.reference, batch.reference_pose)
         z = batch.target[:, :d]
         z_t = model.diffusion.add_noise(z, noise, t)
-        clean = model.predict_clean(z_t, t, conditions, latent, kv)
-        error = (clean - z).square() * batch.weight * model.diffusion.loss_weight(t)
+        clean = model.predict_clean(z_t, t, conditions, latent, kv, batch.valid)
+        error = (clean - z).square() * batch.weight[:, :d] * model.diffusion.loss_weight(t)
         return error.mean((0, 2, 3, 4, 5))
 
 
@@ -208,12 +211,19 @@ def residual_std(batches: Batches, model: VideoModel, n: int = 8) -> tuple[float
 
 
 def train_image(
-    run: Path, model_config: VideoModelConfig, codec: PatchCodec, batches: Batches, config: ImageTraining,
-    val: Batches | None = None, start: dict[str, Tensor] | None = None, progress: Progress = lambda *a: None,
+    run: Path, model_config: VideoModelConfig, codec: PatchCodec | StableCodec, batches: Batches | MixedBatches,
+    config: ImageTraining, val: Batches | MixedBatches | None = None, start: dict[str, Tensor] | None = None,
+    progress: Progress = lambda *a: None,
 ) -> VideoModel:  # fmt: skip
-    """Train stage 1 and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
+    """Train the denoiser and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
 
-    `start` holds weights to continue from (an EMA of an earlier run); its optimiser starts afresh.
+    Stage 1 takes batches of images. Stage 2 takes batches of clips, a model with temporal modules, and `start`.
+
+    Args:
+        start: weights to continue from (an EMA of an earlier run); the optimiser starts afresh.
+
+    Raises:
+        UserError: the run folder is another configuration's, or the loss is not finite.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -231,11 +241,16 @@ def train_image(
     if accelerator.device.type == "cpu":
         _channels_last(model)
     model = model.to(accelerator.device)
-    slow = [p for n in ("unet", "reference") for p in getattr(model, n).parameters()]
-    groups = [
-        {"params": slow, "factor": 1.0},
-        {"params": list(model.expression.parameters()), "factor": config.expression_lr},
+    if config.parts == "temporal":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".temporals." in name)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n in names for p in getattr(model, n).parameters() if p.requires_grad], "factor": factor}
+        for names, factor in ((("unet", "reference"), 1.0), (("expression",), config.expression_lr))
     ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise UserError("the model has no temporal modules to train: give it some (UNetConfig.temporal_layers)")
     optimiser = torch.optim.AdamW(groups, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True)
     objective, prepared = accelerator.prepare(Objective(model), optimiser)
     ema = {k: v.detach().clone() for k, v in _trained(model).items()}
@@ -247,7 +262,7 @@ def train_image(
         )
         ema = {k: tensors[f"ema.{k}"].to(v) for k, v in ema.items()}
         restore_optimiser(optimiser, tensors)
-    elif config.warm_start:
+    elif config.warm_start and isinstance(batches, Batches):
         warm_start(
             model.expression, batches, config.warm_start, config.autocast,
             lambda step, total, record: progress(0, config.steps, record),
@@ -255,7 +270,7 @@ def train_image(
         ema = {k: v.detach().clone() for k, v in _trained(model).items()}
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    clock = _Clock(first, config)
+    clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["factor"] * _rate(step, config)
@@ -284,7 +299,7 @@ def train_image(
         if accelerator.is_main_process and logs:
             record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
             record |= {f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)}
-            record |= clock.at(step, ranks)
+            record |= clock.at(step)
             folder.log(record)
             progress(step, config.steps, record)
         if accelerator.is_main_process and saves:
@@ -316,19 +331,22 @@ def _check_finite(loss: Tensor, norm: Tensor | float | None, step: int, folder: 
 class _Clock:
     """Throughput and time to go, measured over this process's own steps."""
 
-    def __init__(self, first: int, config: ImageTraining):
-        self.first, self.config, self.started = first, config, time.monotonic()
+    def __init__(self, first: int, steps: int, targets: int):
+        """`targets` is how many a step sees, over all processes."""
+        self.first, self.steps, self.targets, self.started = first, steps, targets, time.monotonic()
 
-    def at(self, step: int, ranks: int) -> dict[str, float]:
+    def at(self, step: int) -> dict[str, float]:
         """Return targets per second and seconds left after a step."""
         seconds = (time.monotonic() - self.started) / (step + 1 - self.first)
-        c = self.config
-        targets = c.pairs.references * c.pairs.targets * c.accumulate * ranks
-        return {"targets_per_second": round(targets / seconds, 1), "eta": round(seconds * (c.steps - step - 1))}
+        return {
+            "targets_per_second": round(self.targets / seconds, 1), "eta": round(seconds * (self.steps - step - 1))
+        }  # fmt: skip
 
 
 @torch.no_grad()
-def validate(model: VideoModel, ema: dict[str, Tensor], val: Batches, mixed: bool, n: int = 4) -> dict[str, float]:
+def validate(
+    model: VideoModel, ema: dict[str, Tensor], val: Batches | MixedBatches, mixed: bool, n: int = 4
+) -> dict[str, float]:
     """Measure the averaged model's clean-latent error on held-out subjects, with and without expression."""
     current = {k: v.detach().clone() for k, v in _trained(model).items()}
     model.load_state_dict(ema, strict=False)

@@ -1,0 +1,77 @@
+"""Training batches from a mixture of footage: examples are decoded, encoded by the codec and weighted as they come."""
+
+from dataclasses import fields, replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, interpolate, max_pool2d
+
+from geodiff4d.data.mixture import Example, Mixture, collate
+from geodiff4d.video.batches import UNIFORM, Batch, WeightConfig
+from geodiff4d.video.vae import PatchCodec, StableCodec
+
+
+class MixedBatches:
+    """Batches by index, like `Batches`: batch `i` holds the mixture's samples `i·size` to `(i+1)·size − 1`.
+
+    So the batches that all processes take in one step are one range of samples, however many processes there are.
+    """
+
+    def __init__(
+        self, mixture: Mixture, codec: PatchCodec | StableCodec, size: int,
+        weights: WeightConfig = UNIFORM, encoded_pose: bool = False,
+    ):  # fmt: skip
+        """`size` is references per batch; `encoded_pose` as in `Batches`."""
+        self.mixture, self.codec, self.size = mixture, codec, size
+        self.weights, self.encoded_pose = weights, encoded_pose
+
+    @property
+    def targets(self) -> int:
+        """Targets of a batch."""
+        return self.size * self.mixture.config.frames
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.encode(collate([self.mixture[i] for i in range(index * self.size, (index + 1) * self.size)]))
+
+    @torch.no_grad()
+    def encode(self, e: Example) -> Batch:
+        """Turn decoded examples into latents, conditions and weights, on the codec's device."""
+        device = next(iter(self.codec.buffers()), torch.empty(0)).device
+        e = replace(e, **{f.name: v.to(device) for f in fields(Example) if (v := getattr(e, f.name)) is not None})
+        rgb, normal = (self._latents(x) for x in (e.rgb, e.normal))
+        side = rgb.shape[-1]
+        small = "b t c h w -> b c t h w"
+        # A mixture without warp is for models that do not look at it.
+        warp = torch.zeros_like(e.rgb) if e.warp is None else e.warp
+        visibility = torch.zeros_like(e.rgb[:, :, :2]) if e.visibility is None else e.visibility
+        return Batch(
+            reference=self.codec.encode(e.reference), reference_pose=self._pose(e.reference_pose[:, None], side)[:, 0],
+            target=rearrange([rgb, normal], "d b t c h w -> b d c t h w"),
+            pose=rearrange(self._pose(e.pose, side), small),
+            warp=rearrange(warp, small), visibility=rearrange(visibility, small),
+            crops=e.driving, weight=self._weight(e, side), valid=e.valid,
+        )  # fmt: skip
+
+    def _latents(self, images: Float[Tensor, "b t 3 height width"]) -> Float[Tensor, "b t c h w"]:
+        return self.codec.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
+    def _pose(self, images: Float[Tensor, "b t 3 height width"], side: int) -> Float[Tensor, "b t p h w"]:
+        if self.encoded_pose:
+            return self._latents(images)
+        small = interpolate(images.flatten(0, 1) * 2 - 1, size=(side, side), mode="area")
+        return small.unflatten(0, images.shape[:2])
+
+    def _weight(self, e: Example, side: int) -> Float[Tensor, "b d 1 t h w"]:
+        """Weigh cells by what they show; padding and normals that no one knows count nothing."""
+
+        def cells(x: Float[Tensor, "b t 1 height width"]) -> Float[Tensor, "b t h w"]:
+            return adaptive_avg_pool2d(x[:, :, 0], side)
+
+        w = self.weights
+        focus = max_pool2d(cells(e.focus), 3, 1, 1)
+        weight = w.background + w.foreground * cells(e.mask) + w.focus * focus
+        weight = weight / weight[e.valid].mean() * e.valid[:, :, None, None]
+        known = torch.stack([torch.ones_like(e.has_normal), e.has_normal], 1)
+        return weight[:, None, None] * known[:, :, None, :, None, None]
