@@ -29,6 +29,18 @@ def codec() -> PatchCodec:
     return codec.eval()
 
 
+@torch.no_grad()
+def test_channels_count_as_they_show_in_pixels():
+    """Orthonormal components: the pixels' squared error is the weighted sum of the channels'."""
+    codec = PatchCodec(PatchCodecConfig(factor=4, channels=5, trunk=8, detail=8))
+    codec.fit_basis(torch.rand(32, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    a, b = torch.randn(2, 3, 5, 4, 4, generator=torch.Generator().manual_seed(1))
+    pixels = (codec.decode_linear(a) - codec.decode_linear(b)).square().sum((1, 2, 3))
+    latents = ((a - b).square() * codec.visibility[:, None, None]).sum((1, 2, 3))
+    assert_close(latents / latents[0], pixels / pixels[0])
+    assert_close(codec.visibility.mean(), torch.tensor(1.0))
+
+
 def test_the_basis_is_orthonormal_and_latents_have_unit_variance(codec):
     assert_close(codec.basis.mT @ codec.basis, torch.eye(6), atol=1e-5, rtol=0)
     z = codec.encode(smooth_images(64))

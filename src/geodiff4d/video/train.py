@@ -167,7 +167,11 @@ class Objective(nn.Module):
     def forward(
         self, batch: Batch, t: Int[Tensor, " b"], noise: Tensor, drop_expression: Tensor, keep_warp: Tensor
     ) -> Float[Tensor, " d"]:
-        """Return the weighted error of the predicted clean latents, per domain."""
+        """Return the weighted error of the predicted clean latents, per domain.
+
+        Channels count as they show in pixels: in a principal-component code most channels hold detail that no one can
+        predict, and would drown what moves a mouth.
+        """
         model = self._model[0]
         d = len(model.config.domains)
         b = len(batch.crops)
@@ -181,7 +185,8 @@ class Objective(nn.Module):
         z = batch.target[:, :d]
         z_t = model.diffusion.add_noise(z, noise, t)
         clean = model.predict_clean(z_t, t, conditions, latent, kv, batch.valid)
-        error = (clean - z).square() * batch.weight[:, :d] * model.diffusion.loss_weight(t)
+        seen = model.codec.visibility[None, None, :, None, None, None]
+        error = (clean - z).square() * seen * batch.weight[:, :d] * model.diffusion.loss_weight(t)
         return error.mean((0, 2, 3, 4, 5))
 
 
@@ -199,7 +204,7 @@ def initialise(model: VideoModel) -> None:
 
 @torch.no_grad()
 def residual_std(batches: Batches, model: VideoModel, n: int = 8) -> tuple[float, float]:
-    """Measure the deviation of `z - base` per domain, weighted as the loss is."""
+    """Measure the deviation of `z - base` per domain, cells weighted as the loss does."""
     total, count = torch.zeros(2), 0
     for i in range(n):
         b = batches[10**9 + i]

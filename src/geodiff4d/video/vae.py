@@ -26,6 +26,11 @@ class Codec(Protocol):
     channels: int
     factor: int
 
+    @property
+    def visibility(self) -> Float[Tensor, " c"]:
+        """How much a squared error in each latent channel shows in pixels, mean 1."""
+        ...
+
     def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]: ...
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]: ...
 
@@ -107,6 +112,11 @@ class PatchCodec(nn.Module):
         self.basis.copy_(vectors[:, order])
         self.scale.copy_(scale)
 
+    @property
+    def visibility(self) -> Float[Tensor, " c"]:
+        """How much a squared error in each latent channel shows in pixels, mean 1 (the basis is orthonormal)."""
+        return self.scale.square() / self.scale.square().mean()
+
     def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Project images in [0, 1]; height and width must be multiples of the factor."""
         patches = rearrange(pixel_unshuffle(images * 2 - 1, self.factor), "n p h w -> n h w p")
@@ -146,6 +156,11 @@ class StableCodec(nn.Module):
         self.channels = int(self.vae.config.latent_channels)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scaling = float(self.vae.config.scaling_factor)
+
+    @property
+    def visibility(self) -> Float[Tensor, " c"]:
+        """Stable Diffusion's loss treats its channels alike."""
+        return torch.ones(self.channels, device=self.vae.device)
 
     def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Encode in chunks, so that memory does not grow with the clip."""
