@@ -26,7 +26,7 @@ from geodiff4d.heads import load_head
 from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
-from geodiff4d.video.generate import Portrait, generate
+from geodiff4d.video.generate import Portrait, complete_portrait, condition_images, generate, moved_by
 from geodiff4d.video.model import (
     ConditionImages,
     Conditions,
@@ -40,7 +40,7 @@ from geodiff4d.video.sample import SampleConfig, sample
 from geodiff4d.video.train import ImageTraining, Objective, train_image
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
-from geodiff4d.video.warm_start import REGIONS, fit_motion_code, warm_start
+from geodiff4d.video.warm_start import REGIONS, fit_motion_code, fit_motion_readout, warm_start
 from geodiff4d.video.windows import plan_windows, runs_of
 
 GOLDEN = Path(__file__).parent / "golden" / "image_loss.txt"
@@ -447,6 +447,28 @@ def test_a_portrait_is_driven(codec, name):
         assert not torch.equal(own.rgb, made.rgb)
 
 
+@torch.no_grad()
+def test_the_warped_portrait_moves_as_the_latents_say(codec):
+    head = load_head("openhead")
+    n = len(head.expression_names)
+    model = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=n + 3)), codec)
+    readout = model.expression.to_motion
+    readout.weight.zero_()
+    readout.bias.zero_()[head.expression_names.index("jawOpen")] = 1.0
+    views, neutral, latents = cameras(head, -0.3, 0.4), head.neutral(2), torch.ones(1, 2, 8)
+    moved, null = (moved_by(model, head, neutral, x) for x in (latents, torch.zeros_like(latents)))
+    assert moved.expr.sum() == 2 and moved.expr.argmax(1).tolist() == [readout.bias.argmax()] * 2
+    assert null.expr.abs().max() == 0 == null.jaw_pose.abs().max()
+    g = torch.Generator().manual_seed(0)
+    portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), views[0], head.neutral())
+    texture = complete_portrait(head, portrait)
+    still, open_mouth, same = (condition_images(head, texture, neutral, views, m) for m in (None, moved, null))
+    assert torch.equal(still.pose, open_mouth.pose) and torch.equal(still.warp, same.warp)
+    assert (still.warp - open_mouth.warp).abs().max() > 0.05
+    other = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=7)), codec)
+    assert moved_by(other, head, neutral, latents) is None, "read out for a head of other expressions"
+
+
 # Pairs and augmentation
 
 
@@ -679,6 +701,23 @@ def test_motion_codes_keep_what_moves():
     looked = moved(eyes_pose=torch.full_like(head.neutral(1).eyes_pose, 0.2))
     assert looked[-4:].abs().min() > 0.5 > looked[: ends[1]].norm()
     assert moved(rotation=torch.ones(1, 3), shape=torch.ones_like(head.neutral(1).shape)).norm() == 0
+
+
+@torch.no_grad()
+def test_the_readout_is_the_best_linear_guess(batches):
+    torch.manual_seed(0)
+    encoder = ExpressionEncoder(replace(EMBEDDED.expression, motion=55))
+    plain = Batches(batches.store, batches.latents, batches.pairs, augment=None)
+    assert (encoder.motion(torch.randn(2, 8)) == 0).all(), "it says nothing before it is fitted"
+    fit_motion_readout(encoder, plain, ridge=1e-6)
+    crops, row = plain.drivers(999, 64)
+    motion = batches.store.motion()
+    truth = torch.cat([motion.expr, motion.jaw_pose], 1)[row]
+    guess = encoder.to_motion(encoder(crops))
+    assert (guess - truth).square().mean() < 0.5 * truth.var(0).mean()
+    assert encoder.motion(encoder(crops))[:, :-3].min() >= 0
+    assert (encoder.motion(torch.zeros(1, 8)) == 0).all(), "the null expression moves nothing"
+    assert not encoder.to_motion.weight.requires_grad
 
 
 def test_a_warm_encoder_knows_what_the_store_shows(batches):

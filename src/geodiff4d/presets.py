@@ -54,12 +54,14 @@ def _small(
     return VideoModelConfig(
         unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),
         reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),
-        expression=ExpressionConfig(size=crop, widths=encoder),
+        expression=ExpressionConfig(size=crop, widths=encoder, motion=OPENHEAD_MOTION),
         diffusion=DiffusionConfig(prediction="residual"),
         size=size, pose="codec", warp=True,
     )  # fmt: skip
 
 
+OPENHEAD_MOTION = 52 + 3
+"""Coefficients that the embedded encoder is read out to: OpenHead's expressions and the jaw."""
 DEBUG_CODEC = PatchCodecConfig(factor=8, channels=16, trunk=16, detail=8)
 EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=96, trunk=48)
 

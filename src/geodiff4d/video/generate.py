@@ -81,18 +81,36 @@ def complete_portrait(head: Head, portrait: Portrait) -> CompletedHead:
     return complete(head, portrait.on_grey, vertices, portrait.camera, portrait.mask, TEXELS)
 
 
-def condition_images(head: Head, portrait: CompletedHead, params: HeadParams, cameras: Camera) -> ConditionImages:
-    """Draw pose map, warped portrait and its visibility for every target frame, all at zero expression."""
+def condition_images(
+    head: Head, portrait: CompletedHead, params: HeadParams, cameras: Camera, moved: HeadParams | None = None
+) -> ConditionImages:
+    """Draw pose map, warped portrait and its visibility for every target frame.
+
+    The pose map is at zero expression, and so is the warped portrait, unless `moved` says what the latents say.
+    """
     still = head.pose(params.without_expression())
     fragments = rasterize(still.vertices, head.faces, cameras)
     normals, mask = render_normals(still, cameras, fragments)
+    shown = mask
+    if moved is not None:
+        fragments = rasterize(head.pose(moved).vertices, head.faces, cameras)
+        shown = (fragments.face_index >= 0)[:, None].float()
     colour, visible = sample_completed(portrait, fragments)
-    warp = composite(colour, mask)
+    warp = composite(colour, shown)
     to_clip = "t c h w -> 1 c t h w"
     return ConditionImages(
         rearrange(encode_normals(normals, mask), to_clip), rearrange(warp, to_clip),
-        rearrange(torch.cat([visible, mask], 1), to_clip),
+        rearrange(torch.cat([visible, shown], 1), to_clip),
     )  # fmt: skip
+
+
+def moved_by(model: VideoModel, head: Head, params: HeadParams, latents: Float[Tensor, "1 t f"]) -> HeadParams | None:
+    """Give heads the expression that the latents say, if the model can read it off for this head."""
+    coefficients = model.expression.config.motion
+    if coefficients != len(head.expression_names) + 3:
+        return None
+    motion = model.expression.motion(latents)[0]
+    return replace(params.without_expression(), expr=motion[:, :-3], jaw_pose=motion[:, -3:])
 
 
 @torch.no_grad()
@@ -130,10 +148,11 @@ def generate(
     start = None
     if config.start != "noise":
         start = _start(model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, config)
-    conditions = _conditions(model, head, texture, params, cameras, config.chunk)
     driven = null if drop_expression else latents
+    moved = moved_by(model, head, params, driven)
+    conditions = _conditions(model, head, texture, params, cameras, moved, config.chunk)
     z = sample(model, conditions, driven, kv, start, config, progress, runs_of(cameras))
-    images = _decode(model, z, head, texture, params, cameras, config)
+    images = _decode(model, z, head, texture, params, cameras, moved, config)
     rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
     if not model.config.normals:
         mask = torch.ones_like(rgb[:, :1])
@@ -162,13 +181,15 @@ def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[T
 
 
 def _conditions(
-    model: VideoModel, head: Head, texture: CompletedHead, params: HeadParams, cameras: Camera, chunk: int
-) -> Conditions:
+    model: VideoModel, head: Head, texture: CompletedHead, params: HeadParams, cameras: Camera,
+    moved: HeadParams | None, chunk: int,
+) -> Conditions:  # fmt: skip
     """Draw and encode the conditions chunk by chunk, so that full-size images never exist for the whole clip."""
     parts = []
     for first in range(0, params.batch[0], chunk):
         part = slice(first, first + chunk)
-        parts.append(model.conditions(condition_images(head, texture, params[part], cameras[part])))
+        here = None if moved is None else moved[part]
+        parts.append(model.conditions(condition_images(head, texture, params[part], cameras[part], here)))
     return Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
 
 
@@ -179,6 +200,7 @@ def _decode(
     texture: CompletedHead,
     params: HeadParams,
     cameras: Camera,
+    moved: HeadParams | None,
     config: SampleConfig,
 ) -> Float[Tensor, "1 d 3 t height width"]:
     """Decode chunk by chunk and give back the conditions' detail, if asked for."""
@@ -187,7 +209,8 @@ def _decode(
         part = slice(first, first + config.chunk)
         images = model.decode_latents(z[:, :, :, part])
         if config.detail > 0 and model.config.warp:
-            known = condition_images(head, texture, params[part], cameras[part])
+            here = None if moved is None else moved[part]
+            known = condition_images(head, texture, params[part], cameras[part], here)
             assert known.warp is not None
             assert known.visibility is not None
             # The portrait's own pixels for RGB, the head's surface for normals.

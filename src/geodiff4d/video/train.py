@@ -29,7 +29,7 @@ from geodiff4d.video.model import ConditionImages, VideoModel, VideoModelConfig
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.unet import Resnet
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig, StableCodec
-from geodiff4d.video.warm_start import warm_start
+from geodiff4d.video.warm_start import fit_motion_readout, warm_start
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
@@ -316,6 +316,10 @@ def train_image(
             folder.log(record)
             progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
+    if model_config.expression.motion and isinstance(batches, Batches):
+        fit_motion_readout(model.expression, batches)
+        if accelerator.is_main_process:
+            model.save(folder.path / "model")
     return model.eval()
 
 
