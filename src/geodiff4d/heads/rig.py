@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.topology import vertex_normals
 
@@ -177,7 +178,7 @@ class Head:
         """Apply identity, expression and joints. Differentiable in every parameter.
 
         Raises:
-            ValueError: a parameter's size does not fit this head.
+            UserError: a parameter's size does not fit this head.
 
         Example:
             >>> head.pose(head.neutral(2)).vertices.shape[0]
@@ -186,8 +187,9 @@ class Head:
         for name, basis in (("shape", self.shape_basis), ("expr", self.expr_basis)):
             if getattr(params, name).shape[-1] != basis.shape[-1]:
                 got = getattr(params, name).shape[-1]
-                raise ValueError(
-                    f"{self.name} has {basis.shape[-1]} {name} coefficients, got {got}: parameters of another head?"
+                raise UserError(
+                    f"{self.name} has {basis.shape[-1]} {name} coefficients, got {got}: parameters of another head? "
+                    "Give the head they were tracked with"
                 )
         shaped = self.shape(params)
         angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *params.eyes_pose.split(3, -1)], -2)
