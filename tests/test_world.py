@@ -55,6 +55,17 @@ def test_same_seed_same_bytes(subject, frames):
     assert (alone.rgb - frames.rgb[1]).abs().max() < 1e-3
 
 
+def test_kernels_draw_what_torch_draws(subject):
+    """The Numba kernels and the torch renderer share no code: two oracles for each other."""
+    expr, jaw, eyes = random_expression(0, 2)
+    params = subject.params(expr, jaw_pose=jaw, eyes_pose=eyes)
+    ours, theirs = (subject.render(params, random_cameras(2, 0, SIZE), backend=b) for b in ("numba", "torch"))
+    for name, most in (("rgb", 0.02), ("normal", 0.05), ("mask", 0.01)):
+        error = (getattr(ours, name) - getattr(theirs, name)).abs()
+        # A strand's sample may fall to either side of its edge.
+        assert error.mean() < 0.002 and error.flatten().quantile(0.99) < most, name
+
+
 def test_splits_share_nobody(subject):
     other = SyntheticSubject(3, "test")
     assert (other.tracked_shape - subject.tracked_shape).norm() > 1

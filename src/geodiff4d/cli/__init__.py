@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "train": ("geodiff4d.cli.train", "train the codec or the image model"),
+    "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
 }
 

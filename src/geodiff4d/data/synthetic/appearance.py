@@ -13,18 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic.bust import STRIP_ROWS
-from geodiff4d.data.synthetic.canvas import TEXTURE_SIZE, Canvas, canvas, noise, polyline, smoothstep
+from geodiff4d.data.synthetic import atlas
+from geodiff4d.data.synthetic.canvas import Canvas, canvas, noise, polyline, smoothstep
 from geodiff4d.data.synthetic.hair import HairStyle, angles, hairline
 from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS, to_linear
 from geodiff4d.data.synthetic.stage import vivid
 
-HAIR_ROWS = 192
-"""The hair's part of the texture lies below the atlas and the skirt's strip."""
-HAIR_TOP = TEXTURE_SIZE + STRIP_ROWS
-TEXTURE_HEIGHT = HAIR_TOP + HAIR_ROWS
 RANDOMISED_SHARE = 0.3
 
+SHELL_TONE = (0.72, 0.92, 1.08)
+"""Inner hair is in the shade of the outer."""
+SHELL_DENSITY = (9.0, 0.75, -0.45)
+"""How many strands each shell shows, in standard deviations."""
+SHELL_RAGGED = (0.06, 0.12, 0.25)
 BARE = torch.tensor([0.80, 0.585, 0.475])
 MELANIN = torch.tensor([2.05, 2.60, 2.95])
 HAEMOGLOBIN = torch.tensor([0.10, 0.55, 0.45])
@@ -58,6 +59,8 @@ class Traits:
     age: float
     makeup: float
     randomised: bool
+    tips: Float[Tensor, "3"] | None
+    """Another colour toward the ends of the hair."""
 
 
 def draw_traits(rng: np.random.Generator) -> Traits:
@@ -86,6 +89,7 @@ def draw_traits(rng: np.random.Generator) -> Traits:
         age=age,
         makeup=float(u(0.3, 1)) if not man and rng.random() < 0.6 else 0.0,
         randomised=randomised,
+        tips=to_linear(vivid(rng)) if randomised and rng.random() < 0.4 else None,
     )
 
 
@@ -96,7 +100,7 @@ class Paint:
     colour: Float[Tensor, "texels 3"]
     gloss: Float[Tensor, " texels"]
     bump: Float[Tensor, "texels 3"]
-    hairy: Float[Tensor, " texels"]
+    opacity: Float[Tensor, " texels"]
 
     def mix(self, colour: Tensor, amount: Tensor) -> None:
         self.colour = torch.lerp(self.colour, colour.expand_as(self.colour), amount[:, None].clamp(0, 1))
@@ -125,8 +129,20 @@ def paint_subject(
     _brows(c, paint, traits, generator(*key, "brows"))
     _scalp(c, paint, traits, style, bank, generator(*key, "hair"))
     _clothes(c, paint, traits, bank, generator(*key, "clothes"))
-    texels = torch.cat([paint.colour.clamp(0.002, 0.95), paint.gloss[:, None], paint.bump, paint.hairy[:, None]], 1)
-    return torch.cat([texels[c.fill], hair_texture(traits, style, generator(*key, "strands"))])
+    texels = torch.cat([paint.colour.clamp(0.002, 0.95), paint.gloss[:, None], paint.bump, paint.opacity[:, None]], 1)
+    out = torch.empty(atlas.TEXTURE_HEIGHT, atlas.TEXTURE_SIZE, TEXTURE_CHANNELS)
+    flat = out.view(-1, TEXTURE_CHANNELS)
+    torch.index_select(texels, 0, c.fill, out=flat[: len(c.fill)])
+    strands = generator(*key, "strands")
+    for shell in range(atlas.SHELLS):
+        top = atlas.HAIR_TOP + shell * atlas.SHELL_ROWS
+        out[top : top + atlas.SHELL_ROWS] = hair_texture(traits, style, shell, strands)
+    extra = out[atlas.EXTRA_TOP :]
+    extra[:] = 0
+    extra[..., 7] = 1
+    extra[:, : atlas.EYE_COLUMNS, :3] = eye_colour(atlas.eye_directions(), traits).view(atlas.EXTRA_ROWS, -1, 3)
+    extra[:, : atlas.EYE_COLUMNS, 3] = 0.05
+    return flat
 
 
 def _gauss(c: Canvas, centre: tuple[float, float, float], radius: float, mirror: bool = True) -> Tensor:
@@ -160,7 +176,7 @@ def _skin(c: Canvas, traits: Traits, bank: dict[int, Tensor], rng: np.random.Gen
     forehead = smoothstep(0.05, 0.065, c.position[:, 1]) * smoothstep(0.04, 0.07, c.position[:, 2])
     lines = torch.sin(c.position[:, 1] * 2 * np.pi / 0.011 + 1.5 * bank[40][:, 0] + 0.5 * bank[18][:, 0])
     bump[:, 1] += (0.22 * max(0.0, traits.age - 0.35)) * forehead * lines
-    return Paint(colour, gloss.clone(), bump, torch.zeros(len(colour)))
+    return Paint(colour, gloss.clone(), bump, torch.ones(len(colour)))
 
 
 def _patterns(c: Canvas, paint: Paint, rng: np.random.Generator) -> None:
@@ -346,11 +362,14 @@ def cloth_cover(position: Float[Tensor, "n 3"], rng: np.random.Generator) -> Flo
     return smoothstep(0.0, 0.010, line - y)
 
 
-def hair_texture(traits: Traits, style: HairStyle, rng: np.random.Generator) -> Float[Tensor, "texels 8"]:
-    """Strands: fine across, smooth along; darker roots, a few lighter streaks; curly hair is blotchy instead."""
-    width, rows = TEXTURE_SIZE, HAIR_ROWS
-    fine = rng.normal(size=(12, width)) if style.kind != "curly" else rng.normal(size=(rows, width))
-    medium, streaks = rng.normal(size=(6, width // 4)), rng.normal(size=(3, width // 12))
+def hair_texture(
+    traits: Traits, style: HairStyle, shell: int, rng: np.random.Generator
+) -> Float[Tensor, "rows columns 8"]:
+    """Strands: fine across, smooth along; darker roots, lighter streaks; outer shells are sparse and ragged."""
+    width, rows = atlas.TEXTURE_SIZE, atlas.SHELL_ROWS
+    curly = style.kind == "curly"
+    fine = rng.normal(size=(rows // 2 if curly else 8, width // 2 if curly else width))
+    medium, streaks, ends = rng.normal(size=(6, width // 4)), rng.normal(size=(3, width // 12)), rng.normal(size=width)
 
     def spread(x: np.ndarray) -> Tensor:
         image = torch.from_numpy(x.astype(np.float32))[None, None]
@@ -358,18 +377,22 @@ def hair_texture(traits: Traits, style: HairStyle, rng: np.random.Generator) -> 
 
     f, m, s = spread(fine), spread(medium), spread(streaks)
     v = torch.linspace(0, 1, rows)[:, None]
-    tone = torch.exp(0.30 * f + 0.28 * m + 0.12 * s) * (0.7 + 0.35 * smoothstep(0.0, 0.5, v))
+    tone = torch.exp(0.26 * f + 0.24 * m + 0.12 * s) * (0.66 + 0.34 * smoothstep(0.0, 0.5, v)) * SHELL_TONE[shell]
     colour = traits.hair_colour * tone[..., None]
-    if traits.randomised and rng.random() < 0.4:
+    if traits.tips is not None:
         colour = torch.lerp(
-            colour,
-            to_linear(vivid(rng)) * tone[..., None],
-            smoothstep(0.2, 0.8, s + rng.uniform(0, 2) * (v - 0.5))[..., None],
+            colour, traits.tips * tone[..., None], smoothstep(0.2, 0.8, 0.5 * s + 2 * (v - 0.4))[..., None]
         )
+    ragged = torch.from_numpy(np.abs(ends).astype(np.float32)) * SHELL_RAGGED[shell]
+    density = SHELL_DENSITY[shell] - 0.25 * (m + 0.4 * s) * (shell > 0)
+    # Opacity one half is the edge: strands thin out toward their tips.
+    opacity = (
+        0.5 + 0.35 * (f + density - 2.2 * smoothstep(0.75, 1.1, v) * (shell > 0)) - 3.0 * (v - 1 + ragged).clamp(min=0)
+    )
     out = torch.zeros(rows, width, TEXTURE_CHANNELS)
-    out[..., :3], out[..., 3], out[..., 7] = colour.clamp(0.003, 0.9), 0.10 + 0.05 * f.clamp(-1, 1), 1.0
+    out[..., :3], out[..., 3], out[..., 7] = colour.clamp(0.003, 0.9), 0.10 + 0.05 * f.clamp(-1, 1), opacity
     out[..., 4:7] = 0.10 * torch.stack([f, m, f.roll(1, 1)], -1)
-    return out.view(-1, TEXTURE_CHANNELS)
+    return out
 
 
 def eye_colour(local: Float[Tensor, "n 3"], traits: Traits) -> Float[Tensor, "n 3"]:

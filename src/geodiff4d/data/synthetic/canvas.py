@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from geodiff4d.core.topology import edges
-from geodiff4d.data.synthetic.bust import STRIP_ROWS, skirt
+from geodiff4d.data.synthetic.atlas import STRIP_ROWS, TEXTURE_SIZE
+from geodiff4d.data.synthetic.bust import skirt
 from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.render.meshes import rasterize_uv
 
-TEXTURE_SIZE = 512
 LATTICE = 24
 REGIONS = ("lips", "brows", "lids", "eyes", "scalp", "ears", "teeth", "tongue", "mouth", "neck")
 

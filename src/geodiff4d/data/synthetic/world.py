@@ -18,7 +18,7 @@ from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.heads.rig import HeadParams
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Goes up whenever a subject's pictures change: figures on test subjects compare within one version only."""
 DISTURBANCE = {"rotation": np.radians(1.0), "translation": 0.002, "jaw_pose": np.radians(2.0), "expr": 0.1}
 """Stationary standard deviation per coordinate: radians, metres, radians, ARKit weight."""
