@@ -24,6 +24,8 @@ SHELL_DEPTH = (0.72, 0.88, 1.0)
 HANG_SHARE = (0.94, 1.0, 0.97)
 HAIR_SHELL = 1
 """Number of the innermost shell in `Scene.shell`."""
+KINDS = ["bald", "buzz", "short", "short", "crop", "bob", "long", "long", "wavy", "curly", "afro", "back"]
+"""About equally often; some twice."""
 COLUMNS, ROWS, HANGING_ROWS = 96, 22, 14
 CENTRE = np.array([0.0, 0.035, -0.005])
 """Middle of the skull on the template [m]; directions and radii are taken from here."""
@@ -44,7 +46,7 @@ class HairStyle:
     """What a hairdresser would ask."""
 
     kind: str
-    """bald, buzz, short, crop, bob, long or curly."""
+    """One of `KINDS`."""
     top_m: float = 0.0
     """Thickness over the top."""
     side_m: float = 0.0
@@ -61,8 +63,8 @@ class HairStyle:
 
 
 def draw_style(rng: np.random.Generator) -> HairStyle:
-    """Draw a style: one in nine bald, every other kind about as often."""
-    kind = str(rng.choice(["bald", "buzz", "short", "short", "crop", "bob", "long", "long", "curly"]))
+    """Draw a style; every kind about as often."""
+    kind = str(rng.choice(KINDS))
     u = rng.uniform
     base = HairStyle(
         kind,
@@ -78,9 +80,19 @@ def draw_style(rng: np.random.Generator) -> HairStyle:
         "crop": {"top_m": u(0.016, 0.028), "side_m": u(0.01, 0.018), "fringe": u(0.35, 0.8)},
         "bob": {"top_m": u(0.014, 0.024), "side_m": u(0.016, 0.028), "hang_m": u(0.05, 0.1), "part": part},
         "long": {"top_m": u(0.012, 0.022), "side_m": u(0.014, 0.026), "hang_m": u(0.12, 0.22), "part": part},
-        "curly": {"top_m": u(0.028, 0.055), "side_m": u(0.022, 0.045), "curls_m": u(0.004, 0.008)},
+        "wavy": {
+            "top_m": u(0.014, 0.026),
+            "side_m": u(0.018, 0.03),
+            "hang_m": u(0.08, 0.2),
+            "part": part,
+            "curls_m": u(0.0008, 0.0018),
+            "lumps_m": u(0.002, 0.004),
+        },
+        "curly": {"top_m": u(0.022, 0.04), "side_m": u(0.016, 0.03), "curls_m": u(0.003, 0.006)},
+        "afro": {"top_m": u(0.03, 0.07), "side_m": u(0.025, 0.055), "curls_m": u(0.0015, 0.003)},
+        "back": {"top_m": u(0.006, 0.014), "side_m": u(0.005, 0.01), "lumps_m": u(0.0005, 0.0015)},
     }
-    share = {"bob": 0.5, "long": 0.35}.get(kind, 0.0)
+    share = {"bob": 0.5, "long": 0.35, "wavy": 0.25}.get(kind, 0.0)
     if some < share:
         base = replace(base, fringe=u(0.4, 0.85))
     if kind == "curly" and some < 0.4:
@@ -204,7 +216,13 @@ def _thickness(
     side = np.clip((theta - 0.5) / 0.9, 0, 1)
     thick = style.top_m + (style.side_m - style.top_m) * side * side * (3 - 2 * side)
     # Toward the hairline hair lies down: slowly where it is combed back, at once where it is a fringe.
-    reach, power = {"short": (0.75, 0.9), "curly": (0.5, 0.6), "buzz": (0.25, 0.8)}.get(style.kind, (0.3, 0.6))
+    reach, power = {
+        "short": (0.75, 0.9),
+        "curly": (0.5, 0.6),
+        "afro": (0.35, 0.55),
+        "buzz": (0.25, 0.8),
+        "back": (0.6, 0.8),
+    }.get(style.kind, (0.3, 0.6))
     left = np.clip((end - theta) / reach, 0, 1) ** power
     thick = thick * np.where(hangs, 1.0, 0.06 + 0.94 * left)
     if style.part:

@@ -13,15 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.data.synthetic import appearance, hair, stage
+from geodiff4d.data.synthetic import appearance, garments, glasses, growth, hair, stage
 from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.data.synthetic.draw import Backend, Scene, draw
 from geodiff4d.data.synthetic.identity import fit_shape, personal_rig
 from geodiff4d.data.synthetic.mesh import SubjectMesh, assemble, pose
 from geodiff4d.data.synthetic.seeds import Split, generator
+from geodiff4d.data.synthetic.traits import draw_traits
 from geodiff4d.heads.rig import Head, HeadParams
 
-CLOTH_M = 0.006
 BATCH_SAMPLES = 50_000_000
 """Samples drawn at once: bounds the memory whatever the number of frames."""
 
@@ -52,14 +52,16 @@ class SyntheticSubject:
         self.seed, self.split = seed, split
         self.key = ("subject", split, seed)
         rng = generator(*self.key, "traits")
-        self.traits = appearance.draw_traits(rng)
+        self.traits = draw_traits(rng)
         self.style = hair.draw_style(rng)
         self.light = stage.draw_light(generator(*self.key, "light"), self.traits.melanin)
         self.rig = personal_rig(self.key)
         self.tracked_shape: Float[Tensor, " shapes"] = fit_shape(self.rig.template)
-        cover = appearance.cloth_cover(openhead().template, generator(*self.key, "clothes"))
+        cloth = garments.cloth_thickness(openhead().template, generator(*self.key, "clothes"))
         pieces = hair.build(self.style, self.rig.template, generator(*self.key, "hair"))
-        self.mesh = assemble(self.rig.template, CLOTH_M * cover, None, pieces, self.light.direction)
+        pieces += glasses.build(self.traits, self.rig.template, generator(*self.key, "glasses", "shape"))
+        fur = growth.grow_beard(self.traits, generator(*self.key, "beard", "shape"))
+        self.mesh = assemble(self.rig.template, cloth, fur, pieces, self.light.direction)
         self._rigs: dict[torch.device, Head] = {self.rig.template.device: self.rig}
         self._scenes: dict[torch.device, tuple[Scene, SubjectMesh]] = {}
         self._backgrounds: dict[tuple[int, torch.device], Tensor] = {}
@@ -67,7 +69,7 @@ class SyntheticSubject:
     @cached_property
     def texture(self) -> Float[Tensor, "texels 8"]:
         """The painted atlas, made when it is first needed."""
-        return appearance.paint_subject(self.traits, self.style, self.key, generator)
+        return appearance.paint_subject(self.traits, self.style, self.key)
 
     def _rig_on(self, device: torch.device) -> Head:
         if device not in self._rigs:
