@@ -93,6 +93,7 @@ def zbuffer(screen, faces, cut, uv, uv_faces, texture, width, near, face):
     rows, columns = near.shape
     near[:] = 0
     face[:] = -1
+    # Backward: the outer shells, which come last, hide the inner ones before their texture is read.
     for f in range(len(faces)):
         a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
         wa, wb, wc = screen[a, 2], screen[b, 2], screen[c, 2]
@@ -147,8 +148,8 @@ def zbuffer(screen, faces, cut, uv, uv_faces, texture, width, near, face):
 
 
 @njit(**_OPTIONS)
-def _gather(f, x, y, screen, faces, uv, uv_faces, attributes, texture, width, row):
-    """Add one sample's interpolated attributes and texel to `row`."""
+def _gather(f, x, y, weight, screen, faces, uv, uv_faces, attributes, texture, width, row):
+    """Add `weight` times the attributes and texel of a face at a place in the picture to `row`."""
     a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
     ax, ay = screen[a, 0] - x, screen[a, 1] - y
     bx, by = screen[b, 0] - x, screen[b, 1] - y
@@ -163,7 +164,7 @@ def _gather(f, x, y, screen, faces, uv, uv_faces, attributes, texture, width, ro
         s = np.float32(1.0) / total
         p, q, r = p * s, q * s, r * s
     for i in range(ATTRIBUTES):
-        row[TEXEL + i] += p * attributes[a, i] + q * attributes[b, i] + r * attributes[c, i]
+        row[TEXEL + i] += weight * (p * attributes[a, i] + q * attributes[b, i] + r * attributes[c, i])
     ta, tb, tc = uv_faces[f, 0], uv_faces[f, 1], uv_faces[f, 2]
     height = len(texture) // width
     u = (p * uv[ta, 0] + q * uv[tb, 0] + r * uv[tc, 0]) * width - np.float32(0.5)
@@ -173,7 +174,8 @@ def _gather(f, x, y, screen, faces, uv, uv_faces, attributes, texture, width, ro
     i, j = int(u), int(v)
     fu, fv = u - np.float32(i), v - np.float32(j)
     one = np.float32(1.0)
-    k00, k01, k10, k11 = (one - fu) * (one - fv), fu * (one - fv), (one - fu) * fv, fu * fv
+    top, bottom = weight * (one - fv), weight * fv
+    k00, k01, k10, k11 = (one - fu) * top, fu * top, (one - fu) * bottom, fu * bottom
     t = j * width + i
     for n in range(TEXEL):
         row[n] += (
@@ -186,41 +188,51 @@ def _gather(f, x, y, screen, faces, uv, uv_faces, attributes, texture, width, ro
 
 @njit(**_OPTIONS)
 def _light(row, kind, light, out):
-    """Light one layer of a pixel: linear RGB to `out`. `light` is laid out by `pack_light`."""
+    """Light one layer of a pixel: linear RGB to `out`; `pack_light` lays `light` out. All in float32."""
+    f = np.float32
+    zero, one = f(0.0), f(1.0)
     nx, ny, nz = row[8] + row[4], row[9] + row[5], row[10] + row[6]
-    s = 1 / math.sqrt(max(nx * nx + ny * ny + nz * nz, 1e-9))
+    s = one / f(math.sqrt(max(nx * nx + ny * ny + nz * nz, f(1e-9))))
     nx, ny, nz = nx * s, ny * s, nz * s
     ao, lit, gloss = row[11], row[12], row[3]
     cosine = nx * light[0] + ny * light[1] + nz * light[2]
-    shine = max(nx * light[6] + ny * light[7] + nz * light[8], 0.0)
-    facing = min(max(nx * light[3] + ny * light[4] + nz * light[5], 0.0), 1.0)
-    rim = (1 - facing) ** 4
-    tight = shine**16
-    broad = tight * (0.4 + 0.9 * tight * tight) * (1.0 if cosine > 0 else 0.0)
+    shine = max(nx * light[6] + ny * light[7] + nz * light[8], zero)
+    facing = min(max(nx * light[3] + ny * light[4] + nz * light[5], zero), one)
+    rim = (one - facing) * (one - facing)
+    rim = f(0.3) * ao * (f(0.25) + rim * rim)
+    tight = shine * shine
+    tight = tight * tight
+    tight = tight * tight
+    tight = tight * tight
+    broad = tight * (f(0.4) + f(0.9) * tight * tight) * lit if cosine > zero else zero
     if kind == STRAND:
-        gloss = 0.0
+        gloss = zero
     for i in range(3):
         wrap = light[24 + i]
-        d = max((cosine + wrap) / (1 + wrap), 0.0)
+        d = max((cosine + wrap) / (one + wrap), zero)
         irradiance = light[12 + i] + nx * light[15 + i] + ny * light[18 + i] + nz * light[21 + i]
-        out[i] = row[i] * (max(irradiance, 0.02) * ao + light[9 + i] * d * d * (1 + wrap) * lit)
-        out[i] += gloss * (broad * lit * light[9 + i] + (0.25 + rim) * 0.3 * irradiance * ao)
+        out[i] = row[i] * (max(irradiance, f(0.02)) * ao + light[9 + i] * d * d * (one + wrap) * lit)
+        out[i] += gloss * (broad * light[9 + i] + rim * irradiance)
     if kind == WET:
-        s = 1 / math.sqrt(max(row[8] * row[8] + row[9] * row[9] + row[10] * row[10], 1e-9))
-        h = max((row[8] * light[6] + row[9] * light[7] + row[10] * light[8]) * s, 1e-3)
-        sharp = 1.6 * math.exp(350.0 * math.log(h)) * lit if h > 0.9 else 0.0
-        for i in range(3):
-            out[i] += sharp * light[9 + i]
+        s = one / f(math.sqrt(max(row[8] * row[8] + row[9] * row[9] + row[10] * row[10], f(1e-9))))
+        h = (row[8] * light[6] + row[9] * light[7] + row[10] * light[8]) * s
+        if h > f(0.9):
+            sharp = f(1.6) * f(math.exp(f(350.0) * f(math.log(h)))) * lit
+            for i in range(3):
+                out[i] += sharp * light[9 + i]
     elif kind == STRAND:
         t = row[13] * light[6] + row[14] * light[7] + row[15] * light[8]
         n = row[8] * light[6] + row[9] * light[7] + row[10] * light[8]
         toward = row[8] * light[0] + row[9] * light[1] + row[10] * light[2]
-        seen = lit * min(max(toward + 0.3, 0.0), 1.0) * row[3]
-        one, two = t - 0.08 * n, t + 0.12 * n
-        first = math.exp(45.0 * math.log(max(1 - one * one, 1e-6)))
-        second = max(1 - two * two, 1e-6) ** 12
+        seen = lit * min(max(toward + f(0.3), zero), one) * row[3]
+        p, q = t - f(0.08) * n, t + f(0.12) * n
+        first = f(math.exp(f(45.0) * f(math.log(max(one - p * p, f(1e-6))))))
+        q = max(one - q * q, f(1e-6))
+        q = q * q * q
+        q = q * q
+        second = q * q
         for i in range(3):
-            out[i] += light[9 + i] * seen * (0.5 * first + 1.2 * second * math.sqrt(max(row[i], 0.0)))
+            out[i] += light[9 + i] * seen * (f(0.5) * first + f(1.2) * second * f(math.sqrt(max(row[i], zero))))
 
 
 @njit(**_OPTIONS)
@@ -239,26 +251,38 @@ def resolve(
     count = np.zeros(LAYERS, np.int64)
     colour, total = np.zeros(3, np.float32), np.zeros(6, np.float32)
     steps = np.float32((len(curve) - 1) / math.sqrt(CURVE_MAX))
+    mine = np.empty(n * n, np.int32)
     for y in range(size):
         for x in range(size):
             covered = 0
-            for j in range(y * n, y * n + n):
-                for i in range(x * n, x * n + n):
-                    f = face[j, i]
-                    if f < 0:
-                        continue
-                    if covered == 0:
-                        count[:] = 0
-                        total[:] = 0
-                    k = kind[f]
-                    if count[k] == 0:
-                        rows[k] = 0
-                    covered += 1
-                    count[k] += 1
-                    _gather(
-                        f, np.float32(i + 0.5), np.float32(j + 0.5), screen, faces, uv, uv_faces, attributes, texture,
-                        width, rows[k],
-                    )  # fmt: skip
+            for j in range(n):
+                for i in range(n):
+                    mine[j * n + i] = face[y * n + j, x * n + i]
+                    covered += mine[j * n + i] >= 0
+            if covered:
+                count[:] = 0
+                total[:] = 0
+            for first in range(n * n):
+                f = mine[first]
+                if f < 0:
+                    continue
+                # Samples of one face are read once, at their middle.
+                together, px, py = 0, 0, 0
+                for k in range(first, n * n):
+                    if mine[k] == f:
+                        mine[k] = -1
+                        together += 1
+                        px += k % n
+                        py += k // n
+                layer = kind[f]
+                if count[layer] == 0:
+                    rows[layer] = 0
+                count[layer] += together
+                each = np.float32(1.0) / np.float32(together)
+                _gather(
+                    f, np.float32(x * n + 0.5) + px * each, np.float32(y * n + 0.5) + py * each, np.float32(together),
+                    screen, faces, uv, uv_faces, attributes, texture, width, rows[layer],
+                )  # fmt: skip
             if covered == 0:
                 for i in range(3):
                     rgb[i, y, x] = behind_srgb[i, y, x]

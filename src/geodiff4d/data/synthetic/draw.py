@@ -114,15 +114,21 @@ def _draw_torch(
     fine = size * supersample
     face, bary = _samples(scene, vertices, camera.resized(fine, fine))
     sample = (face >= 0).nonzero()[:, 0]
-    face, bary = face.index_select(0, sample), bary.index_select(0, sample)
     image, place = sample // (fine * fine), sample % (fine * fine)
     pixel = image * size * size + (place // fine // supersample) * size + place % fine // supersample
+    # Samples of one face in one pixel are read once, at their middle.
+    number = len(scene.faces)
+    both, index, count = torch.unique(pixel * number + face[sample], return_inverse=True, return_counts=True)
+    bary = bary.new_zeros(len(both), 3).index_add_(0, index, bary[sample]) / count[:, None]
+    pixel, face, count = both // number, both % number, count[:, None]
+    image = pixel // (size * size)
     texels = sample_texture(
         scene.texture, spread(scene.uv, scene.uv_faces.index_select(0, face), bary), TEXTURE_SIZE,
         len(scene.texture) // TEXTURE_SIZE,
     )  # fmt: skip
     corners = scene.faces.index_select(0, face) + (image * vertices.shape[1])[:, None]
-    values = torch.cat([texels, spread(attributes.flatten(0, 1), corners, bary), torch.ones_like(bary[:, :1])], 1)
+    attributes = spread(attributes.flatten(0, 1), corners, bary)
+    values = torch.cat([texels, attributes, torch.ones_like(bary[:, :1])], 1) * count
     bucket = pixel * _deferred.LAYERS + scene.kind.index_select(0, face)
     # Only buckets that hold something are lit.
     used, index = torch.unique(bucket, return_inverse=True)
