@@ -22,7 +22,7 @@ from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.traits import draw_traits
 from geodiff4d.heads.rig import Head, HeadParams
 
-BATCH_SAMPLES = 50_000_000
+BATCH_SAMPLES, CPU_BATCH_SAMPLES = 50_000_000, 4_000_000
 """Samples drawn at once: bounds the memory whatever the number of frames."""
 
 
@@ -123,7 +123,8 @@ class SyntheticSubject:
         batch = params.batch
         flat = params.map(lambda v: v.reshape(-1, *v.shape[len(batch) :]))
         cameras = replace(camera, T_cam_world=camera.T_cam_world.reshape(-1, 4, 4), K=camera.K.reshape(-1, 3, 3))
-        step = max(1, BATCH_SAMPLES // (camera.width * supersample) ** 2)
+        samples = CPU_BATCH_SAMPLES if flat.rotation.device.type == "cpu" else BATCH_SAMPLES
+        step = max(1, samples // (camera.width * supersample) ** 2)
         count = flat.rotation.shape[0]
         parts = [
             self._render(flat[i : i + step], cameras[i : i + step], supersample, backend) for i in range(0, count, step)
