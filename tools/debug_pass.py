@@ -105,6 +105,10 @@ RECIPES = [
         tuple(f"runs/image/model/{part}/model*.safetensors" for part in ("unet", "reference", "expression", "vae")),
     ),
     Recipe(
+        "train perception --preset debug --data people --workers 1 --out runs/perception",
+        ("runs/perception/perception/model.safetensors", "people/val/people.json"),
+    ),
+    Recipe(
         f"demo {MODEL} --out runs/demo",
         tuple(f"runs/demo/{name}" for name in ("report.html", "metrics.json", "generated.mp4", "avatar.mp4")),
     ),
