@@ -151,7 +151,7 @@ RECIPES = [
     bad_import("import nersemble sets/nersemble bad/out --params sets/params", says="--params needs --head"),
     bad_import("import nersemble nowhere bad/out", says="nowhere does not exist"),
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
-    bad("track world/train_0/reference.png", says="make track-env"),
+    bad("track world/train_0/reference.png --detector mediapipe", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
     bad("track broken.png --out bad/out", says="broken.png", prepare=broken_picture),
     bad("track world --out bad/out", says="directory"),

@@ -134,8 +134,8 @@ def track(
 ) -> Clip:  # fmt: skip
     """Track one picture or video and write a clip folder.
 
-    `progress(items, description, total)` passes items through (`cli.progress.track`); without a detector the embedded
-    one is taken.
+    `progress(items, description, total)` passes items through (`cli.progress.track`); without a detector
+    `default_detector` is taken.
 
     Raises:
         UserError: the source cannot be read, shows no face, or the detector is not installed. Nothing is written then.
@@ -188,10 +188,12 @@ def track(
 
 
 def default_detector() -> Detector:
-    """Return the detector that ships with the package."""
+    """Return the embedded detector if this installation has its network, else MediaPipe."""
+    from geodiff4d.tracking.detect import MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
+    from geodiff4d.tracking.network import SHIPPED
 
-    return EmbeddedDetector()
+    return EmbeddedDetector() if SHIPPED.exists() else MediaPipeDetector()
 
 
 def locate(
