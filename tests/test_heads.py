@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.geometry import axis_angle_to_matrix
+from geodiff4d.core.geometry import axis_angle_to_matrix, look_at
 from geodiff4d.heads import HeadParams, load_head
-from geodiff4d.heads.openhead import OPENHEAD, load, load_field, load_wide
+from geodiff4d.heads.openhead import OPENHEAD, load, load_attributes, load_field, load_shell, load_wide
 from geodiff4d.heads.rig import PARENTS, Head, Landmarks
+from geodiff4d.render.meshes import rasterize, rasterize_uv
 
 ARKIT = {
     "browDownLeft", "browDownRight", "browInnerUp", "browOuterUpLeft", "browOuterUpRight", "cheekPuff",
@@ -188,7 +190,7 @@ def test_asset_is_small_and_complete(head):
     assert head.shape_basis.shape[-1] == 64 and load_wide().shape_basis.shape[-1] >= 128
     assert torch.equal(load_wide().shape_basis[..., :64], head.shape_basis)
     parts = ["skin", "lips", "brows", "lids", "eyes", "left_eye", "right_eye", "scalp", "ears"]
-    parts += ["teeth", "tongue", "mouth", "neck"]
+    parts += ["teeth", "gums", "tongue", "mouth", "sockets", "cap", "neck"]
     for name in parts:
         assert head.regions[name].any(), name
     torch.testing.assert_close(head.joint_regressor.sum(1), torch.ones(5))
@@ -244,14 +246,118 @@ def test_left_actions_move_the_left(head):
     assert action(head, eyeBlinkLeft=1.0)[lids, 1].min() < -0.005
 
 
-def test_jaw_teeth_and_tongue(head):
-    teeth = head.regions["teeth"]
-    lower = head.skin_weights[teeth, 2] == 1
-    drop = action(head, jawOpen=1.0)[teeth, 1]
-    assert lower.float().mean() == 0.5 and (drop[~lower] == 0).all() and drop[lower].max() < -0.005
+def seen(head: Head, params: HeadParams, target: list[float], width_m: float, size: int = 90) -> torch.Tensor:
+    """Return the face each pixel shows [batch, size, size] from in front of `target`, -1 for none."""
+    at = torch.tensor(target)
+    T = look_at(at + torch.tensor([0.0, 0.0, 0.9]), at, torch.tensor([0.0, 1.0, 0.0]))
+    camera = Camera(T, pinhole(size * 0.9 / width_m, size, size), size, size).expand(*params.batch)
+    return rasterize(head.pose(params).vertices, head.faces, camera).face_index
+
+
+def test_teeth_are_rigid_to_skull_and_jaw(head):
+    """Two rows with gums: the upper never moves, the lower one as the jaw does, by actions and by the joint."""
+    hard = head.regions["teeth"] | head.regions["gums"]
+    lower = hard & (head.skin_weights[:, 2] == 1)
+    upper = hard & ~lower
+    assert (head.skin_weights[upper, 1] == 1).all() and upper.sum() == lower.sum() == 68 + 400
+    assert (head.expr_basis[upper] == 0).all()
+    rest = head.template[lower]
+    for name in head.expression_names:
+        moved = action(head, **{name: 1.0})[lower]
+        if not name.startswith("jaw"):
+            assert (moved == 0).all(), name
+            continue
+        R, t = rigid_fit(rest, rest + moved)
+        torch.testing.assert_close(rest @ R.T + t, rest + moved, atol=5e-5, rtol=0)
+        tongue = head.regions["tongue"]
+        torch.testing.assert_close(
+            head.template[tongue] @ R.T + t,
+            head.template[tongue] + action(head, **{name: 1.0})[tongue],
+            atol=1e-4,
+            rtol=0,
+        )
+    assert action(head, jawOpen=1.0)[lower, 1].max() < -0.005
+    p = replace(head.neutral(), jaw_pose=torch.tensor([0.2, 0.05, 0.0]))
+    both = head.pose(replace(p, expr=torch.eye(52)[head.expression_names.index("jawOpen")] * 0.5))
+    opened = rest + action(head, jawOpen=0.5)[lower]
+    T = both.T_world_joint[2]
+    torch.testing.assert_close(both.vertices[lower], opened @ T[:3, :3].T + T[:3, 3], atol=1e-6, rtol=0)
+    edge = head.template[head.regions["teeth"]]
+    assert 0.0015 < edge[lower[head.regions["teeth"]], 1].max() - edge[upper[head.regions["teeth"]], 1].min() < 0.009
+
+
+def rigid_fit(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rotation and translation that take points a nearest to b."""
+    u, _, vt = torch.linalg.svd((a - a.mean(0)).T @ (b - b.mean(0)))
+    R = (u @ torch.diag(torch.tensor([1.0, 1.0, torch.sign(torch.det(u @ vt))])) @ vt).T
+    return R, b.mean(0) - R @ a.mean(0)
+
+
+def test_tongue_leaves_the_mouth_and_follows_the_jaw(head):
     out = head.template + action(head, tongueOut=1.0, jawOpen=0.5)
     tongue, lower_lip = head.regions["tongue"], head.landmarks68.on(out, head.faces)[57]
-    assert out[tongue, 2].max() > lower_lip[2] + 0.005 and head.template[tongue, 2].max() < lower_lip[2]
+    assert out[tongue, 2].max() > lower_lip[2] + 0.005 and head.template[tongue, 2].max() < lower_lip[2] - 0.008
+    turned = head.pose(replace(head.neutral(), jaw_pose=torch.tensor([0.2, 0.0, 0.0]))).vertices
+    assert (turned - head.template)[tongue, 1].min() < -0.01
+
+
+@pytest.mark.parametrize("mouth", [{}, {"mouthSmileLeft": 1.0, "mouthSmileRight": 1.0}, {"mouthPucker": 1.0}])
+def test_closed_lips_hide_the_teeth(head, mouth):
+    """On random people too, and lips meet without a hole: what is seen between them is never a tooth nor nothing."""
+    params = people(head, 8, **mouth)
+    face = seen(head, params, [0.0, -0.05, 0.1], 0.08)
+    assert (face >= 0).all()
+    hard = (head.regions["teeth"] | head.regions["gums"])[head.faces].all(1)
+    assert hard[face].flatten(1).sum(1).max() <= 8, "a speck at the corners at most"
+
+
+def test_teeth_stay_within_an_open_mouth(head):
+    """A tooth is only seen where the mouth's inside would be seen without it."""
+    hard = (head.regions["teeth"] | head.regions["gums"])[head.faces].all(1)
+    inside = head.regions["mouth"][head.faces].any(1) | head.regions["tongue"][head.faces].all(1)
+    kept = (~hard).nonzero()[:, 0]
+    bare = replace(head, faces=head.faces[kept], uv_faces=head.uv_faces[kept])
+    for mouth in ({"jawOpen": 0.3, "mouthSmileLeft": 1.0, "mouthSmileRight": 1.0}, {"jawOpen": 1.0}):
+        params = people(head, 6, **mouth)
+        face = seen(head, params, [0.0, -0.055, 0.1], 0.09)
+        tooth = hard[face] & (face >= 0)
+        behind = inside[kept[seen(bare, params, [0.0, -0.055, 0.1], 0.09)]]
+        assert (tooth & ~behind).flatten(1).sum(1).max() <= 2 and tooth.sum() > 500
+
+
+def people(head: Head, n: int, **weights: float) -> HeadParams:
+    """The mean person and random ones, with the given actions."""
+    shape = torch.randn(n, head.shape_basis.shape[-1], generator=torch.Generator().manual_seed(1)).clamp(-2.5, 2.5)
+    shape[0] = 0
+    expr = torch.zeros(n, len(head.expression_names))
+    for name, weight in weights.items():
+        expr[:, head.expression_names.index(name)] = weight
+    return replace(head.neutral(n), shape=shape, expr=expr)
+
+
+@pytest.mark.parametrize("squint", [0.0, 1.0])
+def test_lids_close_without_gaps(head, squint):
+    params = people(head, 8, eyeBlinkLeft=1.0, eyeSquintLeft=squint)
+    eyes = head.regions["eyes"][head.faces].all(1)
+    shut, open_ = (eyes[seen(head, p, [0.031, 0.024, 0.09], 0.06)].sum() for p in (params, people(head, 8)))
+    assert shut == 0 and open_ > 1000
+
+
+def test_gaze_actions_turn_the_eyes_as_joints_do(head):
+    """Rigidly, about the eye's joint, each eye its way; giving both the joint and the action does not double."""
+    assert head.gaze is not None and (head.expr_basis[head.regions["eyes"]] == 0).all()
+    expr = torch.eye(52)[head.expression_names.index("eyeLookOutLeft")]
+    expr = expr + torch.eye(52)[head.expression_names.index("eyeLookInRight")]
+    joints = replace(head.neutral(), eyes_pose=torch.tensor([0.0, 0.5, 0.0, 0.0, 0.5, 0.0]))
+    eyes = head.regions["eyes"]
+    by_joints = head.pose(joints).vertices[eyes]
+    torch.testing.assert_close(head.pose(replace(head.neutral(), expr=expr)).vertices[eyes], by_joints)
+    torch.testing.assert_close(head.pose(replace(joints, expr=expr)).vertices[eyes], by_joints)
+    back = head.pose(replace(joints, expr=expr, eyes_pose=-joints.eyes_pose)).vertices[eyes]
+    torch.testing.assert_close(back, head.template[eyes], atol=1e-6, rtol=0)
+    down = torch.eye(52)[head.expression_names.index("eyeLookDownLeft")]
+    front = head.template[eyes][:, 2].argmax()
+    assert (head.pose(replace(head.neutral(), expr=down)).vertices - head.template)[eyes][front, 1] < -0.003
 
 
 def test_landmarks_mirror_and_sit_on_their_parts(head):
@@ -274,15 +380,55 @@ def test_landmarks_mirror_and_sit_on_their_parts(head):
 
 
 def test_atlas_has_no_overlaps(head):
+    """Charts lie in the square, turn one way each, and cover as much of it as their triangles' areas add up to."""
     corners = head.uv[head.uv_faces]
     assert head.uv.min() >= 0 and head.uv.max() <= 1
-    g = torch.Generator().manual_seed(0)
-    points = torch.rand(400, 1, 1, 2, generator=g)
-    edge = corners.roll(-1, 1) - corners
-    to = points - corners
-    side = edge[..., 0] * to[..., 1] - edge[..., 1] * to[..., 0]
-    inside = (side < 0).all(-1) | (side > 0).all(-1)
-    assert inside.sum(1).max() == 1 and inside.any(1).float().mean() > 0.5
+    a, b = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
+    area = 0.5 * (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0])
+    size = 1024
+    covered = float((rasterize_uv(head.uv, head.uv_faces, size).face_index >= 0).sum()) / size**2
+    assert covered == pytest.approx(area.abs().sum().item(), rel=2e-3) and covered > 0.5
+    for name, region in head.regions.items():
+        if name not in ("skin", "cap"):
+            side = area[region[head.faces].all(1)].sign()
+            assert abs(side[side != 0].mean()) > 0.99, f"{name} is folded"
+
+
+def test_old_parts_keep_their_places(head):
+    """Data written before teeth were appended refers to these vertices, faces and texels."""
+    assert len(head.template) == 5522 + 800 and head.faces[:10748].max() == 5521 and len(head.uv) == 5765 + 800
+    assert head.faces[10748:].min() == 5522 and (head.uv_faces[10748:] >= 5765).all()
+    assert max(int(head.landmarks68.face_index.max()), int(head.mediapipe.face_index.max())) < 10748
+    assert len(head.mediapipe_index) > 390
+    outer = head.regions["skin"] | head.regions["eyes"] | head.regions["sockets"]
+    assert outer[head.faces[head.mediapipe.face_index]].any(1).all()
+
+
+def test_named_directions_change_what_they_say(head):
+    wide, named = load_wide(), load_attributes()
+    assert list(named) == ["female", "age", "weight", "muscle", "african", "asian", "caucasian"]
+    at = {k: wide.template + wide.shape_basis @ (1.5 * v) for k, v in named.items()}
+    throat = head.regions["neck"] & (head.template[:, 1] > -0.14)
+    width = {k: v[throat, 0].abs().mean() for k, v in at.items()} | {"mean": head.template[throat, 0].abs().mean()}
+    assert width["weight"] > 1.02 * width["mean"] > 1.05 * width["female"]
+
+    def nose_width(v: torch.Tensor) -> torch.Tensor:
+        points = head.landmarks68.on(v, head.faces)
+        return points[35, 0] - points[31, 0]
+
+    assert nose_width(at["african"]) > nose_width(at["caucasian"]) + 0.001
+
+
+def test_scalp_shell_rises_from_the_hairline(head):
+    shell = load_shell()
+    mesh = head.pose(people(head, 3))
+    flat, high = shell.on(mesh, 0.0), shell.on(mesh, 0.02)
+    height = (high - flat).norm(dim=-1)
+    assert height.max() == pytest.approx(0.02, abs=1e-5) and (height[:, shell.lift == 0] == 0).all()
+    field = (load_field("hairline")[head.faces[shell.points.face_index]] * shell.points.bary).sum(1)
+    assert field.min() > -1e-3 and (shell.lift[field > 0.021] == 1).all()
+    directed = torch.cat([shell.faces[:, [i, (i + 1) % 3]] for i in range(3)]).tolist()
+    assert len({tuple(e) for e in directed}) == len(directed), "one sheet, every edge used once each way"
 
 
 def test_identities_stay_heads(head):
@@ -295,7 +441,9 @@ def test_identities_stay_heads(head):
 
 
 def test_fields_agree_with_regions(head):
-    hairline, brows = load_field("hairline"), load_field("brows")
+    hairline, brows, lashes = load_field("hairline"), load_field("brows"), load_field("lashes")
+    lid = (lashes > 0) & head.regions["skin"]
+    assert 40 < lid.sum() < 400 and (head.template[lid, 2] > 0.06).all() and (lashes > 0).equal(lid)
     assert (hairline[head.regions["scalp"]] > 0).all() and (brows[head.regions["brows"]] > 0).all()
     with pytest.raises(UserError, match="no field 'beard'"):
         load_field("beard")

@@ -265,24 +265,18 @@ def align(samples: np.ndarray, eyes: np.ndarray, skull: np.ndarray) -> np.ndarra
     return samples - centre[:, None]
 
 
-def identity_basis(samples: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """PCA with per-vertex importance: mean [verts, 3], basis [verts, 3, K] per deviation, variance share [K]."""
-    mean = samples.mean(0)
-    X = (samples - mean) * np.sqrt(importance)[:, None]
-    X = torch.as_tensor(X.reshape(len(samples), -1))
+def components(samples: np.ndarray, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """PCA with per-vertex importance → coordinates of unit variance [samples, K] and variance share [K]."""
+    X = torch.as_tensor(((samples - samples.mean(0)) * np.sqrt(importance)[:, None]).reshape(len(samples), -1))
     values, vectors = torch.linalg.eigh((X @ X.T).double() / (len(samples) - 1))
-    top = vectors[:, -COMPONENTS:].flip(1)
-    # The samples' coordinates have unit variance, so regressing the unweighted samples on them gives the basis.
-    scores = (top * np.sqrt(len(samples) - 1)).numpy()
-    delta = torch.as_tensor((samples - mean).reshape(len(samples), -1))
-    basis = (delta.T @ torch.as_tensor(scores, dtype=delta.dtype) / (len(samples) - 1)).numpy()
-    share = (values / values.sum()).flip(0)[:COMPONENTS].numpy()
-    return mean, basis.reshape(*mean.shape, COMPONENTS), share
+    scores = (vectors[:, -COMPONENTS:].flip(1) * np.sqrt(len(samples) - 1)).numpy()
+    return scores, (values / values.sum()).flip(0)[:COMPONENTS].numpy()
 
 
 def main() -> None:
     """Build the asset and print what is in it."""
-    import openhead_parts as parts  # beside this file
+    import openhead_parts as parts  # beside this file, as the next
+    import openhead_teeth as teeth
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("src/geodiff4d/assets/openhead.npz"))
@@ -305,10 +299,13 @@ def main() -> None:
             np.savez(args.cache, samples=samples, actions=actions, names=names)
 
     cut = cut_bust(base)
+    teeth.extend(cut)
     M = cut.matrix[:, ids]
     assert np.allclose(M.sum(1), 1), "the samples miss vertices of the cut"
     V = np.stack([M @ s for s in samples]).astype(np.float32)
-    asset = parts.assemble(base, cut, V, np.stack([M @ a for a in actions]), names, align, identity_basis)
+    acted = np.stack([M @ a for a in actions])
+    traits = draw_phenotypes(np.random.default_rng(SEED), len(samples))  # what `sample` drew
+    asset = parts.assemble(base, cut, V, acted, names, align, components, traits)
     asset |= parts.kept_from(args.out, asset)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(args.out, **asset)

@@ -95,6 +95,7 @@ def bad_import(line: str, says: str) -> Recipe:
 RECIPES = [
     # In the order of the pipeline: later lines read what earlier ones wrote.
     Recipe("doctor", says="needs attention|ready"),
+    Recipe("bench world --preset debug --json bench.json", ("bench.json",), says="images_per_second"),
     Recipe(
         "synth world --preset debug --subjects 2 --frames 4 --views 2",
         ("world/train_0/transforms.json", "world/train_1/flame_param/00003.npz", "world/train_sheet.png"),

@@ -12,7 +12,9 @@ from scipy.interpolate import PchipInterpolator
 from scipy.optimize import nnls
 from scipy.spatial import cKDTree
 
-from openhead_landmarks import landmarks68  # beside this file
+import openhead_extras as extras  # beside this file, as the two below
+import openhead_teeth as teeth
+from openhead_landmarks import landmarks68
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 EXPOSED = 64
@@ -32,13 +34,15 @@ BOXES = {
     "cap": (0.53, 0.63, 0.08, 0.08),
     "teeth_upper": (0.005, 0.94, 0.29, 0.055),
     "teeth_lower": (0.31, 0.94, 0.29, 0.055),
+    **teeth.NEW_BOXES,
 }
 
 
-def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[str], align, pca) -> dict:
-    """Compute every array of the asset (docs/OPENHEAD.md) from the cut mesh and the sampled identities."""
+def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[str], align, pca, traits: dict) -> dict:
+    """Compute every array of the asset (docs/OPENHEAD.md) from the cut mesh, the identities and their traits."""
     charts = name_charts(base, cut)
-    samples, actions = fit_teeth(cut, samples, actions)
+    raw = samples, actions
+    samples, actions = fit_teeth(cut, *raw)
     samples -= LIPS_CLOSED * actions[names.index("jawOpen")].astype(np.float32)
     loops = {c: np.unique(cut.faces[charts == c]) for c in BOXES}
     n = samples.shape[1]
@@ -52,8 +56,23 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
     samples = samples - [0, rest[ear, 1].mean(), rest[ear, 2].mean()]  # the point between the ears is the origin
     rest = samples.mean(0)
 
-    mean, basis, share = pca(samples, importance(rest, cut.faces, at))
+    # Coefficients mean what they meant before the teeth were modelled: the components are found without them.
+    first = ~(at["teeth_row_upper"] | at["teeth_row_lower"])
+    old = (cut.faces < first.sum()).all(1)
+    scores, share = pca(
+        samples[:, first], importance(rest[first], cut.faces[old], {k: m[first] for k, m in at.items()})
+    )
+    bands = at["teeth_upper"] | at["teeth_lower"]
+    shift = samples[:, 0] - raw[0][:, 0] + LIPS_CLOSED * actions[names.index("jawOpen"), 0]
+    samples[:, bands] = raw[0][:, bands] + shift[:, None]
+    actions[:, bands] = raw[1][:, bands]
+    samples, actions = teeth.place(cut, samples, actions, names)
     outer = np.isin(charts, ("head", "bust"))
+    lips = at["head"] | at["bust"] | at["mouth"]
+    samples = samples + extras.seal(samples.mean(0), cut.faces, -actions[names.index("jawOpen"), :, 1], lips)
+    mean = samples.mean(0)
+    basis = regress(samples - mean, scores)
+    actions, gaze = extras.gaze(actions, names, at)
     weights = skinning(base, cut, at)
     masks, fields = regions(base, cut, mean, at, ear)
     face_index, bary = landmarks68(mean, cut.faces, outer, at, masks, actions, names)
@@ -63,12 +82,15 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
         "shape_basis": basis.astype(np.float16),
         "shape_variance": share.astype(np.float32),
         "exposed_shapes": np.array(EXPOSED),
+        **extras.attributes(scores, traits),
         "expr_basis": np.moveaxis(actions, 0, -1).astype(np.float16),
+        "gaze": gaze.astype(np.float32),
         "expression_names": np.array(names),
         "joint_regressor": joint_regressor(mean, at, ear).astype(np.float32),
         "skin_weights": weights.astype(np.float32),
         "uv": pack(cut, charts).astype(np.float32),
         "uv_faces": cut.uv_faces.astype(np.int32),
+        **extras.scalp_shell(mean, cut.faces, fields["hairline"], masks),
         **{f"field_{k}": v.astype(np.float32) for k, v in fields.items()},
         **{f"region_{k}": v for k, v in masks.items()},
         "landmarks68_face_index": face_index.astype(np.int32),
@@ -79,8 +101,14 @@ def assemble(base, cut, samples: np.ndarray, actions: np.ndarray, names: list[st
     }
 
 
+def regress(deviations: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the basis [verts, 3, K] that takes unit-variance scores [samples, K] to deviations [samples, verts, 3]."""
+    flat = deviations.reshape(len(deviations), -1)
+    return (flat.T @ scores.astype(flat.dtype) / (len(scores) - 1)).reshape(*deviations.shape[1:], -1)
+
+
 def fit_teeth(cut, samples: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shrink MakeHuman's bands of teeth about their own middle: at full size they poke through the lips."""
+    """Shrink MakeHuman's bands of teeth about their own middle, for the PCA alone: `teeth.place` has the last word."""
     samples, actions = samples.copy(), actions.copy()
     for group in ("teeth_upper", "teeth_lower"):
         used = np.unique(cut.faces[cut.group == group])
@@ -92,11 +120,12 @@ def fit_teeth(cut, samples: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray
 
 
 def kept_from(old: Path, asset: dict) -> dict:
-    """Return the MediaPipe embedding of an asset already at `old`, if its topology is the same."""
+    """Return the MediaPipe embedding of an asset already at `old`, if its topology is still there."""
     if not old.exists():
         return {}
     with np.load(old) as data:
-        same = data["faces"].shape == asset["faces"].shape and (data["faces"] == asset["faces"]).all()
+        n = len(data["faces"])  # parts may be appended
+        same = data["faces"].shape <= asset["faces"].shape and (data["faces"] == asset["faces"][:n]).all()
         return {k: data[k] for k in data.files if k.startswith("mediapipe")} if same else {}
 
 
@@ -177,6 +206,12 @@ def importance(rest: np.ndarray, faces: np.ndarray, at: dict[str, np.ndarray]) -
     return w * np.where(inner, 0.1, 1) + 1e-8
 
 
+RIGID = (
+    ("teeth_upper", 1), ("teeth_row_upper", 1), ("teeth_lower", 2), ("teeth_row_lower", 2), ("tongue", 2),
+    ("left_eye", 3), ("right_eye", 4),
+)  # fmt: skip
+
+
 def skinning(base, cut, at: dict[str, np.ndarray]) -> np.ndarray:
     """Fold MakeHuman's bone weights into five joints and smooth them; eyeballs, teeth and tongue are rigid."""
     neck_share = {"neck01": 0.2, "neck02": 0.55, "neck03": 0.9}
@@ -200,7 +235,7 @@ def skinning(base, cut, at: dict[str, np.ndarray]) -> np.ndarray:
     P = sp.diags(1 / np.asarray(A.sum(1)).ravel()) @ A
     for _ in range(6):
         out = 0.5 * out + 0.5 * (P @ out)
-    for mask, joint in (("teeth_upper", 1), ("teeth_lower", 2), ("tongue", 2), ("left_eye", 3), ("right_eye", 4)):
+    for mask, joint in RIGID:
         out[at[mask]] = np.eye(5)[joint]
     out[out < 1e-3] = 0
     return out / out.sum(1, keepdims=True)
@@ -276,7 +311,13 @@ def regions(base, cut, v: np.ndarray, at: dict, ear: np.ndarray) -> tuple[dict[s
     P = sp.diags(1 / np.maximum(np.asarray(A.sum(1)).ravel(), 1)) @ A
     lip = np.where(at["mouth"] & ~outer, 0.0, 0.6 * red + 0.4 * (P @ red)) - 0.45
     eye = v[at["left_eye"]].mean(0)
-    fields = {"hairline": hairline_field(v), "brows": brow_field(v, eye), "lips": lip}
+    gum = at["teeth_upper"] | at["teeth_lower"]
+    fields = {
+        "hairline": hairline_field(v),
+        "brows": brow_field(v, eye),
+        "lips": lip,
+        "lashes": extras.lash_field(v, cut.faces, at),
+    }
     throat = (v[:, 2] > 0.02) & (v[:, 1] > -0.098)
     masks = {
         "skin": outer,
@@ -288,9 +329,10 @@ def regions(base, cut, v: np.ndarray, at: dict, ear: np.ndarray) -> tuple[dict[s
         "right_eye": at["right_eye"],
         "scalp": outer & (fields["hairline"] > 0) & ~ear,
         "ears": ear & outer,
-        "teeth": at["teeth_upper"] | at["teeth_lower"],
+        "teeth": at["teeth_row_upper"] | at["teeth_row_lower"],
+        "gums": gum,
         "tongue": at["tongue"],
-        "mouth": at["mouth"] & ~at["head"],
+        "mouth": (at["mouth"] & ~at["head"]) | gum,
         "cap": at["cap"],
         "sockets": (at["left_socket"] | at["right_socket"]) & ~outer,
         "neck": outer & (v[:, 1] < -0.075) & ~throat & (fields["hairline"] < 0) & ~ear,

@@ -30,6 +30,8 @@ class Args:
     """Seed of the first person; the others follow."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """Picture size: 64, 256 or 512."""
+    workers: int = 2
+    """Processes that write clips, one thread each."""
 
 
 def run(args: Args) -> None:
@@ -38,8 +40,7 @@ def run(args: Args) -> None:
     from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.images import read_image, write_image
-    from geodiff4d.data.synthetic import SyntheticSubject
-    from geodiff4d.data.synthetic.world import chosen_views, is_complete, track_of, write_clip
+    from geodiff4d.data.synthetic.world import chosen_views, is_complete, write_world
 
     size = args.size or SIZES[args.preset]
     for name, value, low, high in (
@@ -47,22 +48,19 @@ def run(args: Args) -> None:
         ("--frames", args.frames, 1, 99_999),
         ("--size", size, 16, 4096),
         ("--seed", args.seed, 0, 2**31),
+        ("--workers", args.workers, 1, 256),
     ):
         if not low <= value <= high:
             raise UserError(f"{name} is {value}: expected {low} to {high}")
     chosen_views(args.views)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
-    fronts, written = [], 0
-    for seed in progress.track(range(args.seed, args.seed + args.subjects), "people"):
-        folder = args.out / f"{args.split}_{seed}"
-        if not is_complete(folder, args.frames, args.views, size):
-            write_clip(
-                folder, SyntheticSubject(seed, args.split), track_of(seed, args.split), args.frames, args.views, size
-            )
-            written += 1
-        if len(fronts) < SHEET_MAX:
-            fronts.append(read_image(folder / "reference.png"))
+    seeds = range(args.seed, args.seed + args.subjects)
+    folders = {seed: args.out / f"{args.split}_{seed}" for seed in seeds}
+    todo = [seed for seed in seeds if not is_complete(folders[seed], args.frames, args.views, size)]
+    writing = write_world(args.out, args.split, todo, args.frames, args.views, size, args.workers)
+    written = sum(1 for _ in progress.track(writing, "people", len(todo)))
+    fronts = [read_image(folders[seed] / "reference.png") for seed in seeds[:SHEET_MAX]]
     fronts += [torch.ones_like(fronts[0])] * (-len(fronts) % min(SHEET_COLUMNS, len(fronts)))
     columns = min(SHEET_COLUMNS, len(fronts))
     rows = [torch.cat(fronts[i : i + columns], 2) for i in range(0, len(fronts), columns)]

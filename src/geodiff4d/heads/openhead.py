@@ -4,17 +4,17 @@ OpenHead is cut from MakeHuman's CC0 assets by tools/build_openhead.py; docs/OPE
 """
 
 import zipfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.heads.rig import JOINTS, Head, Landmarks
+from geodiff4d.heads.rig import JOINTS, Head, Landmarks, PosedHead
 
 OPENHEAD = Path(__file__).parents[1] / "assets" / "openhead.npz"
 REQUIRED = (
@@ -54,7 +54,8 @@ def load_wide(source: str | Path = "openhead") -> Head:
 def load_field(name: str, source: str | Path = "openhead") -> Float[Tensor, " verts"]:
     """Load a smooth per-vertex field whose zero level is a region's edge, positive inside; interpolate it over faces.
 
-    OpenHead has `hairline` and `brows` (signed distances on the mean head [m]) and `lips` (dimensionless, ±0.5).
+    OpenHead has `hairline`, `brows` and `lashes` (signed distances on the mean head [m]) and `lips` (dimensionless,
+    ±0.5).
 
     Raises:
         UserError: as `load`, or the head has no such field.
@@ -66,6 +67,60 @@ def load_field(name: str, source: str | Path = "openhead") -> Float[Tensor, " ve
             has = ", ".join(k.removeprefix("field_") for k in data.files if k.startswith("field_")) or "none"
             raise UserError(f"{path} has no field {name!r}: expected one of: {has}; use the head openhead")
         return torch.from_numpy(data[f"field_{name}"].astype(np.float32))
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The scalp as a sheet of its own, cut along the hairline, to be lifted off the head for hair or a cap."""
+
+    points: Landmarks
+    """Where its vertices lie on the head."""
+    faces: Int[Tensor, "faces 3"]
+    lift: Float[Tensor, " points"]
+    """0 at the hairline, 1 from 20 mm inside it."""
+
+    def on(self, mesh: PosedHead, height_m: float) -> Float[Tensor, "*batch points 3"]:
+        """Return the sheet's vertices on a posed head, lifted along its normals."""
+        at, normals = self.points.on(mesh.vertices, mesh.faces), self.points.on(mesh.normals, mesh.faces)
+        return at + height_m * self.lift[:, None] * torch.nn.functional.normalize(normals, dim=-1)
+
+
+def load_shell(source: str | Path = "openhead") -> Shell:
+    """Load the scalp shell.
+
+    Raises:
+        UserError: as `load`, or the head has none.
+
+    Example:
+        >>> head, shell = load("openhead"), load_shell()
+        >>> hair = shell.on(head.pose(head.neutral(1)), height_m=0.02)
+    """
+    data = _arrays(source, "shell_", "scalp shell")
+    points = Landmarks(torch.from_numpy(data["face_index"].astype(np.int64)), torch.from_numpy(data["bary"]))
+    return Shell(points, torch.from_numpy(data["faces"].astype(np.int64)), torch.from_numpy(data["lift"]))
+
+
+def load_attributes(source: str | Path = "openhead") -> dict[str, Float[Tensor, " shapes"]]:
+    """Load named directions in `load_wide`'s shape space: female, age, weight, muscle, african, asian, caucasian.
+
+    Each is the mean of people one standard deviation above the trait's average, over MakeHuman's adults; what goes
+    with a trait (women are smaller, for one) is in it. `load`'s coefficients are the first of them.
+
+    Raises:
+        UserError: as `load`, or the head has none.
+    """
+    data = _arrays(source, "attribute_", "named directions")
+    return {str(k): torch.from_numpy(v) for k, v in zip(data["names"], data["directions"], strict=True)}
+
+
+def _arrays(source: str | Path, prefix: str, what: str) -> dict[str, np.ndarray]:
+    path = _find(source)
+    _read(path)
+    with np.load(path, allow_pickle=False) as data:
+        found = {k.removeprefix(prefix): data[k] for k in data.files if k.startswith(prefix)}
+    if not found:
+        raise UserError(f"{path} has no {what}: expected arrays {prefix}*; use the head openhead")
+    return found
 
 
 def _find(source: str | Path) -> Path:
@@ -153,4 +208,5 @@ def _assemble(path: Path, data: dict[str, np.ndarray]) -> Head:
         landmarks68=Landmarks(index("landmarks68_face_index"), real("landmarks68_bary")),
         mediapipe=Landmarks(index("mediapipe_face_index"), real("mediapipe_bary")) if has_mediapipe else none,
         mediapipe_index=index("mediapipe_index") if has_mediapipe else none.face_index,
+        gaze=real("gaze") if "gaze" in data else None,
     )

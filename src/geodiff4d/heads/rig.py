@@ -147,7 +147,7 @@ class Head:
     """Texture coordinates in [0, 1], v down (image row order), one chart without overlaps."""
     uv_faces: Int[Tensor, "faces 3"]
     regions: dict[str, Bool[Tensor, " verts"]]
-    """Named vertex masks: skin, lips, brows, lids, eyes, scalp, ears, teeth, tongue, mouth, neck."""
+    """Named vertex masks: skin, lips, brows, lids, eyes, scalp, ears, teeth, gums, tongue, mouth, neck."""
     expression_names: tuple[str, ...]
     landmarks68: Landmarks
     """The 68 points of iBUG's markup."""
@@ -157,6 +157,8 @@ class Head:
     pose_basis: Float[Tensor, "verts 3 36"] | None = None
     """Pose correctives of the four non-root joints (FLAME), absent in OpenHead."""
     eyelid_basis: Float[Tensor, "verts 3 2"] | None = None
+    gaze: Float[Tensor, "exprs 6"] | None = None
+    """How far each expression turns the eye joints at weight 1 [rad]: OpenHead's look actions."""
 
     def neutral(self, *batch: int) -> HeadParams:
         """Return all-zero parameters."""
@@ -192,7 +194,10 @@ class Head:
                     "Give the head they were tracked with"
                 )
         shaped = self.shape(params)
-        angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *params.eyes_pose.split(3, -1)], -2)
+        eyes = (
+            params.eyes_pose if self.gaze is None else either(params.eyes_pose, params.expr @ self.gaze.to(params.expr))
+        )
+        angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *eyes.split(3, -1)], -2)
         R = axis_angle_to_matrix(angles)
         v = shaped.vertices
         if self.pose_basis is not None:
@@ -224,6 +229,14 @@ def blend(
     return (weights @ basis.flatten(0, 1).mT).unflatten(-1, (-1, 3))
 
 
+def either(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """Combine two accounts of one motion, which may both be given: the larger where signs agree, else their sum.
+
+    Continuous; zero in one leaves the other as it is.
+    """
+    return torch.where(a * b > 0, torch.where(a.abs() > b.abs(), a, b), a + b)
+
+
 def skin(
     vertices: Float[Tensor, "*batch verts 3"],
     T: Float[Tensor, "*batch joints 4 4"],
@@ -231,12 +244,16 @@ def skin(
 ) -> Float[Tensor, "*batch verts 3"]:
     """Linear blend skinning: move each vertex by the weighted mean of the joints' transforms.
 
-    Vertices run along the last axis meanwhile: vectors of thousands, not of three.
+    Vertices run along the last axis meanwhile: vectors of thousands, not of three. One coordinate at a time: the
+    allocator's fresh pages cost more than the arithmetic.
     """
     mean = T[..., :3, :].movedim(-3, -1)
-    columns = (mean.flatten(0, -2) @ weights.mT).unflatten(0, mean.shape[:-1]).unbind(-2)
-    x, y, z = vertices.mT[..., None, :, :].unbind(-2)
-    return (columns[0] * x + columns[1] * y + columns[2] * z + columns[3]).mT.contiguous()
+    x, y, z = vertices.mT.unbind(-2)
+    rows = []
+    for row in mean.unbind(-3):
+        a, b, c, d = (row.flatten(0, -2) @ weights.mT).unflatten(0, row.shape[:-1]).unbind(-2)
+        rows.append(torch.addcmul(torch.addcmul(torch.addcmul(d, a, x), b, y), c, z))
+    return torch.stack(rows, -1)
 
 
 def joint_transforms(

@@ -18,7 +18,6 @@ from geodiff4d.data.synthetic.cameras import openhead
 
 RINGS = 6
 STEP_M = 0.035
-STRIP_ROWS = 32
 
 
 @dataclass(frozen=True)

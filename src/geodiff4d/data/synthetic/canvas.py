@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Float, Int
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
-from torch.nn.functional import grid_sample
 
 from geodiff4d.core.topology import edges
-from geodiff4d.data.synthetic.bust import STRIP_ROWS, skirt
+from geodiff4d.data.synthetic.atlas import STRIP_ROWS, TEXTURE_SIZE
+from geodiff4d.data.synthetic.bust import skirt
 from geodiff4d.data.synthetic.cameras import openhead
+from geodiff4d.render._noise import add_lattice_noise
 from geodiff4d.render.meshes import rasterize_uv
 
-TEXTURE_SIZE = 512
 LATTICE = 24
 REGIONS = ("lips", "brows", "lids", "eyes", "scalp", "ears", "teeth", "tongue", "mouth", "neck")
 
@@ -44,6 +44,9 @@ class Canvas:
     bary: Float[Tensor, "texels 3"]
     points: dict[str, Float[Tensor, "points 3"]]
     """Landmark polylines on the template: brow_left, brow_right, lid_left, lid_right, lips, jaw, nose."""
+
+    areas: dict[str, Int[Tensor, " some"]]
+    """Texels that painting visits together: face, jaw, head, body, lips, inside, lid_… and brow_…"""
 
     def spread(self, values: Float[Tensor, "verts c"]) -> Float[Tensor, "texels c"]:
         """Interpolate vertex values at the texels."""
@@ -86,7 +89,26 @@ def canvas() -> Canvas:
     n = len(head.template)
     own = (n + torch.arange(len(strip)))[:, None].expand(-1, 3)
     corners, bary = torch.cat([corners, own]), torch.cat([bary, torch.full((len(strip), 3), 1 / 3)])
-    return Canvas(position, normals, regions, fill, torch.cat([head.template, strip]), corners, bary, parts)
+    vertices = torch.cat([head.template, strip])
+    return Canvas(position, normals, regions, fill, vertices, corners, bary, parts, _areas(position, regions, parts))
+
+
+def _areas(
+    position: Float[Tensor, "texels 3"], regions: dict[str, Tensor], parts: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    y, z = position[:, 1], position[:, 2]
+    masks = {
+        "face": (z > 0.015) & (y > -0.11) & (y < 0.115) & (regions["eyes"] < 0.5),
+        "jaw": (z > -0.03) & (y > -0.13) & (y < 0.04) & (regions["eyes"] < 0.5),
+        "head": y > -0.1,
+        "body": y < -0.07,
+        "lips": regions["lips"] + regions["mouth"] > 0.01,
+        "inside": regions["mouth"] + regions["teeth"] + regions["tongue"] > 0.01,
+    }
+    for name in ("lid_left", "lid_right", "brow_left", "brow_right"):
+        centre = parts[name].mean(0)
+        masks[name] = (position - centre).norm(dim=1) < (0.045 if name.startswith("brow") else 0.035)
+    return {name: mask.nonzero()[:, 0] for name, mask in masks.items()}
 
 
 def _strip() -> Float[Tensor, "texels 3"]:
@@ -138,23 +160,19 @@ def noise(
     gain: float = 0.55,
 ) -> Float[Tensor, "n channels"]:
     """Sum octaves of lattice noise over 3-D points, about unit standard deviation; `wavelength` [m] is the coarsest."""
-    total, power = torch.zeros(len(points), channels), 0.0
+    out, power = np.zeros((len(points), channels), np.float32), 0.0
     for octave in range(octaves):
-        # A random rotation per octave hides the lattice; wrapping it round keeps it small.
+        # A random rotation per octave hides the lattice; it repeats after `LATTICE` cells.
         Q, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-        lattice = rng.normal(size=(channels, LATTICE, LATTICE, LATTICE)).astype(np.float32)
-        volume = torch.from_numpy(np.pad(lattice, ((0, 0), (0, 1), (0, 1), (0, 1)), mode="wrap"))
-        x = points @ torch.from_numpy(Q.astype(np.float32)) * (2**octave / wavelength)
-        x = x + torch.from_numpy(rng.uniform(0, LATTICE, 3).astype(np.float32))
-        if wavelength > 0.01:  # small patterns do not show the creases
-            cell = x.floor()
-            x = cell + fade(x - cell)
-        x = x.remainder(LATTICE)
-        values = grid_sample(volume[None], (x / LATTICE * 2 - 1).view(1, 1, 1, -1, 3), align_corners=True)
-        total += gain**octave * values.view(channels, -1).T
+        lattice = rng.standard_normal((LATTICE, LATTICE, LATTICE, channels), np.float32)
+        matrix = (Q.T * (2**octave / wavelength)).astype(np.float32)
+        offset = rng.uniform(0, LATTICE, 3).astype(np.float32)
+        # Interpolation between lattice points leaves 0.63 of the standard deviation.
+        ease = wavelength > 0.01  # small patterns do not show the creases
+        scale = np.float32(gain**octave / 0.63)
+        add_lattice_noise(points.contiguous().numpy(), matrix, offset, lattice, ease, scale, out)
         power += gain ** (2 * octave)
-    # Interpolation between lattice points leaves 0.63 of the standard deviation.
-    return total / (0.63 * power**0.5)
+    return torch.from_numpy(out / np.float32(power**0.5) if octaves > 1 else out)
 
 
 def fade(t: Tensor) -> Tensor:

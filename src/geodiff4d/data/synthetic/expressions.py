@@ -1,4 +1,4 @@
-"""Expressions over time: speech, emotions, blinks, gaze, tongue, extremes, and a mix of them.
+"""Expressions over time: speech, emotions, blinks, gaze, tongue, extremes, head turns, and a mix of them.
 
 Tracks are sums of eased events (an action rises, holds and falls) over a little smooth noise, so they are plausible and
 smooth by construction. The eyes turn by the eye joints; the look actions only move the lids along.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from geodiff4d.data.synthetic.seeds import generator
 
-TrackKind = Literal["speech", "emotions", "blinks", "gaze", "tongue", "extremes", "mixed"]
-TRACK_KINDS: tuple[TrackKind, ...] = ("speech", "emotions", "blinks", "gaze", "tongue", "extremes", "mixed")
+TrackKind = Literal["speech", "emotions", "blinks", "gaze", "tongue", "extremes", "turns", "mixed"]
+TRACK_KINDS: tuple[TrackKind, ...] = ("speech", "emotions", "blinks", "gaze", "tongue", "extremes", "turns", "mixed")
 Motion = tuple[Float[Tensor, "frames 52"], Float[Tensor, "frames 3"], Float[Tensor, "frames 6"]]
 
 _PAIRED = (
@@ -110,6 +110,23 @@ def expression_track(kind: TrackKind, frames: int, seed: int, fps: float = 24.0)
     expr, gaze = _mixed(frames, rng, fps) if kind == "mixed" else _KINDS[kind](frames, rng, fps)
     jaw = _noise(frames, 3, rng, fps * 0.4) * np.radians([1.2, 0.8, 0.4])
     return _finish(np.clip(expr, 0, 1), jaw, gaze)
+
+
+def head_track(kind: TrackKind, frames: int, seed: int, fps: float = 24.0) -> Float[Tensor, "frames 3"]:
+    """Make smooth rotations of the head [rad]: small movements, and for "turns" as far as people turn on a portrait.
+
+    Turns reach about 35° sideways, 20° up and down and 15° of tilt, from one pose to the next with pauses.
+    """
+    rng = generator("head", kind, seed)
+    t = np.arange(frames)[:, None] / fps
+    wobble = np.sin(t * rng.uniform(0.5, 2.5, 3) + rng.uniform(0, 6, 3)) * np.radians([4.0, 7.0, 2.5])
+    if kind == "turns":
+        target, start = np.zeros((frames, 3)), int(rng.uniform(0.1, 0.4) * fps)
+        while start < frames:
+            target[start:] = np.clip(rng.normal(0, [9.0, 18.0, 6.0]), [-20, -35, -15], [20, 35, 15])
+            start += max(4, int(fps * rng.uniform(0.4, 1.3)))
+        wobble = 0.3 * wobble + np.radians(gaussian_filter1d(target, 0.17 * fps, axis=0, mode="nearest"))
+    return torch.from_numpy(wobble.astype(np.float32))
 
 
 def _finish(expr: np.ndarray, jaw: np.ndarray, gaze: np.ndarray) -> Motion:
@@ -303,7 +320,14 @@ def _mixed(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarra
     return expr, gaze
 
 
+def _turns(frames: int, rng: np.random.Generator, fps: float) -> tuple[np.ndarray, np.ndarray]:
+    """A calm face: `head_track` has what moves."""
+    expr = _events(frames, rng, fps, 1.0, 0.5, 0.3, lambda r: np.clip(_draw(r) * r.uniform(0.2, 0.7), 0, 1))
+    return _with_blinks(expr, rng, fps), _idle_gaze(frames, rng, fps, 0.35)
+
+
 _KINDS = {
+    "turns": _turns,
     "speech": _speech,
     "emotions": _emotions,
     "blinks": _blinks,

@@ -9,13 +9,23 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import KDTree
 
+from geodiff4d.data.synthetic import atlas
 from geodiff4d.data.synthetic.cameras import openhead
+from geodiff4d.data.synthetic.mesh import Piece
+from geodiff4d.render._deferred import STRAND
 
+SHELL_DEPTH = (0.72, 0.88, 1.0)
+"""Of the hair's thickness, per shell from the inside out."""
+HANG_SHARE = (0.94, 1.0, 0.97)
+HAIR_SHELL = 1
+"""Number of the innermost shell in `Scene.shell`."""
+KINDS = ["bald", "buzz", "short", "short", "crop", "bob", "long", "long", "wavy", "curly", "afro", "back"]
+"""About equally often; some twice."""
 COLUMNS, ROWS, HANGING_ROWS = 96, 22, 14
 CENTRE = np.array([0.0, 0.035, -0.005])
 """Middle of the skull on the template [m]; directions and radii are taken from here."""
@@ -36,7 +46,7 @@ class HairStyle:
     """What a hairdresser would ask."""
 
     kind: str
-    """bald, buzz, short, crop, bob, long or curly."""
+    """One of `KINDS`."""
     top_m: float = 0.0
     """Thickness over the top."""
     side_m: float = 0.0
@@ -52,20 +62,9 @@ class HairStyle:
     """How far the temples' hairline has retreated, 0 to 1."""
 
 
-@dataclass(frozen=True)
-class HairMesh:
-    """A mesh beside the head's, in the head's rest pose; it moves rigidly with the skull."""
-
-    vertices: Float[torch.Tensor, "hairverts 3"]
-    faces: Int[torch.Tensor, "hairfaces 3"]
-    uv: Float[torch.Tensor, "hairuvs 2"]
-    uv_faces: Int[torch.Tensor, "hairfaces 3"]
-    tangents: Float[torch.Tensor, "hairverts 3"]
-
-
 def draw_style(rng: np.random.Generator) -> HairStyle:
-    """Draw a style: one in nine bald, every other kind about as often."""
-    kind = str(rng.choice(["bald", "buzz", "short", "short", "crop", "bob", "long", "long", "curly"]))
+    """Draw a style; every kind about as often."""
+    kind = str(rng.choice(KINDS))
     u = rng.uniform
     base = HairStyle(
         kind,
@@ -81,9 +80,19 @@ def draw_style(rng: np.random.Generator) -> HairStyle:
         "crop": {"top_m": u(0.016, 0.028), "side_m": u(0.01, 0.018), "fringe": u(0.35, 0.8)},
         "bob": {"top_m": u(0.014, 0.024), "side_m": u(0.016, 0.028), "hang_m": u(0.05, 0.1), "part": part},
         "long": {"top_m": u(0.012, 0.022), "side_m": u(0.014, 0.026), "hang_m": u(0.12, 0.22), "part": part},
-        "curly": {"top_m": u(0.028, 0.055), "side_m": u(0.022, 0.045), "curls_m": u(0.004, 0.008)},
+        "wavy": {
+            "top_m": u(0.014, 0.026),
+            "side_m": u(0.018, 0.03),
+            "hang_m": u(0.08, 0.2),
+            "part": part,
+            "curls_m": u(0.0008, 0.0018),
+            "lumps_m": u(0.002, 0.004),
+        },
+        "curly": {"top_m": u(0.022, 0.04), "side_m": u(0.016, 0.03), "curls_m": u(0.003, 0.006)},
+        "afro": {"top_m": u(0.03, 0.07), "side_m": u(0.025, 0.055), "curls_m": u(0.0015, 0.003)},
+        "back": {"top_m": u(0.006, 0.014), "side_m": u(0.005, 0.01), "lumps_m": u(0.0005, 0.0015)},
     }
-    share = {"bob": 0.5, "long": 0.35}.get(kind, 0.0)
+    share = {"bob": 0.5, "long": 0.35, "wavy": 0.25}.get(kind, 0.0)
     if some < share:
         base = replace(base, fringe=u(0.4, 0.85))
     if kind == "curly" and some < 0.4:
@@ -158,14 +167,14 @@ def _waves(phi: np.ndarray, theta: np.ndarray, rng: np.random.Generator, low: in
     return np.cos(phi[..., None] * k + theta[..., None] * turn + start).sum(-1) * np.sqrt(2 / count)
 
 
-def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.random.Generator) -> HairMesh | None:
-    """Grow hair on a subject's rest vertices; None for bald heads.
+def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.random.Generator) -> list[Piece]:
+    """Grow hair on a subject's rest vertices, as shells from the inside out; nothing for bald heads.
 
     The hairline comes first from the generator: the scalp is painted with a generator of the same key.
     """
     line = hairline(style, rng)
     if style.kind == "bald":
-        return None
+        return []
     phi = -np.pi + 2 * np.pi * (np.arange(COLUMNS) + 0.5) / COLUMNS
     end = line(phi)
     # A fringe comes down from the forehead's hairline; at the temples it joins it again.
@@ -185,14 +194,19 @@ def build(style: HairStyle, vertices: Float[torch.Tensor, "verts 3"], rng: np.ra
     d = direction(P, theta)
     base = skull_radius(vertices.numpy(), d)
     thick = _thickness(style, P, theta, end[:, None], hanging[:, None] > 0, d, rng)
-    points = CENTRE + d * (base + thick)[..., None]
     if style.curls_m > 0:
         curls = gaussian_filter1d(rng.normal(size=P.shape), 1.1, axis=0, mode="wrap")
-        curls = gaussian_filter1d(curls, 0.7, axis=1, mode="nearest")
-        points += d * (3 * style.curls_m * curls)[..., None]
-    if style.hang_m > 0:
-        points = np.concatenate([points, _hang(points, hanging, rng)], 1)
-    return _mesh(points, hanging > 0)
+        thick = thick + 3 * style.curls_m * gaussian_filter1d(curls, 0.7, axis=1, mode="nearest")
+    sway = int(rng.integers(1 << 62))
+    out = []
+    for shell, depth in enumerate(SHELL_DEPTH):
+        points = CENTRE + d * (base + np.maximum(depth * thick, 0.0008 * (shell + 1)))[..., None]
+        if style.hang_m > 0:
+            # The same sway for every shell: each continues its own strands.
+            falling = _hang(points, hanging * HANG_SHARE[shell], np.random.default_rng(sway))
+            points = np.concatenate([points, falling], 1)
+        out.append(_mesh(points, hanging > 0, shell))
+    return out
 
 
 def _thickness(
@@ -202,7 +216,13 @@ def _thickness(
     side = np.clip((theta - 0.5) / 0.9, 0, 1)
     thick = style.top_m + (style.side_m - style.top_m) * side * side * (3 - 2 * side)
     # Toward the hairline hair lies down: slowly where it is combed back, at once where it is a fringe.
-    reach, power = {"short": (0.75, 0.9), "curly": (0.5, 0.6), "buzz": (0.25, 0.8)}.get(style.kind, (0.3, 0.6))
+    reach, power = {
+        "short": (0.75, 0.9),
+        "curly": (0.5, 0.6),
+        "afro": (0.35, 0.55),
+        "buzz": (0.25, 0.8),
+        "back": (0.6, 0.8),
+    }.get(style.kind, (0.3, 0.6))
     left = np.clip((end - theta) / reach, 0, 1) ** power
     thick = thick * np.where(hangs, 1.0, 0.06 + 0.94 * left)
     if style.part:
@@ -237,7 +257,7 @@ def _hang(points: np.ndarray, length: np.ndarray, rng: np.random.Generator) -> n
     return np.stack(rows, 1)
 
 
-def _mesh(points: np.ndarray, hanging: np.ndarray) -> HairMesh:
+def _mesh(points: np.ndarray, hanging: np.ndarray, shell: int) -> Piece:
     """Turn strands [columns, rows, 3] into a closed-looking mesh: hanging parts get an inner side, 6 mm further in."""
     columns, rows = points.shape[:2]
     i, j = np.meshgrid(np.arange(columns), np.arange(rows - 1), indexing="ij")
@@ -256,7 +276,7 @@ def _mesh(points: np.ndarray, hanging: np.ndarray) -> HairMesh:
     tangent = np.gradient(points, axis=1)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=-1, keepdims=True), 1e-9)
     vertices, tangent, uv = points.reshape(-1, 3), tangent.reshape(-1, 3), np.stack([u, v], -1).reshape(-1, 2)
-    if hanging.any():
+    if hanging.any() and shell == 0:
         inward = vertices - CENTRE
         inward[:, 1] = 0
         inner = vertices - 0.006 * inward / np.maximum(np.linalg.norm(inward, axis=1, keepdims=True), 1e-9)
@@ -272,4 +292,7 @@ def _mesh(points: np.ndarray, hanging: np.ndarray) -> HairMesh:
         )
     as_float = lambda x: torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))  # noqa: E731
     as_int = lambda x: torch.from_numpy(np.ascontiguousarray(x)).long()  # noqa: E731
-    return HairMesh(as_float(vertices), as_int(faces), as_float(uv), as_int(uv_faces), as_float(tangent))
+    placed = atlas.place_uv(as_float(uv), atlas.HAIR_TOP + shell * atlas.SHELL_ROWS, atlas.SHELL_ROWS)
+    return Piece(
+        as_float(vertices), as_int(faces), placed, as_int(uv_faces), as_float(tangent), STRAND, HAIR_SHELL + shell
+    )

@@ -1,4 +1,4 @@
-"""Deferred shading in linear light: each visible pixel reads the texture, the normal and the light, once."""
+"""Deferred shading in linear light: a pixel's samples are averaged by layer, and each layer is lit once."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from geodiff4d.core.camera import Camera, pinhole
-from geodiff4d.core.geometry import look_at
-from geodiff4d.render.meshes import rasterize
+from geodiff4d.render import _deferred
 
 TEXTURE_CHANNELS = 8
-"""Linear RGB, specular strength, bump (3, added to the unit normal in the head's frame), hairiness."""
+"""Linear RGB, specular strength, bump (3, added to the unit normal in the head's frame), opacity."""
 
 
 @dataclass(frozen=True)
@@ -38,75 +36,64 @@ class Light:
         )
 
 
-@dataclass(frozen=True)
-class Surface:
-    """Visible pixels of one image, in the head's frame."""
-
-    normal: Float[Tensor, "n 3"]
-    to_eye: Float[Tensor, "3"]
-    """Unit direction to the camera, taken as the same for the whole head."""
-    texture: Float[Tensor, "n 8"]
-    openness: Float[Tensor, "n 2"]
-    """Share of the sky, and of the key light, that reaches the pixel."""
-
-    def at(self, index: Int[Tensor, " m"]) -> "Surface":
-        normal, texture, openness = (x.index_select(0, index) for x in (self.normal, self.texture, self.openness))
-        return Surface(normal, self.to_eye, texture, openness)
+WRAP = (0.30, 0.16, 0.11)
+"""Light seeps under the terminator, red farthest: what makes skin look like skin."""
 
 
-def shade(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3"]:
-    """Return linear RGB of the pixels; `T_light` takes world directions to the head's frame."""
-    albedo, gloss, hairy = surface.texture[:, :3], surface.texture[:, 3:4], surface.texture[:, 7:8]
-    n = surface.normal + surface.texture[:, 4:7]
+def pack_light(
+    light: Light, T_skull_world: Float[Tensor, "*batch 3 3"], to_eye: Float[Tensor, "*batch 3"]
+) -> Float[Tensor, "*batch 27"]:
+    """Lay a light out for shading, in the skull's frame.
+
+    Toward the key light, toward the eye, half way between, key colour, ambient colour, its gradient (normal × RGB),
+    wrap; three numbers each.
+    """
+    toward = T_skull_world @ light.direction
+    half = normalize(toward + to_eye, dim=-1)
+    gradient = (T_skull_world @ light.gradient.T).flatten(-2)
+    wrap = light.key.new_tensor(WRAP)
+    fixed = [x.expand_as(toward) for x in (light.key, light.ambient)]
+    return torch.cat([toward, to_eye, half, *fixed, gradient, wrap.expand_as(toward)], -1)
+
+
+def shade(rows: Float[Tensor, "n 16"], kind: Int[Tensor, " n"], light: Float[Tensor, "n 27"]) -> Float[Tensor, "n 3"]:
+    """Return linear RGB of surface points; the twin of `render/_deferred.py`'s `_light`.
+
+    Rows are texel (8) and attributes (normal 3, open sky, open key light, strand direction 3), in the skull's frame.
+    """
+    albedo, gloss, normal, tangent = rows[:, :3], rows[:, 3:4], rows[:, 8:11], rows[:, 13:16]
+    ao, lit = rows[:, 11:12], rows[:, 12:13]
+    toward, to_eye, half, key, ambient = light[:, :15].unflatten(1, (5, 3)).unbind(1)
+    n = normal + rows[:, 4:7]
     n = n * n.square().sum(-1, keepdim=True).clamp(min=1e-9).rsqrt()
-    toward = T_light @ light.direction
-    ao, lit = surface.openness[:, :1], surface.openness[:, 1:]
-    cosine = n @ toward[:, None]
-    # Light seeps under the terminator, red farthest: what makes skin look like skin.
-    wrap = torch.tensor([0.30, 0.16, 0.11], device=n.device)
+    cosine, wrap = _dot(n, toward), light[:, 24:27]
     diffuse = ((cosine + wrap) / (1 + wrap)).clamp(min=0).square() * (1 + wrap)
-    irradiance = light.ambient + n @ (T_light @ light.gradient.T)
-    colour = albedo * (irradiance.clamp(min=0.02) * ao + light.key * diffuse * lit)
-    half = normalize(toward + surface.to_eye, dim=0)
-    shine = (n @ half[:, None]).clamp(min=0)
-    facing = (n @ surface.to_eye[:, None]).clamp(0, 1)
-    rim = (1 - facing).square().square()
-    tight = shine.square().square().square().square()
+    irradiance = ambient + (n[:, None] @ light[:, 15:24].unflatten(1, (3, 3)))[:, 0]
+    colour = albedo * (irradiance.clamp(min=0.02) * ao + key * diffuse * lit)
+    tight = _dot(n, half).clamp(min=0) ** 16
+    rim = (1 - _dot(n, to_eye).clamp(0, 1)) ** 4
     broad = tight * (0.4 + 0.9 * tight.square())
-    spec = gloss * (broad * lit * (cosine > 0) * light.key + (0.25 + rim) * 0.3 * irradiance * ao)
-    return colour + spec * (1 - hairy)
+    spec = gloss * (broad * lit * (cosine > 0) * key + (0.25 + rim) * 0.3 * irradiance * ao)
+    wet, strand = (kind == _deferred.WET)[:, None], (kind == _deferred.STRAND)[:, None]
+    # The sharp reflection on eyes and glasses.
+    sharp = _dot(normalize(normal, dim=-1), half).clamp(min=0)
+    glint = torch.where(sharp > 0.9, 1.6 * sharp**350, 0.0) * lit * key
+    # The two highlights of a strand (Kajiya and Kay 1989, with the shifts of Marschner et al. 2003).
+    t, m = _dot(tangent, half), _dot(normal, half)
+    first, second = ((1 - (t + k * m).square()).clamp(min=1e-6) for k in (-0.08, 0.12))
+    seen = lit * (_dot(normal, toward) + 0.3).clamp(0, 1) * gloss
+    shine = key * seen * (0.5 * first**45 + 1.2 * second**12 * albedo.clamp(min=0).sqrt())
+    return colour + torch.where(strand, shine, spec + torch.where(wet, glint, 0.0))
 
 
-def glint(surface: Surface, light: Light, T_light: Float[Tensor, "3 3"]) -> Float[Tensor, "n 3"]:
-    """Return the sharp reflection of the key light on a wet surface (eyes)."""
-    half = normalize(T_light @ light.direction + surface.to_eye, dim=0)
-    sharp = (normalize(surface.normal, dim=-1) @ half[:, None]).clamp(min=0) ** 350
-    return 1.6 * sharp * light.key * surface.openness[:, 1:]
-
-
-def shade_hair(
-    surface: Surface,
-    tangent: Float[Tensor, "n 3"],
-    colour: Float[Tensor, "n 3"],
-    light: Light,
-    T_light: Float[Tensor, "3 3"],
-) -> Float[Tensor, "n 3"]:
-    """Add the two highlights of a strand (Kajiya and Kay 1989, with the shifts of Marschner et al. 2003)."""
-    toward = T_light @ light.direction
-    half = normalize(toward + surface.to_eye, dim=0)
-    albedo, gloss = surface.texture[:, :3], surface.texture[:, 3:4]
-    # sin² of the angle between strand and half vector, for a strand tilted toward the root and toward the tip.
-    t, n = tangent @ half[:, None], surface.normal @ half[:, None]
-    first, second = (((1 - (t + k * n).square()).clamp(min=0)) for k in (-0.08, 0.12))
-    first, second = first**45, second**12
-    lit = surface.openness[:, 1:] * (surface.normal @ toward[:, None] + 0.3).clamp(0, 1)
-    return colour + light.key * lit * gloss * (0.5 * first + 1.2 * second * albedo.sqrt())
+def _dot(a: Float[Tensor, "n 3"], b: Float[Tensor, "n 3"]) -> Float[Tensor, "n 1"]:
+    return (a * b).sum(-1, keepdim=True)
 
 
 def sample_texture(
-    texture: Float[Tensor, "texels 8"], uv: Float[Tensor, "n 2"], width: int, height: int
-) -> Float[Tensor, "n 8"]:
-    """Read a texture [height · width, 8] bilinearly at uv in [0, 1]."""
+    texture: Float[Tensor, "texels c"], uv: Float[Tensor, "n 2"], width: int, height: int
+) -> Float[Tensor, "n c"]:
+    """Read a texture [height · width, c] bilinearly at uv in [0, 1]."""
     x = (uv[:, 0] * width - 0.5).clamp(0, width - 1.001)
     y = (uv[:, 1] * height - 0.5).clamp(0, height - 1.001)
     x0, y0 = x.long(), y.long()
@@ -128,27 +115,3 @@ def to_srgb(linear: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def to_linear(srgb: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Decode sRGB."""
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
-
-
-def visibility(
-    vertices: Float[Tensor, "verts 3"],
-    normals: Float[Tensor, "verts 3"],
-    faces: Int[Tensor, "faces 3"],
-    directions: Float[Tensor, "dirs 3"],
-    size: int = 96,
-) -> Float[Tensor, "dirs verts"]:
-    """Say which vertices see each direction: 1 where nothing lies before them in a depth map taken from there."""
-    centre, far = (vertices.amin(0) + vertices.amax(0)) / 2, 6.0
-    radius = float((vertices - centre).norm(dim=-1).max())
-    up = torch.where(directions[:, 1:2].abs() > 0.95, torch.tensor([0.0, 0, 1]), torch.tensor([0.0, 1, 0])).to(vertices)
-    T = look_at(centre + far * directions, centre.expand_as(directions), up)
-    K = pinhole(0.5 * size * far / radius * 0.98, size, size).to(vertices).expand(len(directions), 3, 3)
-    camera = Camera(T, K, size, size)
-    with torch.no_grad():
-        depth = rasterize(vertices.expand(len(directions), -1, 3), faces, camera).depth
-    # Look from above the surface, about as far as a pixel of the depth map is wide, or slopes shade themselves.
-    bias = radius / size
-    xy, z = camera.project((vertices + bias * normals).expand(len(directions), -1, 3))
-    place = xy.long().clamp(0, size - 1)
-    seen = depth.flatten(1).gather(1, place[..., 1] * size + place[..., 0])
-    return (z < seen + bias).float()

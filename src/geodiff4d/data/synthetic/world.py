@@ -1,5 +1,9 @@
 """Clips of the open world, and the tracker-like error that stands in for tracking from pixels."""
 
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +17,12 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
 from geodiff4d.data.clip import ClipWriter
 from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, head_region, rig
-from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track
+from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.heads.rig import HeadParams
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Goes up whenever a subject's pictures change: figures on test subjects compare within one version only."""
 DISTURBANCE = {"rotation": np.radians(1.0), "translation": 0.002, "jaw_pose": np.radians(2.0), "expr": 0.1}
 """Stationary standard deviation per coordinate: radians, metres, radians, ARKit weight."""
@@ -61,12 +65,9 @@ def chosen_views(count: int) -> list[int]:
 
 
 def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps: float = 24.0) -> HeadParams:
-    """Return true parameters of a track for this subject, with small head movements, [frames, ...]."""
+    """Return true parameters of a track for this subject, with movements of the head, [frames, ...]."""
     expr, jaw, eyes = expression_track(kind, frames, subject.seed, fps)
-    rng = generator(*subject.key, "motion", kind)
-    t = np.arange(frames)[:, None] / fps
-    wobble = np.sin(t * rng.uniform(0.5, 2.5, 3) + rng.uniform(0, 6, 3)) * np.radians([4.0, 7.0, 2.5])
-    return subject.params(expr, rotation=torch.from_numpy(wobble).float(), jaw_pose=jaw, eyes_pose=eyes)
+    return subject.params(expr, rotation=head_track(kind, frames, subject.seed, fps), jaw_pose=jaw, eyes_pose=eyes)
 
 
 def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int) -> Camera:
@@ -76,12 +77,13 @@ def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[i
 
 
 def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
-    """Say whether a finished clip of this size is there already (clips appear whole or not at all)."""
+    """Say whether a finished clip of this size and world is there already (clips appear whole or not at all)."""
     if not (folder / "transforms.json").exists():
         return False
     meta = read_json(folder / "transforms.json")
     records = meta.get("frames", [])
-    return len(records) == frames * views and records[0].get("w") == size
+    version = meta.get("geodiff4d", {}).get("extra", {}).get("world_version")
+    return len(records) == frames * views and records[0].get("w") == size and version == WORLD_VERSION
 
 
 def write_clip(
@@ -105,6 +107,44 @@ def write_clip(
                 clip.set_reference(out.rgb[0], out.normal[0])
     assert first is not None
     return first
+
+
+def write_world(
+    out: Path, split: Split, seeds: Sequence[int], frames: int, views: int, size: int, workers: int = 1
+) -> Iterator[int]:
+    """Write a clip OUT/<split>_<seed> per person, several processes at once; yield every seed that is done.
+
+    Each process holds one person at a time and a few clips wait in line, whatever the number of people. An interrupted
+    run leaves whole clips only; calling again with those seeds left out resumes it.
+    """
+    if workers <= 1 or len(seeds) <= 1:
+        for seed in seeds:
+            yield _write_person(out, split, seed, frames, views, size)
+        return
+    # spawn: a forked torch may wait forever for threads it does not have.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+        waiting: set[Future[int]] = set()
+        try:
+            for seed in seeds:
+                if len(waiting) >= 2 * workers:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+                waiting.add(pool.submit(_write_person, out, split, seed, frames, views, size))
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Drawing uses one thread; an interrupt reaches the parent, which lets every worker finish its clip."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _write_person(out: Path, split: Split, seed: int, frames: int, views: int, size: int) -> int:
+    folder = out / f"{split}_{seed}"
+    write_clip(folder, SyntheticSubject(seed, split), track_of(seed, split), frames, views, size)
+    return seed
 
 
 def track_of(seed: int, split: Split) -> TrackKind:

@@ -1,0 +1,120 @@
+"""Benchmarks: each measures one hot path and returns its row (design §11)."""
+
+import multiprocessing
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from geodiff4d.data.synthetic import SyntheticSubject, random_cameras, random_expression
+from geodiff4d.data.synthetic.draw import Backend
+
+TIMEOUT_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class WorldBench:
+    """Pictures, normals, masks and parameters of made-up people, painting them included."""
+
+    size: int = 256
+    subjects: int = 4
+    """People per process."""
+    images: int = 30
+    """Images of each."""
+    threads: int = 2
+    """Processes, one thread each."""
+
+    def run(self) -> dict[str, Any]:
+        """Return `images_per_second` over all processes, beside a baseline: the torch renderer on the same people."""
+        wall, cpu = _in_parallel(self.threads, self.size, self.subjects, self.images, None)
+        total = self.threads * self.subjects * self.images
+        few = max(1, self.images // 5)
+        slow, _ = _in_parallel(self.threads, self.size, 1, few, "torch")
+        # The baseline's subject is paid once for `few` images: scale its share to the same number of images.
+        made, _ = _in_parallel(self.threads, self.size, self.subjects, 0, None)
+        subject = made / self.subjects
+        per_image = max(slow - subject, 1e-6) / few
+        return {
+            "images_per_second": total / wall,
+            "cpu_ms_per_image": 1000 * cpu / total,
+            "seconds_per_subject": subject,
+            "baseline": {
+                "what": "the same with the torch renderer",
+                "images_per_second": self.threads * self.images / (subject + per_image * self.images),
+            },
+        }
+
+
+def _in_parallel(processes: int, size: int, subjects: int, images: int, backend: Backend | None) -> tuple[float, float]:
+    """Return (wall seconds, CPU seconds of all processes) of `_draw_people` in warmed-up processes."""
+    context = multiprocessing.get_context("spawn")
+    barrier, queue = context.Barrier(processes + 1), context.SimpleQueue()
+    workers = [
+        context.Process(target=_draw_people, args=(barrier, queue, k, size, subjects, images, backend), daemon=True)
+        for k in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    barrier.wait(TIMEOUT_SECONDS)
+    start = time.perf_counter()
+    barrier.wait(TIMEOUT_SECONDS)
+    wall = time.perf_counter() - start
+    cpu = sum(queue.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return wall, cpu
+
+
+def _draw_people(
+    barrier: Barrier, queue: Any, process: int, size: int, subjects: int, images: int, backend: Backend | None
+) -> None:
+    torch.set_num_threads(1)
+    _draw_person(10_000 + process, size, 1, backend)
+    barrier.wait(TIMEOUT_SECONDS)
+    start = time.process_time()
+    for s in range(subjects):
+        _draw_person(process * subjects + s, size, images, backend)
+    queue.put(time.process_time() - start)
+    barrier.wait(TIMEOUT_SECONDS)
+
+
+def _draw_person(seed: int, size: int, images: int, backend: Backend | None) -> None:
+    subject = SyntheticSubject(seed, "train")
+    assert len(subject.texture)
+    if images:
+        expr, jaw, eyes = random_expression(seed, images)
+        subject.render(
+            subject.params(expr, jaw_pose=jaw, eyes_pose=eyes), random_cameras(images, seed, size), backend=backend
+        )
+
+
+TARGETS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"world": lambda options: WorldBench(**options).run()}
+
+
+def hardware() -> str:
+    """Name the processor, and the GPU if there is one."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
+    return f"{cpu}, {os.cpu_count()} cores{gpu}"
+
+
+def commit() -> str | None:
+    """Short hash of the checkout this runs from; None for an installed package."""
+    folder = Path(__file__).parents[2]
+    if not (folder / ".git").exists():
+        return None
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
