@@ -106,6 +106,10 @@ RECIPES = [
         tuple(f"runs/image/model/{part}/model*.safetensors" for part in ("unet", "reference", "expression", "vae")),
     ),
     Recipe(
+        "train perception --preset debug --data people --workers 1 --out runs/perception",
+        ("runs/perception/perception/model.safetensors", "people/val/people.json"),
+    ),
+    Recipe(
         f"demo {MODEL} --out runs/demo",
         tuple(f"runs/demo/{name}" for name in ("report.html", "metrics.json", "generated.mp4", "avatar.mp4")),
     ),
@@ -148,7 +152,7 @@ RECIPES = [
     bad_import("import nersemble sets/nersemble bad/out --params sets/params", says="--params needs --head"),
     bad_import("import nersemble nowhere bad/out", says="nowhere does not exist"),
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
-    bad("track world/train_0/reference.png", says="make track-env"),
+    bad("track world/train_0/reference.png --detector mediapipe", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
     bad("track broken.png --out bad/out", says="broken.png", prepare=broken_picture),
     bad("track world --out bad/out", says="directory"),

@@ -71,16 +71,15 @@ def tracked(
     """Open a tracked folder, or track a picture or video into `out`, by default a temporary folder.
 
     Raises:
-        UserError: the source is unreadable or shows no face, or no detector is installed.
+        UserError: the source is unreadable or shows no face.
     """
     source = Path(source)
     if source.is_dir():
         return Clip(source)
-    from geodiff4d.tracking.detect import MediaPipeDetector
     from geodiff4d.tracking.track import TrackConfig, track
 
     out = out or Path(tempfile.mkdtemp(prefix="geodiff4d-")) / "tracked"
-    return track(source, out, head, MediaPipeDetector(), TrackConfig(size=size, limit=limit), progress)
+    return track(source, out, head, config=TrackConfig(size=size, limit=limit), progress=progress)
 
 
 def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
@@ -117,7 +116,9 @@ def load_portrait(clip: Clip, size: int) -> Portrait:
     frame = resized_frame(clip.frame(0), size)
     if frame.params is None:
         raise UserError(f"{clip.folder} has no head parameters: run `geodiff4d track` on the picture first")
-    return Portrait(frame.image, frame.mask, frame.camera, frame.params)
+    # Normals are the detector's or nobody's: those of a rendered clip are the truth, which no portrait has.
+    normal = frame.normal if clip.extra.get("normals") == "detector" else None
+    return Portrait(frame.image, frame.mask, frame.camera, frame.params, normal)
 
 
 def load_driving(clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Track = unchanged) -> Driving:

@@ -24,7 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "import": ("geodiff4d.cli.imports", "read a data set or a tracker's result into clips"),
-    "train": ("geodiff4d.cli.train", "train the codec or the image model"),
+    "train": ("geodiff4d.cli.train", "train the codec, the image model or the perception network"),
+    "evaluate": ("geodiff4d.cli.evaluate", "measure tracking beside the truth of the open world"),
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
 }

@@ -18,8 +18,9 @@ class Args:
     """Clip folder to write; it replaces an older one."""
     head: str = "openhead"
     """`openhead`, or the path of an .npz head (docs/OPENHEAD.md)."""
-    detector: Literal["embedded", "mediapipe"] = "mediapipe"
-    """Who finds the landmarks: the network that ships with the package, or MediaPipe (`make track-env` installs it)."""
+    detector: Literal["embedded", "mediapipe"] | None = None
+    """Who finds the landmarks: the package's own network, or MediaPipe (`make track-env` installs it); by default the
+    network where it is shipped."""
     size: int = 256
     """Side of the square crop that is written [px]."""
     limit: int | None = None
@@ -32,10 +33,12 @@ def run(args: Args) -> None:
     from geodiff4d.cli import progress
     from geodiff4d.heads import load_head
     from geodiff4d.tracking.detect import MediaPipeDetector
+    from geodiff4d.tracking.embedded import EmbeddedDetector
     from geodiff4d.tracking.track import TrackConfig, default_detector, track
 
     config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
-    detector = MediaPipeDetector() if args.detector == "mediapipe" else default_detector()
+    chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
+    detector = chosen[args.detector]()
     clip = track(args.input, args.out, load_head(args.head), detector, config, progress.track)
     for note in clip.extra["notes"]:
         print(f"note: {note}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Train the codec or the image model on the open world; the same command resumes an interrupted run."""
+"""Train the codec, the image model or the perception network on the open world; the same command resumes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +11,10 @@ import tyro
 class Args:
     """Options of `geodiff4d train`."""
 
-    stage: Annotated[Literal["vae", "image"], tyro.conf.Positional]
-    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules."""
+    stage: Annotated[Literal["vae", "image", "perception"], tyro.conf.Positional]
+    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. perception:
+    what tracking looks with (landmarks, mask, normals); of the options below it knows preset, data, start, steps,
+    workers and seed."""
     out: Path
     """Run folder: config, log, checkpoint, and the model to give to --model."""
     preset: Literal["debug", "embedded"] = "embedded"
@@ -45,9 +47,14 @@ def run(args: Args) -> None:
     from geodiff4d.video.train import train_codec, train_image
     from geodiff4d.video.vae import PatchCodec, load_codec
 
-    p = preset(args.preset)
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}: expected at least 1")
+    if args.stage == "perception":
+        from geodiff4d.cli import _perception
+
+        _perception.train(args.out, args.preset, args.data, args.start, args.steps, args.workers, args.seed)
+        return
+    p = preset(args.preset)
     data = args.data or args.out / "data"
     stores = {}
     for name, config in (("train", p.store), ("val", p.val_store)):

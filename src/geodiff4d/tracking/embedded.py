@@ -20,6 +20,8 @@ from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_t
 
 FINDER_SIDES = (192, 384, 768)
 """Longer side of the pictures that the finder sees; the last one is looked at only where the others show nobody."""
+FINDER_LOGIT, CANDIDATES = -2.5, 6
+"""Every cell above that logit may be a head, and so many of the best are looked at: the looker is the judge."""
 WIDE, TIGHT = 1.75, 1.25
 """Side of the crops over the side of the points' box."""
 
@@ -67,7 +69,7 @@ class EmbeddedDetector:
     def faces(self, image: Float[Tensor, "3 height width"]) -> list[HeadSquare]:
         """Find all faces, the largest first."""
         for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
-            candidates = distinct([s for side in sides for s in self._find(image, side)])[:8]
+            candidates = distinct([s for side in sides for s in self._find(image, side)])[:CANDIDATES]
             looked = [self._look(image, c, 1.5) for c in candidates]
             faces = [square for square, look in looked if float(look.score) > self.threshold]
             faces = distinct(faces)
@@ -85,7 +87,7 @@ class EmbeddedDetector:
         fill = [(-s) % FINDER_STRIDE for s in size]
         # Half a side of grey all around lets heads be found that the border cuts.
         out = self.model.find(pad(small, (32, 32 + fill[1], 32, 32 + fill[0]), value=0.5))[0]
-        rows, columns = (out[0] > 0).nonzero(as_tuple=True)
+        rows, columns = (out[0] > FINDER_LOGIT).nonzero(as_tuple=True)
         values = out[:, rows, columns]
         x = ((columns + 0.5 + values[1]) * FINDER_STRIDE - 32) / scale
         y = ((rows + 0.5 + values[2]) * FINDER_STRIDE - 32) / scale

@@ -15,7 +15,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.tracking.network import Look, Perception, PerceptionConfig, quick
-from geodiff4d.tracking.people import People
+from geodiff4d.tracking.people import People, PeopleConfig
 from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -26,11 +26,12 @@ class PerceptionTraining:
     """How the perception network is trained."""
 
     model: PerceptionConfig = field(default_factory=PerceptionConfig)
-    steps: int = 6000
-    batch: int = 24
+    steps: int = 8000
+    batch: int = 16
+    """Crops per step, for the looker; 0 leaves it as it is."""
     pictures: int = 8
-    """Whole pictures per step, for the finder."""
-    sizes: tuple[tuple[float, int], ...] = ((0.45, 96), (0.85, 128))
+    """Whole pictures per step, for the finder; 0 leaves it as it is."""
+    sizes: tuple[tuple[float, int], ...] = ((0.3, 96),)
     """Sides of the crops at first, where steps are cheaper: (until which share of the steps, [px])."""
     backgrounds: int = 192
     """Backgrounds that are drawn before the first step."""
@@ -44,6 +45,27 @@ class PerceptionTraining:
     validate_every: int = 250
     save_every: int = 250
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class PerceptionPreset:
+    """People and training of one size."""
+
+    people: PeopleConfig
+    val_subjects: int
+    training: PerceptionTraining
+
+
+PRESETS = {
+    "debug": PerceptionPreset(
+        PeopleConfig(subjects=2, instants=1, size=64, supersample=1, points=32), 1,
+        PerceptionTraining(
+            PerceptionConfig(32, 32, (4, 8, 8, 8), (1, 1, 1, 1), 8, 4, (4, 4, 8, 8)), steps=4, batch=4, pictures=2,
+            sizes=(), backgrounds=4, log_every=2, validate_every=3, save_every=2,
+        ),
+    ),
+    "embedded": PerceptionPreset(PeopleConfig(), 30, PerceptionTraining()),
+}  # fmt: skip
 
 
 def train_perception(
@@ -70,10 +92,17 @@ def train_perception(
         for group in optimiser.param_groups:
             group["lr"] = config.lr * rate(step, config)
         size = next((s for share, s in config.sizes if step < share * config.steps), config.model.size)
-        crops, pictures = scenes.crops(step, config.batch, size), scenes.pictures(step, config.pictures)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
-            look, found = model.look(crops.images), model.find(pictures.images)
-        terms = look_loss(look, crops) | find_loss(found, pictures)
+        terms: dict[str, Tensor] = {}
+        if config.batch:
+            crops = scenes.crops(step, config.batch, size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+                look = model.look(crops.images)
+            terms |= look_loss(look, crops)
+        if config.pictures:
+            pictures = scenes.pictures(step, config.pictures)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+                found = model.find(pictures.images)
+            terms |= find_loss(found, pictures)
         loss = torch.stack(list(terms.values())).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -85,7 +114,7 @@ def train_perception(
             record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 3)}
             record |= {k: round(v.item(), 3) for k, v in terms.items()}
             if step and (step % config.validate_every == 0 or last):
-                record |= validate(_averaged(config, people, average), checked)
+                record |= validate(_averaged(config, people, average), checked, size)
             record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
             folder.log(record)
             progress(step, config.steps, record)
@@ -160,14 +189,14 @@ def find_loss(found: Float[Tensor, "b 6 rows columns"], truth: Pictures) -> dict
 
 
 @torch.no_grad()
-def validate(model: Perception, scenes: Scenes, batches: int = 4) -> dict[str, float]:
-    """Measure on crops and pictures of other people, degraded as in training.
+def validate(model: Perception, scenes: Scenes, size: int, batches: int = 4) -> dict[str, float]:
+    """Measure on crops (of side `size`) and pictures of other people, degraded as in training.
 
     `val_px`: median over crops of the mean point distance, in pixels of a canonical crop of 256.
     """
     off, degrees, overlap, right, sure = [], [], [], [], []
     for k in range(batches):
-        c = scenes.crops(k, 32, model.config.size)
+        c = scenes.crops(k, 32, size)
         look = model.look(c.images)
         face = c.face > 0
         side = (c.points.amax(1) - c.points.amin(1)).amax(-1)

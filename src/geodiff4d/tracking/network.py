@@ -29,7 +29,7 @@ class PerceptionConfig:
     """Sizes of the network."""
 
     points: int = 192
-    size: int = 160
+    size: int = 128
     """Side of the crop that is looked at [px]; a multiple of 32."""
     widths: tuple[int, int, int, int] = (40, 80, 120, 128)
     """Channels at strides 4, 8, 16 and 32."""

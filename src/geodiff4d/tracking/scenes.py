@@ -154,71 +154,71 @@ class Scenes:
         target, ignored = torch.zeros(batch, 6, cells, cells), torch.zeros(batch, cells, cells, dtype=torch.bool)
         count = torch.from_numpy(rng.choice([0, 1, 2], batch, p=[0.2, 0.6, 0.2]))
         for k in range(2):
-            rows = rng.integers(0, len(self.people), batch)
-            image = self._source(rows)
-            source = image.shape[-1]
-            centre, side = head_box(torch.from_numpy(self.people.points[rows]))
-            there = (count > k)[:, None, None, None].float()
-            want = torch.exp(uniform(batch, math.log(18), math.log(150 if k == 0 else 50), g).flatten())
-            roll = torch.where(
-                chance(batch, 0.15, g) > 0, uniform(batch, -3.1, 3.1, g), 0.3 * torch.randn(batch, 1, 1, 1, generator=g)
-            ).flatten()
-            place = torch.rand(batch, 2, generator=g) * (size - want[:, None] * 0.8) + want[:, None] * 0.4
-            # Picture pixels to source pixels: about the head's centre, turned and scaled.
-            zoom = side / want
-            R = _roll_matrix(roll)[:, :2, :2]
-            offset = centre - torch.einsum("bij,bj->bi", R, place) * zoom[:, None]
-            theta = torch.cat([R * (zoom * size / source)[:, None, None], torch.zeros(batch, 2, 1)], 2)
-            middle = torch.einsum("bij,j->bi", R, torch.full((2,), size / 2)) * zoom[:, None] + offset
-            theta[:, :, 2] = middle * 2 / source - 1
-            cut = _cut(image, theta, size, border=False)
-            rgb, a = relight(cut[:, :3], cut[:, 3:6], g) * there, cut[:, 6:] * there
-            if k:
-                # The second person must not hide the first.
-                a, rgb = self._apart(a, rgb, target, place, want, there)
-                there = there * (a.flatten(1).amax(1) > 0)[:, None, None, None]
-            x = rgb + (1 - a) * x
-            _mark(target, ignored, place / FINDER_STRIDE, want, roll, there.flatten() > 0)
+            some = (count > k).nonzero()[:, 0]
+            if len(some):
+                x[some] = self._joined(x[some], target, ignored, some, k, g, rng)
         return Pictures(photographed(x, g).contiguous(memory_format=torch.channels_last), target, ignored)
 
-    @staticmethod
-    def _apart(
-        a: Tensor, rgb: Tensor, target: Tensor, place: Tensor, want: Tensor, there: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        keep = torch.ones(len(a), 1, 1, 1)
-        for i in range(len(a)):
-            at = target[i, 0].nonzero()
-            if len(at):
-                first = (at[0].flip(0) + 0.5) * FINDER_STRIDE
-                first_side = 64 * target[i, 3, at[0, 0], at[0, 1]].exp()
-                keep[i] = float((first - place[i]).norm() > 0.9 * (first_side + want[i]) / 2 * 1.6)
-        return a * keep, rgb * keep
+    def _joined(
+        self, x: Tensor, target: Tensor, ignored: Tensor, some: Tensor, k: int, g: torch.Generator,
+        rng: np.random.Generator,
+    ) -> Tensor:  # fmt: skip
+        """Put one more person into pictures x (rows `some` of the targets, which are changed in place)."""
+        n, size = len(x), FINDER_SIZE
+        rows = rng.integers(0, len(self.people), n)
+        image = self._source(rows)
+        source = image.shape[-1]
+        centre, side = head_box(torch.from_numpy(self.people.points[rows]))
+        want = torch.exp(uniform(n, math.log(18), math.log(150 if k == 0 else 50), g).flatten())
+        any_way = uniform(n, -3.1, 3.1, g)
+        roll = torch.where(chance(n, 0.15, g) > 0, any_way, 0.3 * torch.randn(n, 1, 1, 1, generator=g)).flatten()
+        place = torch.rand(n, 2, generator=g) * (size - want[:, None] * 0.8) + want[:, None] * 0.4
+        # Picture pixels to source pixels: about the head's centre, turned and scaled.
+        zoom = side / want
+        R = _roll_matrix(roll)[:, :2, :2]
+        middle = centre + torch.einsum("bij,bj->bi", R, size / 2 - place) * zoom[:, None]
+        theta = torch.cat([R * (zoom * size / source)[:, None, None], (middle * 2 / source - 1)[:, :, None]], 2)
+        cut = _cut(image, theta, size, border=False)
+        rgb, a = relight(cut[:, :3], cut[:, 3:6], g), cut[:, 6:]
+        there = torch.ones(n, dtype=torch.bool)
+        if k:
+            there = _apart(target[some], place, want)
+            a, rgb = a * there[:, None, None, None], rgb * there[:, None, None, None]
+        for row in there.nonzero()[:, 0].tolist():
+            _mark(target[some[row]], ignored[some[row]], place[row] / FINDER_STRIDE, float(want[row]), float(roll[row]))
+        return rgb + (1 - a) * x
 
 
-def _mark(target: Tensor, ignored: Tensor, place: Tensor, side: Tensor, roll: Tensor, there: Tensor) -> None:
-    """Write a head into the finder's target, in place; `place` is in cells."""
+def _apart(target: Tensor, place: Tensor, want: Tensor) -> Bool[Tensor, " n"]:
+    """Say where a second person would not hide the first."""
+    keep = torch.ones(len(target), dtype=torch.bool)
+    for i, one in enumerate(target):
+        at = one[0].nonzero()
+        if len(at):
+            first = (at[0].flip(0) + 0.5) * FINDER_STRIDE
+            side = 64 * one[3, at[0, 0], at[0, 1]].exp()
+            keep[i] = bool((first - place[i]).norm() > 0.72 * (side + want[i]))
+    return keep
+
+
+def _mark(
+    target: Float[Tensor, "6 rows columns"], ignored: Bool[Tensor, "rows columns"], place: Float[Tensor, "2"],
+    side: float, roll: float,
+) -> None:  # fmt: skip
+    """Write a head into one picture's target, in place; `place` is in cells, `side` in pixels."""
     cells = target.shape[-1]
-    for i in there.nonzero()[:, 0].tolist():
-        cx, cy = place[i].tolist()
-        column, row = min(max(int(cx), 0), cells - 1), min(max(int(cy), 0), cells - 1)
-        ignored[i, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
-        # Every cell whose centre is within a fifth of the head is a centre too: large heads are easier to learn so.
-        reach = max(0.2 * float(side[i]) / FINDER_STRIDE, 0.0)
-        for r in range(max(int(cy - reach), 0), min(int(cy + reach) + 1, cells)):
-            for c in range(max(int(cx - reach), 0), min(int(cx + reach) + 1, cells)):
-                if (r, c) != (row, column) and math.hypot(r + 0.5 - cy, c + 0.5 - cx) > reach:
-                    continue
-                target[i, :, r, c] = torch.tensor(
-                    [
-                        1.0,
-                        cx - c - 0.5,
-                        cy - r - 0.5,
-                        math.log(float(side[i]) / 64),
-                        math.cos(roll[i]),
-                        math.sin(roll[i]),
-                    ]
-                )
-                ignored[i, r, c] = False
+    cx, cy = place.tolist()
+    column, row = min(max(int(cx), 0), cells - 1), min(max(int(cy), 0), cells - 1)
+    ignored[max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2] = True
+    # Every cell whose centre is within a fifth of the head is a centre too: large heads are easier to learn so.
+    reach = 0.2 * side / FINDER_STRIDE
+    for r in range(max(int(cy - reach), 0), min(int(cy + reach) + 1, cells)):
+        for c in range(max(int(cx - reach), 0), min(int(cx + reach) + 1, cells)):
+            if (r, c) != (row, column) and math.hypot(r + 0.5 - cy, c + 0.5 - cx) > reach:
+                continue
+            offset = [cx - c - 0.5, cy - r - 0.5]
+            target[:, r, c] = torch.tensor([1.0, *offset, math.log(side / 64), math.cos(roll), math.sin(roll)])
+            ignored[r, c] = False
 
 
 def _similarity(scale: Tensor, roll: Tensor, centre: Tensor) -> Float[Tensor, "n 2 3"]:
