@@ -21,7 +21,7 @@ from geodiff4d.render._noise import add_lattice_noise
 from geodiff4d.render.meshes import rasterize_uv
 
 LATTICE = 24
-REGIONS = ("lips", "brows", "lids", "eyes", "scalp", "ears", "teeth", "tongue", "mouth", "neck")
+REGIONS = ("lips", "brows", "lids", "eyes", "scalp", "ears", "teeth", "gums", "tongue", "mouth", "neck")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def smooth_regions(rounds: int = 1) -> dict[str, Float[Tensor, " verts"]]:
     out = {}
     for name in REGIONS:
         mask = head.regions.get(name, torch.zeros(len(head.template), dtype=torch.bool)).float()
-        rigid = name in ("eyes", "teeth", "tongue")
+        rigid = name in ("eyes", "teeth", "gums", "tongue")
         out[name] = mask if rigid else smooth_on_mesh(mask[:, None], pairs, rounds)[:, 0]
     return out
 

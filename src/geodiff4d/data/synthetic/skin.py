@@ -15,6 +15,7 @@ from geodiff4d.data.synthetic.paint import Paint, gauss
 from geodiff4d.data.synthetic.shading import to_linear
 from geodiff4d.data.synthetic.stage import vivid
 from geodiff4d.data.synthetic.traits import Traits
+from geodiff4d.heads.openhead import load_field
 
 BARE = torch.tensor([0.80, 0.585, 0.475])
 MELANIN = torch.tensor([2.05, 2.60, 2.95])
@@ -168,21 +169,31 @@ def paint_mouth(c: Canvas, paint: Paint, traits: Traits, bank: Bank, rng: np.ran
     paint.mix(red * creases[:, None], 0.92 * lips, i)
     paint.set_gloss(0.10 + 0.25 * traits.makeup, lips, i)
     j = c.areas["inside"]
-    r = {name: c.regions[name][j] for name in ("lips", "mouth", "tongue", "teeth")}
+    r = {name: c.regions[name][j] for name in ("lips", "mouth", "gums", "tongue", "teeth")}
     inside = smoothstep(0.35, 0.75, r["mouth"])
     paint.mix(torch.tensor([0.16, 0.028, 0.026]), inside * (1 - 0.3 * r["lips"]), j)
+    paint.mix(torch.tensor([0.46, 0.165, 0.15]) * (1 + 0.10 * bank[4][j, :1]), r["gums"], j)
     paint.mix(torch.tensor([0.38, 0.10, 0.095]) * (1 + 0.12 * bank[4][j, :1]), r["tongue"], j)
     ivory = torch.tensor([0.72, 0.66, 0.54]) * torch.tensor([1.0, 1.0, float(rng.uniform(0.8, 1.12))])
     paint.mix(ivory * (1 + 0.06 * bank[8][j, :1]), r["teeth"], j)
-    for name, gloss in (("tongue", 0.2), ("teeth", 0.35), ("mouth", 0.12)):
+    for name, gloss in (("tongue", 0.2), ("gums", 0.25), ("teeth", 0.35), ("mouth", 0.12)):
         paint.set_gloss(gloss, r[name], j)
     paint.flatten(r["teeth"], j)
 
 
+@lru_cache
+def _lash_line() -> Float[Tensor, " texels"]:
+    """Signed distance [m] inside the line that lashes grow from."""
+    c = canvas()
+    line = load_field("lashes")
+    line = torch.cat([line, torch.full((len(c.vertices) - len(line),), -0.02)])
+    return (line[c.corners] * c.bary).sum(1)
+
+
 def paint_lids(c: Canvas, paint: Paint, traits: Traits, rng: np.random.Generator) -> None:
-    """Lashes, pink waterline and the shadow above; the eyeballs have a place of their own in the texture."""
+    """Lashes along the head's own line, pink waterline, shadow above; eyeballs have their own place in the texture."""
     shadow = to_linear(vivid(rng, 0.6)) if traits.makeup > 0.3 or (traits.randomised and rng.random() < 0.3) else None
-    lashes = float(rng.uniform(0.55, 0.85))
+    lashes, thick = float(rng.uniform(0.6, 0.95)), float(rng.uniform(-1, 1) + 2 * traits.makeup)
     for side in ("left", "right"):
         i = c.areas[f"lid_{side}"]
         d, _, offset = polyline(c.position[i], c.points[f"lid_{side}"])
@@ -191,7 +202,8 @@ def paint_lids(c: Canvas, paint: Paint, traits: Traits, rng: np.random.Generator
             amount = (0.55 * traits.makeup + 0.2) * smoothstep(0.011, 0.003, d) * (offset[:, 1] > -0.001)
             paint.mix(shadow, amount * outside, i)
         paint.mix(paint.colour[i] * torch.tensor([0.72, 0.6, 0.6]), 0.55 * smoothstep(0.007, 0.002, d) * outside, i)
-        lash = (0.4 * smoothstep(0.0026, 0.0008, d) + lashes * upper * smoothstep(0.0045, 0.0018, d)) * outside
+        line = _lash_line()[i] + 0.0003 * thick * upper
+        lash = smoothstep(-0.0008, 0.0003, line) * (0.35 + (lashes - 0.35) * upper) * outside
         paint.mix(torch.tensor([0.012, 0.009, 0.008]), lash * (0.85 + 0.15 * traits.makeup), i)
         eyes: Int[Tensor, " some"] = i[c.regions["eyes"][i] > 0.5]
         paint.flatten(torch.ones(len(eyes)), eyes)
