@@ -123,11 +123,26 @@ def test_samplers_keep_a_gaussians_mean_and_spread(name):
     assert_close(out.std((0, 2, 3, 4, 5)), torch.tensor([0.5, 0.25]), atol=0, rtol=0.06)
 
 
+@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_samplers_share_our_schedule(name):
-    scheduler = make_sampler(name, DiffusionConfig(), 25)
-    assert_close(scheduler.alphas_cumprod, Diffusion(DiffusionConfig()).alphas_cumprod, atol=1e-5, rtol=1e-3)
+def test_samplers_share_our_schedule(name, zero):
+    config = DiffusionConfig(prediction="v", zero_terminal=zero)
+    scheduler = make_sampler(name, config, 25)
+    assert_close(scheduler.alphas_cumprod, Diffusion(config).alphas_cumprod, atol=1e-5, rtol=1e-3)
     assert scheduler.timesteps[0] == 999 and len(scheduler.timesteps) == 25
+
+
+def test_a_schedule_can_end_in_plain_noise():
+    """Then the last step's input tells nothing of the clean latent, and a prediction of zero is the base."""
+    diffusion, last = Diffusion(DiffusionConfig(prediction="residual", zero_terminal=True)), torch.tensor([999])
+    z, noise, base = torch.randn(3, 1, 2, 4, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    z_t = diffusion.add_noise(z, noise, last)
+    assert_close(z_t, noise, atol=1e-5, rtol=0)
+    assert_close(diffusion.scale_input(z_t, base, last), noise, atol=1e-5, rtol=0)
+    assert_close(diffusion.to_clean(torch.zeros_like(z), z_t, base, last), base, atol=1e-5, rtol=0)
+    assert Diffusion(DiffusionConfig()).alpha(last).sqrt().item() == pytest.approx(0.068, abs=1e-3)
+    with pytest.raises(ValueError, match="zero_terminal"):
+        Diffusion(DiffusionConfig(zero_terminal=True))
 
 
 @pytest.mark.parametrize(("steps", "message"), [(0, "1 to 1000, got 0"), (1001, "1 to 1000, got 1001")])

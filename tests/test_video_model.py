@@ -37,7 +37,8 @@ from geodiff4d.video.model import (
 )
 from geodiff4d.video.recode import recode, starting_weights
 from geodiff4d.video.sample import SampleConfig, sample
-from geodiff4d.video.train import ImageTraining, Objective, train_image
+from geodiff4d.video.objective import Draws, Objective
+from geodiff4d.video.train import ImageTraining, train_image
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 from geodiff4d.video.warm_start import REGIONS, fit_motion_code, fit_motion_readout, warm_start
@@ -539,6 +540,7 @@ class TinyStore(Store):
         self.face[:] = np.where(a + b < 1, 0, -1)
         self.bary[:] = np.stack([a, b]) * (a + b < 1) * 255
         corners = np.array([[-1.0, -1], [1, -1], [-1, 1], [1, 1]])
+        self.moved_face[:], self.moved_bary[:] = self.face[..., ::-1, :], self.bary[..., ::-1, :]
         self.carried[..., :2], self.carried[..., 2] = corners, np.array([1.0, 1, 1, 0])
         self.cover[:], self.focus[:] = 255, rng.integers(0, 255, self.focus.shape)
         self.faces = self.uv_faces = np.array([[1, 2, 0], [2, 1, 3]])
@@ -559,6 +561,18 @@ def tiny_batches(codec: PatchCodec, folder: Path) -> Batches:
 TRAINING = ImageTraining(
     steps=4, lr=2e-3, warmup=1, pairs=PairConfig(references=2, targets=2), autocast=False, log_every=1, save_every=2
 )  # fmt: skip
+
+
+def test_warped_portraits_move_where_they_are_told_to(batches):
+    def warps(share: float) -> torch.Tensor:
+        pairs = replace(batches.pairs, moved=share)
+        return Batches(batches.store, batches.latents, pairs, seed=0)[5].warp
+
+    still, moved, some = warps(0.0), warps(1.0), warps(0.5)
+    # The tiny head moves by standing on its head.
+    assert not torch.equal(still, moved) and ((moved == 0.5) != (still == 0.5)).any()
+    each = [[torch.equal(some[i, :, j], x[i, :, j]) for x in (still, moved)] for i in range(2) for j in range(2)]
+    assert all(any(e) for e in each)
 
 
 def test_batches_are_functions_of_their_index(batches):
@@ -668,9 +682,7 @@ def test_one_batch_can_be_learnt(codec, batches, config):
     noise = model.diffusion.noise_like(batch.target[:, :d], torch.Generator().manual_seed(0))
     losses = []
     for _ in range(16):
-        loss = objective(
-            batch, torch.tensor([500, 900]), noise, torch.zeros(2, 2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
-        )
+        loss = objective(batch, Draws(torch.tensor([500, 900]), noise, torch.zeros(2, 2) > 0, torch.ones(2) > 0))
         assert loss.shape == (d,)
         optimiser.zero_grad()
         loss.mean().backward()
@@ -736,7 +748,8 @@ def test_the_encoder_learns_from_the_denoising_loss_alone(codec, batches):
     keep = torch.ones(2, dtype=torch.bool)
     for dropped in (False, True):
         objective.zero_grad()
-        objective(batch, torch.tensor([500, 900]), noise, torch.full((2, 2), dropped), keep).mean().backward()
+        draws = Draws(torch.tensor([500, 900]), noise, torch.full((2, 2), dropped), keep)
+        objective(batch, draws).mean().backward()
         gradient = model.expression.to_latent.weight.grad
         assert (gradient is not None and gradient.abs().max() > 0) != dropped
     assert not [k for k, p in objective.named_parameters() if k.startswith("codec")]

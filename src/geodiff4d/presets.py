@@ -55,7 +55,7 @@ def _small(
         unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),
         reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),
         expression=ExpressionConfig(size=crop, widths=encoder, motion=OPENHEAD_MOTION),
-        diffusion=DiffusionConfig(prediction="residual"),
+        diffusion=DiffusionConfig(prediction="residual", zero_terminal=True),
         size=size, pose="codec", warp=True,
     )  # fmt: skip
 
@@ -71,7 +71,7 @@ PRESETS: dict[str, Preset] = {
         model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
         codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
         image=ImageTraining(
-            steps=4, pairs=PairConfig(references=2, targets=2), lr=1e-3, warm_start=2,
+            steps=4, pairs=PairConfig(references=2, targets=2, moved=0.5), lr=1e-3, warm_start=2,
             log_every=1, validate_every=4, save_every=2,
         ),
         store=StoreConfig(subjects=2, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
@@ -86,10 +86,11 @@ PRESETS: dict[str, Preset] = {
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
         image=ImageTraining(
-            steps=4000, pairs=PairConfig(references=4, targets=6), lr=5e-4, warm_start=600, expression_lr=0.5,
+            steps=4000, pairs=PairConfig(references=4, targets=6, moved=0.8), lr=5e-4, warm_start=600,
+            expression_lr=0.5,
             timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
         ),
-        store=StoreConfig(subjects=480, instants=10, views=3),
+        store=StoreConfig(subjects=600, instants=10, views=3),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=6, detail=0.06),

@@ -19,6 +19,8 @@ class PairConfig:
     """Share of references taken from camera 0; the rest comes from any that can serve."""
     reference_views: int = 2
     """Cameras, the first ones, that can serve as reference."""
+    moved: float = 0.0
+    """Share of targets whose warped portrait moves as their expression says; under the others it stands still."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Pairs:
     """[references, targets, 2]: instant and view."""
     driving_view: np.ndarray
     """[references, targets]: the view that drives, at the target's instant."""
+    moved: np.ndarray
+    """[references, targets]: whether the warped portrait moves."""
 
 
 def draw_pairs(store: tuple[int, int, int], config: PairConfig, seed: int, index: int) -> Pairs:
@@ -56,4 +60,4 @@ def draw_pairs(store: tuple[int, int, int], config: PairConfig, seed: int, index
     away = rng.integers(1, instants, (b, t)) if instants > 1 else np.zeros((b, t), np.int64)
     target = np.stack([(instant[:, None] + away) % instants, rng.integers(0, views, (b, t))], -1)
     other = (target[..., 1] + rng.integers(1, views, (b, t))) % views if config.cross_view else target[..., 1]
-    return Pairs(subject, np.stack([instant, view], -1), target, other)
+    return Pairs(subject, np.stack([instant, view], -1), target, other, rng.random((b, t)) < config.moved)

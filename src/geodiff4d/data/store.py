@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample, max_pool2d
 from torch.nn.functional import interpolate as resized
@@ -69,6 +69,7 @@ class StoreConfig:
         return {
             "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
             "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),
+            "moved_face": ((*n, half, half), "i2"), "moved_bary": ((*n, 2, half, half), "u1"),
             "carried": ((*n[:2], self.reference_views, verts, 3), "f2"),
             "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"),
             "crop": ((*n, 3, self.crop, self.crop), "u1"),
@@ -91,6 +92,9 @@ class Store:
     pose: np.ndarray
     face: np.ndarray
     bary: np.ndarray
+    moved_face: np.ndarray
+    """Fragments of the head as the expression latent would move it; `face` and `bary` are at zero expression."""
+    moved_bary: np.ndarray
     carried: np.ndarray
     texture: np.ndarray
     crop: np.ndarray
@@ -199,18 +203,19 @@ def _render_subject(folder: Path, s: int) -> None:
     # Independent instants: every one gets its own draw of the tracker's error.
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
     posed = head.pose(tracked)
+    moved = head.pose(_as_read(tracked, m, c.seed * 100_000 + s))
     still = head.pose(tracked.without_expression())
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
         cameras = _cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])
-        _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], cameras)
+        _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], moved.vertices[i], cameras)
     store.done[s] = 1
 
 
 def _render_instant(
     store: Store, s: int, i: int, subject: SyntheticSubject, truth: HeadParams,
-    posed: Float[Tensor, "verts 3"], still: Float[Tensor, "verts 3"], cameras: Camera,
+    posed: Float[Tensor, "verts 3"], still: Float[Tensor, "verts 3"], moved: Float[Tensor, "verts 3"], cameras: Camera,
 ) -> None:  # fmt: skip
     """Render one instant from all its views and write the rows of the store."""
     head, c = openhead(), store.config
@@ -222,7 +227,6 @@ def _render_instant(
     normals, mask = render_normals(
         type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments
     )
-    small = rasterize(still.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
     focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
     focus = interpolate(fragments, head.faces, focus)
     points = head.landmarks68.on(still, head.faces)
@@ -233,8 +237,10 @@ def _render_instant(
     store.rgb[s, i] = u8(rgb)
     store.normal[s, i] = u8(encode_normals(frames.normal, frames.mask))
     store.pose[s, i] = u8(encode_normals(normals, mask))
-    store.face[s, i] = small.face_index.to(torch.int16).numpy()
-    store.bary[s, i] = u8(small.bary[..., :2].movedim(-1, 1))
+    for prefix, vertices in (("", still), ("moved_", moved)):
+        small = rasterize(vertices.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
+        getattr(store, f"{prefix}face")[s, i] = small.face_index.to(torch.int16).numpy()
+        getattr(store, f"{prefix}bary")[s, i] = u8(small.bary[..., :2].movedim(-1, 1))
     store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])
     store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])
     for k in range(v):
@@ -247,24 +253,45 @@ def _render_instant(
         store.texture[s, i, k] = u8(portrait.texture)
 
 
+def _as_read(tracked: HeadParams, motion: HeadParams, seed: int) -> HeadParams:
+    """Give tracked heads the motion that a readout of the expression latent would: shrunk, noisy, gaze at rest.
+
+    The shares are what a regression explains on held-out people (docs/LOG.md).
+    """
+    rng = generator("readout", seed)
+
+    def noisy(x: Tensor, sigma: float) -> Tensor:
+        gain = rng.uniform(0.7, 1.0, (len(x), 1))
+        return x * torch.from_numpy(gain).to(x) + torch.from_numpy(rng.normal(0, sigma, tuple(x.shape))).to(x)
+
+    expr = noisy(motion.expr, 0.04).clamp(0, 1)
+    return replace(tracked.without_expression(), expr=expr, jaw_pose=noisy(motion.jaw_pose, np.deg2rad(0.7)))
+
+
 def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
     """Gather rows of a memory-mapped array as float32."""
     return torch.from_numpy(np.ascontiguousarray(array[index])).float().div_(scale)
 
 
 def carried_pixels(
-    store: Store, ref: tuple, tgt: tuple
+    store: Store, ref: tuple, tgt: tuple, moved: Bool[np.ndarray, "b t"] | None = None
 ) -> tuple[Float[Tensor, "b 3 t size size"], Float[Tensor, "b 2 t size size"]]:
-    """Carry references' pixels to their targets' expressionless heads; the texture fills what the portrait hides.
+    """Carry references' pixels to their targets' heads; the texture fills what the portrait hides.
 
-    `ref` indexes subject, instant and view, [b] each; `tgt` likewise, [b, t]. Returns the picture, and what the
+    `ref` indexes subject, instant and view, [b] each; `tgt` likewise, [b, t]. Heads are without expression, but where
+    `moved` is set: there they move as the expression latent would say. Returns the picture, and what the
     portrait itself shows beside where the head is at all. Fragments are stored at half size: their coordinates are
     resampled, not the colours.
     """
     size = store.config.size
     faces, uv_atlas, uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
-    face = torch.from_numpy(store.face[tgt].astype(np.int64)).flatten(0, 1)
-    two = take(store.bary, tgt, 255.0).flatten(0, 1)
+    still, planes = store.face[tgt], store.bary[tgt]
+    if moved is not None and moved.any():
+        choose = moved[..., None, None]
+        still = np.where(choose, store.moved_face[tgt], still)
+        planes = np.where(choose[..., None], store.moved_bary[tgt], planes)
+    face = torch.from_numpy(still.astype(np.int64)).flatten(0, 1)
+    two = torch.from_numpy(planes).float().div_(255).flatten(0, 1)
     bary = torch.cat([two, 1 - two.sum(1, keepdim=True)], 1).movedim(1, -1)
     fragments = Fragments(face, bary, torch.zeros_like(bary[..., 0]))
     b, t = tgt[0].shape

@@ -95,7 +95,7 @@ class Batches:
         ref = (p.subject, p.reference[:, 0], p.reference[:, 1])
         tgt = (s, p.target[..., 0], p.target[..., 1])
         z_ref, z = take(self.latents, ref), take(self.latents, tgt)
-        warp, visibility = carried_pixels(self.store, ref, tgt)
+        warp, visibility = carried_pixels(self.store, ref, tgt, p.moved)
         crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0)
         if self.augment is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
