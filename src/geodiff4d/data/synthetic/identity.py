@@ -23,22 +23,25 @@ def _wide() -> Head:
 
 @lru_cache
 def _fit_matrix() -> tuple[Float[Tensor, "shapes coordinates"], Float[Tensor, " coordinates"]]:
-    """Least squares of the exposed basis, as one matrix; the weight follows the surface that a tracker sees."""
+    """Least squares of the exposed basis, as one matrix; the weight follows the surface that a tracker sees.
+
+    In double precision, so that the rounded result does not depend on the number of threads.
+    """
     head = openhead()
     weight = torch.ones(len(head.template))
     for name in ("mouth", "teeth", "tongue", "eyes", "sockets", "neck"):
         weight[head.regions.get(name, torch.zeros_like(weight, dtype=torch.bool))] = 0.15
-    w = weight.repeat_interleave(3).sqrt()
-    A = head.shape_basis.reshape(-1, head.shape_basis.shape[-1]) * w[:, None]
+    w = weight.repeat_interleave(3).sqrt().double()
+    A = head.shape_basis.reshape(-1, head.shape_basis.shape[-1]).double() * w[:, None]
     # A little of the prior (unit variance, in the basis's own units) keeps weak components tame.
-    inverse = torch.linalg.solve(A.T @ A + 1e-5 * torch.eye(A.shape[1]), A.T)
+    inverse = torch.linalg.solve(A.T @ A + 1e-5 * torch.eye(A.shape[1], dtype=A.dtype), A.T)
     return inverse * w, w
 
 
 def fit_shape(vertices: Float[Tensor, "verts 3"]) -> Float[Tensor, " shapes"]:
     """Return the exposed shape coefficients that come nearest to a neutral mesh."""
     inverse, _ = _fit_matrix()
-    return inverse @ (vertices - openhead().template).flatten()
+    return (inverse @ (vertices - openhead().template).flatten().double()).to(vertices.dtype)
 
 
 @lru_cache
@@ -62,7 +65,8 @@ def personal_rig(key: tuple[object, ...]) -> Head:
     rng = generator(*key, "identity")
     # Shrunk a little: full variance of the phenotype space holds faces that nobody has.
     weights = torch.from_numpy(np.clip(rng.normal(0, 0.85, wide.shape_basis.shape[-1]), -2.2, 2.2).astype(np.float32))
-    template = wide.template + wide.shape_basis @ weights
+    # Double, for the same reason as `_fit_matrix`.
+    template = wide.template + (wide.shape_basis.double() @ weights.double()).float()
     offset = 0.0017 * noise(head.template, rng, 0.10, 3) + 0.0004 * noise(head.template, rng, 0.04, 3)
     template = template + offset * _fixed()[:, None]
     return replace(
