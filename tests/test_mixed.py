@@ -13,7 +13,8 @@ from geodiff4d.data.mixture import Mixture, MixtureConfig
 from geodiff4d.video.batches import WeightConfig
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import load_video_model
-from geodiff4d.video.train import Objective, train_image
+from geodiff4d.video.objective import Draws, Objective
+from geodiff4d.video.train import train_image
 from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, UNET, build, tiny_codec
 
 
@@ -81,14 +82,14 @@ def test_what_pads_a_clip_teaches_nothing():
     model = build(VIDEO, tiny_codec())
     objective, batch = Objective(model), batches()[0]
     noise = model.diffusion.noise_like(batch.target, torch.Generator().manual_seed(0))
-    given = torch.tensor([500, 900]), noise, torch.zeros(2, 4, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    given = Draws(torch.tensor([500, 900]), noise, torch.zeros(2, 4) > 0, torch.ones(2) > 0)
     gradients = []
     for scale in (1.0, 5.0):
         changed = replace(batch, target=batch.target.clone(), crops=batch.crops.clone())
         changed.target[:, :, :, 3] *= scale
         changed.crops[:, 3] *= scale
         objective.zero_grad()
-        objective(changed, *given).mean().backward()
+        objective(changed, given).mean().backward()
         gradients.append({k: p.grad.clone() for k, p in objective.named_parameters() if p.grad is not None})
     for k, g in gradients[0].items():
         assert_close(gradients[1][k], g, atol=1e-6, rtol=1e-4)

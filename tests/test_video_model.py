@@ -35,9 +35,9 @@ from geodiff4d.video.model import (
     config_from_dict,
     load_video_model,
 )
+from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.recode import recode, starting_weights
 from geodiff4d.video.sample import SampleConfig, sample
-from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.train import ImageTraining, train_image
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig

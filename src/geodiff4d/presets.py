@@ -15,7 +15,8 @@ from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import VideoModelConfig
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import CodecTraining, ImageTraining
+from geodiff4d.video.train import ImageTraining
+from geodiff4d.video.train_codec import CodecTraining
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodecConfig
 

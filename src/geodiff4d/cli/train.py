@@ -44,7 +44,8 @@ def run(args: Args) -> None:
     from geodiff4d.presets import ablated, preset
     from geodiff4d.video.batches import Batches, encode_store
     from geodiff4d.video.recode import starting_weights
-    from geodiff4d.video.train import train_codec, train_image
+    from geodiff4d.video.train import train_image
+    from geodiff4d.video.train_codec import train_codec
     from geodiff4d.video.vae import PatchCodec, load_codec
 
     if args.steps is not None and args.steps < 1:

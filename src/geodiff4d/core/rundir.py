@@ -33,7 +33,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
-        if known.exists() and json.loads(known.read_text())["config"] != ours:
+        if known.exists() and not _same(json.loads(known.read_text())["config"], ours):
             raise UserError(
                 f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
             )
@@ -76,6 +76,13 @@ class RunFolder:
         if paths:
             raise UserError(f"no checkpoint in {self.path} can be read: remove the folder to start over")
         return None
+
+
+def _same(saved: Any, ours: Any) -> bool:
+    """Compare configurations; options that did not exist yet when the run began are not compared."""
+    if isinstance(saved, dict) and isinstance(ours, dict):
+        return saved.keys() <= ours.keys() and all(_same(v, ours[k]) for k, v in saved.items())
+    return saved == ours
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Training batches of the video model from a store of rendered frames."""
 
-from dataclasses import dataclass, fields, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.augment import AugmentConfig, augment_crops
-from geodiff4d.data.pairs import PairConfig, draw_pairs
+from geodiff4d.data.pairs import PairConfig, Pairs, draw_pairs
 from geodiff4d.data.store import Store, carried_pixels, take
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
@@ -35,6 +38,8 @@ class Batch:
     """Driving crops in [0, 1]."""
     weight: Float[Tensor, "b domains 1 t h w"]
     """Weight of each latent cell in the loss, mean 1; one for both domains, or one each."""
+    start: Float[Tensor, "b 2 c h w"]
+    """Latents of the portraits and of their normals, which a sampler's first noise is added to."""
     valid: Bool[Tensor, "b t"] | None = None
     """Frames that do not merely pad a clip; None means all."""
 
@@ -57,8 +62,17 @@ UNIFORM = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
 
 
 def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32) -> np.ndarray:
-    """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped."""
+    """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped.
+
+    A finished file of the same store and codec is taken as it is.
+    """
     n, side = store.config.shape, store.config.size // codec.factor
+    built = (store.folder / "store.json").stat().st_mtime_ns if hasattr(store, "folder") else 0
+    made_of = {"store": asdict(store.config), "built": built, "codec": _fingerprint(codec)}
+    note = path.with_suffix(".json")
+    if path.exists() and note.exists() and read_json(note) == json.loads(json.dumps(made_of)):
+        return np.load(path, mmap_mode="r")
+    note.unlink(missing_ok=True)
     out = np.lib.format.open_memmap(path, "w+", np.float16, (*n, len(LATENT_KINDS), codec.channels, side, side))
     flat = out.reshape(-1, *out.shape[3:])
     for k, kind in enumerate(LATENT_KINDS):
@@ -68,7 +82,17 @@ def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chun
             with torch.no_grad():
                 flat[i : i + chunk, k] = codec.encode(x).half().numpy()
     out.flush()
+    write_json(note, made_of)
     return out
+
+
+def _fingerprint(codec: PatchCodec | StableCodec) -> str:
+    """Tell codecs apart by what they make of a picture."""
+    side = 8 * codec.factor
+    picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = codec.encode(picture.to(next(codec.parameters()).device))
+    return hashlib.sha256(z.half().cpu().numpy().tobytes()).hexdigest()
 
 
 class Batches:
@@ -89,7 +113,7 @@ class Batches:
         return self.pairs.references * self.pairs.targets
 
     def __getitem__(self, index: int) -> Batch:
-        p = draw_pairs(self.store.config.shape, self.pairs, self.seed, index)
+        p, valid = self.draw(index)
         b, t = p.driving_view.shape
         s = np.repeat(p.subject[:, None], t, 1)
         ref = (p.subject, p.reference[:, 0], p.reference[:, 1])
@@ -103,13 +127,21 @@ class Batches:
         w = self.weights
         cover, focus = (take(getattr(self.store, k), tgt, 255.0) for k in ("cover", "focus"))
         weight = w.background + w.foreground * cover + w.focus * focus
+        if valid is not None:
+            weight = weight / weight[valid].mean() * valid[:, :, None, None]
+        else:
+            weight = weight / weight.mean()
         return Batch(
             reference=z_ref[:, 0], reference_pose=self._pose(z_ref, ref),
             target=rearrange(z[:, :, :2], "b t d c h w -> b d c t h w"),
             pose=rearrange(self._pose(z, tgt), "b t c h w -> b c t h w"),
             warp=warp, visibility=visibility, crops=crops,
-            weight=(weight / weight.mean())[:, None, None],
+            weight=weight[:, None, None], start=z_ref[:, :2], valid=valid,
         )  # fmt: skip
+
+    def draw(self, index: int) -> tuple[Pairs, Bool[Tensor, "b t"] | None]:
+        """Draw which frames make a batch, and which of them are not padding (None: all)."""
+        return draw_pairs(self.store.config.shape, self.pairs, self.seed, index), None
 
     def _pose(self, z: Tensor, index: tuple) -> Tensor:
         if self.encoded_pose:

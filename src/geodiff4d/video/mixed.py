@@ -46,12 +46,14 @@ class MixedBatches:
         # A mixture without warp is for models that do not look at it.
         warp = torch.zeros_like(e.rgb) if e.warp is None else e.warp
         visibility = torch.zeros_like(e.rgb[:, :, :2]) if e.visibility is None else e.visibility
+        portrait = self.codec.encode(torch.stack([e.reference, e.reference_normal], 1).flatten(0, 1))
+        start = portrait.unflatten(0, (-1, 2))
         return Batch(
-            reference=self.codec.encode(e.reference), reference_pose=self._pose(e.reference_pose[:, None], side)[:, 0],
+            reference=start[:, 0], reference_pose=self._pose(e.reference_pose[:, None], side)[:, 0],
             target=rearrange([rgb, normal], "d b t c h w -> b d c t h w"),
             pose=rearrange(self._pose(e.pose, side), small),
             warp=rearrange(warp, small), visibility=rearrange(visibility, small),
-            crops=e.driving, weight=self._weight(e, side), valid=e.valid,
+            crops=e.driving, weight=self._weight(e, side), start=start, valid=e.valid,
         )  # fmt: skip
 
     def _latents(self, images: Float[Tensor, "b t 3 height width"]) -> Float[Tensor, "b t c h w"]:

@@ -1,0 +1,141 @@
+"""The denoising loss (Sec. 3.1), what it starts from, and how it is measured on held-out people."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from geodiff4d.video.attention import MultiHead
+from geodiff4d.video.batches import Batch, Batches
+from geodiff4d.video.mixed import MixedBatches
+from geodiff4d.video.model import ConditionImages, VideoModel
+from geodiff4d.video.sample import autocast
+from geodiff4d.video.unet import Resnet
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides about a batch."""
+
+    t: Int[Tensor, " b"]
+    noise: Float[Tensor, "b d c t h w"]
+    drop_expression: Bool[Tensor, "b t"]
+    keep_warp: Bool[Tensor, " b"]
+    from_portrait: Bool[Tensor, " b"] | None = None
+    """Rows whose noise lies on the portrait, as a sampler starts, and not on the target."""
+
+    def to(self, device: torch.device) -> "Draws":
+        return Draws(*(None if x is None else x.to(device) for x in vars(self).values()))
+
+
+class Objective(nn.Module):
+    """The denoising loss, and nothing else (Sec. 3.1): what is distributed and differentiated."""
+
+    def __init__(self, model: VideoModel):
+        super().__init__()
+        self.unet, self.reference, self.expression = model.unet, model.reference, model.expression
+        self._model = [model]  # A list hides it: its parameters are registered above already.
+
+    def forward(self, batch: Batch, draws: Draws) -> Float[Tensor, " d"]:
+        """Return the weighted error of the predicted clean latents, per domain.
+
+        Channels count as they show in pixels: in a principal-component code most channels hold detail that no one can
+        predict, and would drown what moves a mouth. Frames that only pad a clip weigh nothing.
+        """
+        model = self._model[0]
+        d = len(model.config.domains)
+        b = len(batch.crops)
+        # Conditions are encoded in full precision, as when sampling.
+        with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
+            images = ConditionImages(batch.warp, batch.warp, batch.visibility)
+            conditions = model.conditions(images, draws.keep_warp, pose_planes=batch.pose)
+        latent = rearrange(model.expression(batch.crops.flatten(0, 1)), "(b t) f -> b t f", b=b)
+        latent = model.expression.drop(latent, draws.drop_expression)
+        kv = model.reference_kv(batch.reference, batch.reference_pose)
+        z = batch.target[:, :d]
+        under = z
+        if draws.from_portrait is not None:
+            chosen = draws.from_portrait[:, None, None, None, None, None]
+            under = torch.where(chosen, batch.start[:, :d, :, None], z)
+        z_t = model.diffusion.add_noise(under, draws.noise, draws.t)
+        clean = model.predict_clean(z_t, draws.t, conditions, latent, kv, batch.valid)
+        seen = model.codec.visibility[None, None, :, None, None, None]
+        error = (clean - z).square() * seen * batch.weight[:, :d] * model.diffusion.loss_weight(draws.t)
+        return error.mean((0, 2, 3, 4, 5))
+
+
+def initialise(model: VideoModel) -> None:
+    """Start a small model as "the base, unchanged": last convolutions of every residual branch at zero."""
+    for network in (model.unet, model.reference):
+        for module in network.modules():
+            if isinstance(module, Resnet):
+                nn.init.zeros_(module.conv2.weight)
+            if isinstance(module, MultiHead):
+                nn.init.zeros_(module.out.weight)
+    for parameter in model.unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
+
+
+@torch.no_grad()
+def residual_std(batches: Batches, model: VideoModel, n: int = 8) -> tuple[float, float]:
+    """Measure the deviation of `z - base` per domain, cells weighted as the loss does."""
+    total, count = torch.zeros(2), 0
+    for i in range(n):
+        b = batches[10**9 + i]
+        base = model.conditions(ConditionImages(b.warp, b.warp, b.visibility), pose_planes=b.pose).base
+        total += ((b.target - base).square() * b.weight).mean((0, 2, 3, 4, 5))
+        count += 1
+    rgb, normal = (total / count).sqrt().tolist()
+    return round(rgb, 3), round(normal, 3)
+
+
+def trained_state(model: VideoModel) -> dict[str, Tensor]:
+    """Return the weights of the trained networks by name; the codec's stay out."""
+    return {f"{name}.{k}": v for name, network in model.networks().items() for k, v in network.state_dict().items()}
+
+
+@contextmanager
+def averaged(model: VideoModel, ema: dict[str, Tensor]) -> Iterator[VideoModel]:
+    """Lend the averaged weights to the model, for measuring and looking; then give its own back."""
+    current = {k: v.detach().clone() for k, v in trained_state(model).items()}
+    model.load_state_dict(ema, strict=False)
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.load_state_dict(current, strict=False)
+        model.train()
+
+
+@torch.no_grad()
+def validate(model: VideoModel, val: Batches | MixedBatches, mixed: bool, n: int = 4) -> dict[str, float]:
+    """Measure a model's clean-latent error on held-out subjects, with and without expression."""
+    out: dict[str, float] = {}
+    objective = Objective(model)
+    for i in range(n):
+        batch = val[i].to(model.device)
+        b, frames = batch.crops.shape[:2]
+        noise = model.diffusion.noise_like(
+            batch.target[:, : len(model.config.domains)], torch.Generator().manual_seed(i)
+        )
+        for t in (300, 700, 999):
+            for name, dropped in (("", False), ("_null", True)):
+                flags = torch.full((b, frames), dropped, device=model.device)
+                keep = torch.ones(b, dtype=torch.bool, device=model.device)
+                with autocast(model.device, mixed):
+                    steps = torch.full((b,), t, device=model.device)
+                    error = objective(batch, Draws(steps, noise, flags, keep))
+                    error = error / model.diffusion.loss_weight(steps).mean()
+                for d, e in zip(("rgb", "normal"), error.tolist(), strict=False):
+                    key = f"val_{d}_{t}{name}"
+                    out[key] = round(out.get(key, 0.0) + e / n, 5)
+    return out
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay convolution weights out as CPUs like them."""
+    module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # torch's overloads omit it

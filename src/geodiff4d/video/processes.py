@@ -1,0 +1,40 @@
+"""Processes that train one model together must start alike: what they start from is compared, not assumed."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from geodiff4d.core.errors import UserError
+
+
+def agree(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
+    """Compare what every process knows, and the first numbers of every weight.
+
+    Args:
+        accelerator: Accelerate's, which knows the processes.
+        known: what must be the same everywhere, by what to call it.
+
+    Raises:
+        UserError: the processes differ; every one of them raises, so that none waits for the others.
+    """
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    told = {name: _digest(repr(value)) for name, value in known.items()}
+    told["torch"] = torch.__version__
+    heads = [p.detach().flatten()[:16].float().cpu() for p in model.parameters()]
+    told["weights to start from"] = _digest(torch.cat(heads).numpy().tobytes())
+    everyone = gather_object([told])
+    differing = [name for name in told if len({other[name] for other in everyone}) > 1]
+    if differing:
+        raise UserError(
+            f"the {accelerator.num_processes} processes disagree about their {' and their '.join(differing)}: give all "
+            "hosts the same command, the same version and one --out on a file system they share"
+        )
+
+
+def _digest(value: str | bytes) -> str:
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()
