@@ -148,7 +148,7 @@ def test_the_warp_shows_the_portrait_where_the_truth_is(pair, head):
     """Geometry, colours and normals agree with the person itself, rendered: errors of frame or axis would not."""
     shots, params, cameras = scored_shots(pair, head, VIEWS, 3, SIZE)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
-    truth = truth_frames(pair, params, cameras)
+    truth = truth_frames(pair, head, params, cameras)
     made = animate(pair.portrait, shots, "warp", None, head, cameras, SampleConfig())
     found, blank = (score(truth, x, made.normal) for x in (made.rgb, torch.full_like(truth.rgb, 0.5)))
     assert found["psnr_fg"] > blank["psnr_fg"] + 2 and found["normal_deg"] < 45
@@ -202,7 +202,7 @@ def test_scored_frames_come_from_different_cameras(pair, head):
 
 def test_the_truth_marks_the_face_inside_the_foreground(pair, head):
     _, params, cameras = scored_shots(pair, head, VIEWS, 3, SIZE)
-    truth = truth_frames(pair, params, cameras)
+    truth = truth_frames(pair, head, params, cameras)
     assert ((truth.face > 0) <= (truth.mask > 0)).all() and 0 < truth.face.mean() < 0.15
     outside = (truth.mask == 0).expand_as(truth.rgb)
     torch.testing.assert_close(truth.rgb[outside], torch.full((int(outside.sum()),), 0.5))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.synthetic.world import WORLD_VERSION
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
-from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, truth_frames
+from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
 from geodiff4d.pipeline import Driving, Track, animate, load_model, synthesize, unchanged
 from geodiff4d.presets import Preset, preset
@@ -43,6 +43,11 @@ class DemoConfig:
     preset: str = "embedded"
     pairs: int = 8
     frames_per_pair: int = 4
+    """Frames that are scored."""
+    driver_frames: int = 24
+    """Frames of a driver's film, of which the scored ones are taken; the shown pair's is as long as the clip."""
+    tracking: Literal["pixels", "truth"] = "truth"
+    """Whether portrait and driver are tracked from their files, or the truth is disturbed as a tracker would."""
     orbit_views: int = 9
     video_frames: int = 96
     seed: int = 0
@@ -50,7 +55,9 @@ class DemoConfig:
     """By default the preset's."""
 
 
-DEBUG = DemoConfig("debug", pairs=2, frames_per_pair=2, orbit_views=3, video_frames=4)
+DEBUG = DemoConfig(
+    "debug", pairs=2, frames_per_pair=2, driver_frames=2, tracking="truth", orbit_views=3, video_frames=4
+)
 
 
 class Stopwatch:
@@ -99,8 +106,10 @@ def run_demo(
     size, crop = model.config.size, model.config.expression.size
 
     def make(i: int) -> Pair:
-        frames = p.frames if i == 0 else config.frames_per_pair
-        return make_pair(out / "pairs" / f"{i}", head, i, frames, size, crop)
+        frames, folder = p.frames if i == 0 else config.driver_frames, out / "pairs" / f"{i}"
+        if config.tracking == "truth":
+            return make_pair(folder, head, i, frames, size, crop)
+        return track_pair(folder, head, i, frames, size, crop, progress=progress if i == 0 else unchanged)
 
     with watch.stage("track"):
         first = make(0)
@@ -183,7 +192,7 @@ def _score_pair(
     size = model.config.size
     shots, truth_params, cameras = scored_shots(pair, head, p.views, config.frames_per_pair, size)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
-    truth = truth_frames(pair, truth_params, cameras)
+    truth = truth_frames(pair, head, truth_params, cameras)
     made = _generate(pair.portrait, shots, cameras, head, model, sample)
     scores.add(i, "generated", score(truth, made.rgb, made.normal))
     warp = animate(pair.portrait, shots, "warp", None, head, cameras, sample)

@@ -1,4 +1,9 @@
-"""The demo's test pairs: portraits and drivers of the open world's test split, and the truth to score against."""
+"""The demo's test pairs: portraits and drivers of the open world's test split, and the truth to score against.
+
+Portrait and driver are files like a user's: a photograph and a film before a background, from which everything is
+tracked (`track_pair`). Tests, whose pictures are too small for that, take the truth with a tracker's error
+(`make_pair`).
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, read_image, write_image
+from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, orbit, rig
 from geodiff4d.data.synthetic.expressions import expression_track
@@ -18,7 +24,17 @@ from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import Driving, still_head
+from geodiff4d.pipeline import (
+    Driving,
+    Track,
+    clip_cameras,
+    driver_clip_index,
+    load_driving,
+    load_portrait,
+    still_head,
+    tracked,
+    unchanged,
+)
 from geodiff4d.render.meshes import interpolate, rasterize
 from geodiff4d.video.generate import Portrait
 
@@ -39,36 +55,115 @@ class Pair:
     truth_params: HeadParams
     """The subject under the driver's true expression, head still, [frames, …]."""
 
+    def seen_by(self, head: Head, cameras: Camera) -> Camera:
+        """Move cameras from around the tracked head to around the true one.
+
+        A picture does not tell how large a head is: where the tracked one is smaller, the true one is seen from as
+        much farther away. Both stand upright in the head's frame, so that no rotation is left to align.
+        """
+        region = head_region()
+        tracked = replace(head.neutral(1), shape=self.portrait.params.shape[None])
+        a = head.pose(tracked).vertices[0][region]
+        b = self.subject.vertices(self.subject.params(torch.zeros(1, 52)))[0][region]
+        ca, cb = a.mean(0), b.mean(0)
+        scale = (b - cb).norm() / (a - ca).norm()
+        T = cameras.T_cam_world.clone()
+        T[..., :3, 3] = scale * T[..., :3, 3] + T[..., :3, :3] @ (scale * ca - cb)
+        return replace(cameras, T_cam_world=T)
+
 
 def make_pair(folder: Path, head: Head, index: int, frames: int, size: int, crop: int, split: Split = "test") -> Pair:
-    """Render a pair's files into `folder` (portrait.png, driving/) and read them back, as a user's would be.
+    """Render a pair's files into `folder` (portrait.png, driving/) and read them back.
 
-    The head parameters are the truth, disturbed as a tracker would (`disturbed`); the report says so.
+    The head parameters are the truth, disturbed as a tracker would (`disturbed`).
     """
-    from geodiff4d.pipeline import load_driving
-
-    subject, driver = SyntheticSubject(index, split), SyntheticSubject(FIRST_DRIVER + index, split)
+    cast = _cast(head, index, frames, split)
     folder.mkdir(parents=True, exist_ok=True)
-    portrait = _portrait(folder / "portrait.png", head, subject, size)
+    portrait = _portrait(folder / "portrait.png", head, cast.subject, size)
+    _driver_clip(folder / "driving", cast.driver, cast.motion, disturbed(cast.motion, seed=0), size)
+    return Pair(cast.subject, portrait, load_driving(Clip(folder / "driving"), head, crop), cast.truth)
+
+
+def track_pair(
+    folder: Path, head: Head, index: int, frames: int, size: int, crop: int, split: Split = "test",
+    progress: Track = unchanged,
+) -> Pair:  # fmt: skip
+    """Render portrait.png and driving.mp4 into `folder` and track both from their pixels; what is there is kept.
+
+    Raises:
+        UserError: the tracker sees no face in one of them.
+    """
+    cast = _cast(head, index, frames, split)
+    folder.mkdir(parents=True, exist_ok=True)
+    photograph, film = folder / "portrait.png", folder / "driving.mp4"
+    if not photograph.exists():
+        _photograph(photograph, head, cast.subject, size)
+    if not film.exists():
+        _film(film, cast.driver, cast.motion, size)
+
+    def clip(source: Path, out: Path) -> Clip:
+        there = (out / "transforms.json").exists()
+        return Clip(out) if there else tracked(source, head, size, progress=progress, out=out)
+
+    portrait = load_portrait(clip(photograph, folder / "portrait"), size)
+    return Pair(cast.subject, portrait, load_driving(clip(film, folder / "driving"), head, crop), cast.truth)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """Who is in a pair, and what happens."""
+
+    subject: SyntheticSubject
+    driver: SyntheticSubject
+    motion: HeadParams
+    """The driver's, true, [frames, …]."""
+    truth: HeadParams
+    """The subject's under the same expressions."""
+
+
+def _cast(head: Head, index: int, frames: int, split: Split) -> _Cast:
+    subject, driver = SyntheticSubject(index, split), SyntheticSubject(FIRST_DRIVER + index, split)
     expr, jaw, eyes = expression_track("mixed", max(frames, 24), 7000 + index)
     pick = torch.linspace(0, len(expr) - 1, frames).round().long() if frames < 24 else torch.arange(frames)
-    motion = driver.params(expr, jaw_pose=jaw, eyes_pose=eyes)
-    tracked = disturbed(motion, seed=0)
-    _driver_clip(folder / "driving", driver, motion[pick], tracked[pick], size)
-    driving = load_driving(Clip(folder / "driving"), head, crop)
-    truth = subject.params(expr[pick], jaw_pose=jaw[pick], eyes_pose=eyes[pick])
-    return Pair(subject, portrait, driving, truth)
+    motion = driver.params(expr[pick], jaw_pose=jaw[pick], eyes_pose=eyes[pick])
+    return _Cast(subject, driver, motion, subject.params(expr[pick], jaw_pose=jaw[pick], eyes_pose=eyes[pick]))
 
 
-def _portrait(path: Path, head: Head, subject: SyntheticSubject, size: int) -> Portrait:
-    """A near-frontal picture with a slight expression."""
+def _portrait_pose(head: Head, subject: SyntheticSubject) -> tuple[HeadParams, Camera]:
+    """A slight expression, seen nearly from the front."""
     rng = np.random.default_rng((subject.seed, 17))
     expr = torch.zeros(1, 52)
     for name, most in (("mouthSmileLeft", 0.35), ("mouthSmileRight", 0.35), ("browInnerUp", 0.3)):
         expr[0, head.expression_names.index(name)] = rng.uniform(0, most)
-    true = subject.params(expr)
+    azimuth, elevation = rng.uniform(-15, 15), rng.uniform(-5, 5)
+    return subject.params(expr), orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), 256)
+
+
+def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) -> None:
+    params, camera = _portrait_pose(head, subject)
+    points = subject.vertices(params)[0][head_region()]
+    camera = _loosely(camera, points, size)
+    out = subject.render(params, camera)
+    write_image(path, out.rgb[0])
+
+
+def _film(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
+    camera = _loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
+    out = driver.render(motion, camera.expand(motion.batch[0]))
+    write_video(path, iter(out.rgb), 24.0)
+
+
+def _loosely(camera: Camera, points: Float[Tensor, "n 3"], size: int) -> Camera:
+    """Frame a head as people do, with a third more room around it than a canonical crop has."""
+    side = 2 * (round(4 / 3 * size) // 2)
+    camera = canonical_crop(camera, points, size)
+    margin = (side - size) / 2
+    return camera.cropped(-margin, -margin, side, side)
+
+
+def _portrait(path: Path, head: Head, subject: SyntheticSubject, size: int) -> Portrait:
+    true, camera = _portrait_pose(head, subject)
     tracked = disturbed(true, seed=subject.seed)
-    camera = orbit(torch.tensor([rng.uniform(-15, 15)]).float(), torch.tensor([rng.uniform(-5, 5)]).float(), size)
     camera = canonical_crop(camera, head.pose(tracked.without_expression()).vertices[0][head_region()], size)
     out = subject.render(true, camera)
     write_image(path, out.rgb[0])
@@ -88,8 +183,12 @@ def _driver_clip(folder: Path, driver: SyntheticSubject, motion: HeadParams, tra
             clip.add(t, 0, out.rgb[t], camera[0], out.mask[t])
 
 
-def truth_frames(pair: Pair, params: HeadParams, cameras: Camera) -> Truth:
-    """Render the subject itself under true parameters in the target cameras, on grey, its mouth and eyes marked."""
+def truth_frames(pair: Pair, head: Head, params: HeadParams, cameras: Camera) -> Truth:
+    """Render the subject itself under true parameters, on grey, its mouth and eyes marked.
+
+    `cameras` stand around the tracked head (`Pair.seen_by`).
+    """
+    cameras = pair.seen_by(head, cameras)
     out = pair.subject.render(params, cameras)
     return Truth(
         composite(out.rgb, out.mask), out.normal, out.mask, _face_mask(pair.subject, params, cameras) * out.mask
@@ -108,8 +207,6 @@ def _face_mask(subject: SyntheticSubject, params: HeadParams, cameras: Camera) -
 
 def scored_shots(pair: Pair, head: Head, views: int, count: int, size: int) -> tuple[Driving, HeadParams, Camera]:
     """Choose the frames a pair is scored on: (driving frames with a still head, true parameters, cameras)."""
-    from geodiff4d.pipeline import clip_cameras, driver_clip_index
-
     index = driver_clip_index(pair.driving, count)
     chosen = pair.driving.select(index)
     chosen = replace(chosen, params=still_head(chosen.params))
@@ -121,7 +218,7 @@ def scored_shots(pair: Pair, head: Head, views: int, count: int, size: int) -> t
 def silhouette_orbit(pair: Pair, head: Head, size: int, count: int, degrees: float = 60.0) -> tuple[Camera, Truth]:
     """Render the subject at rest around ±`degrees`, for the avatar's silhouettes."""
     azimuth = torch.linspace(-degrees, degrees, count)
-    neutral = pair.subject.params(torch.zeros(count, 52))
-    points = head.pose(neutral[:1]).vertices[0][head_region()]
+    at_rest = replace(head.neutral(1), shape=pair.portrait.params.shape[None])
+    points = head.pose(at_rest).vertices[0][head_region()]
     cameras = canonical_crop(orbit(azimuth, torch.zeros(count), size), points, size)
-    return cameras, truth_frames(pair, neutral, cameras)
+    return cameras, truth_frames(pair, head, pair.subject.params(torch.zeros(count, 52)), cameras)
