@@ -1,9 +1,8 @@
-"""The foreground of a tracked portrait: head, hair, neck and the start of the shoulders.
+"""The foreground of a tracked portrait: head, hair, neck and shoulders.
 
 A segmentation of the person (or, without one, the tracked head grown by a hair's breadth) is joined with the head's
-own silhouette, its edge drawn to the picture's by a guided filter (He et al. 2010), and cut where OpenHead's bust ends:
-what the model cannot move must not be foreground (VHAP overwrites its masks with a neck line for the same reason).
-All lengths are shares of the head's size, so that they mean the same at any resolution.
+own silhouette, its edge drawn to the picture's by a guided filter (He et al. 2010). Shoulders stay, as in the video
+model's training pictures; only what is far from the tracked head is no foreground. All lengths are shares of the head's size, so that they mean the same at any resolution.
 """
 
 import numpy as np
@@ -19,10 +18,8 @@ from scipy.ndimage import (
 )
 from torch import Tensor
 
-HAIR_REACH = 0.55
-"""How far hair may stand off the skull."""
-BODY_REACH = 0.06
-"""How far clothes may stand off neck and shoulders."""
+REACH = 0.55
+"""How far hair may stand off the skull, and shoulders off the bust."""
 FADE = 0.04
 """Width of the soft cut."""
 BARE_GROWTH = 0.03
@@ -52,29 +49,13 @@ def matte(
         core = binary_erosion(skull, iterations=max(int(0.05 * size_px), 1))
         foreground = np.maximum(person[0].numpy(), gaussian_filter(core.astype(np.float32), 0.01 * size_px))
         foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
-    foreground = foreground * allowed(whole, skull, size_px)
+    foreground = foreground * allowed(whole, size_px)
     return torch.from_numpy(_without_islands(foreground)).float().clamp(0, 1)[None]
 
 
-def allowed(whole: np.ndarray, skull: np.ndarray, size_px: float) -> np.ndarray:
-    """Weight [h, w] of where foreground may be: far around the skull, close to neck and bust, not below it."""
-    outside = _distance_to(whole)
-    beyond_skull = _distance_to(skull) if skull.any() else outside
-    rows = np.arange(len(whole))[:, None]
-    chin = np.nonzero(skull.any(1))[0].max() if skull.any() else 0
-    # Beside the skull hair may reach far; from the chin down the reach narrows to that of clothes.
-    narrowing = np.clip((rows - (chin - 0.15 * size_px)) / (0.3 * size_px), 0, 1)
-    reach = (HAIR_REACH * (1 - narrowing) + BODY_REACH * narrowing) * size_px
-    near = np.clip(1 - (np.minimum(outside, beyond_skull) - reach) / (FADE * size_px), 0, 1)
-    # Below the bust's lower edge the distance grows downward: no reach there at all.
-    columns = np.nonzero(whole.any(0))[0]
-    bottom = np.full(whole.shape[1], -1.0)
-    bottom[columns] = [np.nonzero(whole[:, c])[0].max() for c in columns]
-    bottom = np.interp(np.arange(whole.shape[1]), columns, bottom[columns])
-    cut = np.clip(1 - (rows - bottom + FADE * size_px) / (FADE * size_px), 0, 1)
-    ends_inside = bottom < len(whole) - 1.5
-    below_chin = np.clip((rows - chin) / (0.1 * size_px), 0, 1)
-    return near * np.where(ends_inside, 1 - below_chin * (1 - cut), 1.0)
+def allowed(whole: np.ndarray, size_px: float) -> np.ndarray:
+    """Weight [h, w] of where foreground may be: around the tracked head and bust."""
+    return np.clip(1 - (_distance_to(whole) - REACH * size_px) / (FADE * size_px), 0, 1)
 
 
 def _distance_to(mask: np.ndarray) -> np.ndarray:
