@@ -87,3 +87,18 @@ def test_broken_clip_is_a_user_error(tmp_path, damage):
         path.write_text(json.dumps(meta))
     with pytest.raises(UserError):
         Clip(tmp_path / "clip")
+
+
+@pytest.mark.parametrize(("recorded", "fit", "misfit"), [
+    ("openhead", "openhead", "flame2023"),
+    ("flame2020", "flame2020", "flame2023"),
+    ("flame", "flame2023-open", "openhead"),
+])  # fmt: skip
+def test_another_heads_parameters_are_refused(tmp_path, recorded, fit, misfit):
+    with ClipWriter(tmp_path / "clip", head=recorded) as writer:
+        writer.add_params(0, params(0))
+        writer.add(0, 0, torch.rand(3, 12, 16), camera(), torch.ones(1, 12, 16))
+    clip = Clip(tmp_path / "clip")
+    clip.require_head(fit)
+    with pytest.raises(UserError, match=f"was tracked with the head '{recorded}', expected '{misfit}'"):
+        clip.require_head(misfit)

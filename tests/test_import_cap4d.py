@@ -7,17 +7,15 @@ import pytest
 import torch
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.geometry import axis_angle_to_matrix
 from geodiff4d.core.video import write_video
 from geodiff4d.data import cap4d
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.importer import ImportConfig, import_sources
 from geodiff4d.data.importing import Choice, Report
 from geodiff4d.heads import flame
-from mini_tracks import make_head, save_png, share_inside, silhouette
+from mini_cap4d import STEPS, H, W, make_cap4d, make_fit, posed, project
+from mini_tracks import make_head, share_inside
 
-W, H, STEPS = 64, 48, 3
-NAMES = ("cam0", "side")
 EVERYTHING = Choice()
 
 
@@ -26,68 +24,9 @@ def model(tmp_path_factory):
     return make_head(tmp_path_factory.mktemp("model"), "flame2023_no_jaw.pkl")
 
 
-def turn(v) -> np.ndarray:
-    return axis_angle_to_matrix(torch.as_tensor(np.asarray(v), dtype=torch.float64)).numpy()
-
-
-def posed(fit: dict, a: dict, lids: np.ndarray, t: int) -> np.ndarray:
-    """CAP4D's vertices in its world, OpenCV: joints turn without a chain, correctives stand at minus the identity."""
-    v = a["v_template"] + a["shapedirs"][..., :150] @ fit["shape"] + a["shapedirs"][..., 300:364] @ fit["expr"][t, :64]
-    joints = a["J_regressor"] @ v
-    eye = turn(fit["eye_rot"][t])
-    R = np.stack([turn(fit["neck_rot"][t]), np.eye(3), np.eye(3), eye, eye])
-    away = R[[0, 2, 3, 4]] - 2 * np.eye(3)
-    v = v + a["posedirs"] @ away.reshape(-1)
-    moved = np.stack([(v - j) @ r.T + j for r, j in zip(R, joints, strict=True)], 1)
-    v = (moved * a["weights"][..., None]).sum(1) + lids * fit["expr"][t, 64]
-    return (v @ turn(fit["rot"][t]).T + fit["tra"][t]) * np.array([1, -1, -1])
-
-
-def project(fit: dict, c: int, v: np.ndarray) -> torch.Tensor:
-    cam = v @ fit["extr"][c, :3, :3].T + fit["extr"][c, :3, 3]
-    K = np.array([[fit["fx"][c, 0], 0, fit["cx"][c, 0]], [0, fit["fy"][c, 0], fit["cy"][c, 0]], [0, 0, 1]])
-    xyw = cam @ K.T
-    return torch.from_numpy(xyw[:, :2] / xyw[:, 2:]).float()
-
-
-def make_fit(seed: int = 0, shoulders: float = 0.0) -> dict[str, np.ndarray]:
-    g = np.random.default_rng(seed)
-    extr = np.tile(np.eye(4, dtype=np.float32), (2, 1, 1))
-    extr[1, :3, :3] = turn([0, 0.25, 0.02])
-    extr[1, :3, 3] = [-0.3, 0.02, 0.05]
-    f = np.float32([[150.0], [160.0]])
-    return {
-        "fx": f, "fy": f, "cx": np.float32([[W / 2], [0.52 * W]]), "cy": np.float32([[H / 2], [0.47 * H]]),
-        "extr": extr, "shape": g.normal(size=150).astype("f4"), "expr": 0.5 * g.normal(size=(STEPS, 65)).astype("f4"),
-        "rot": 0.3 * g.normal(size=(STEPS, 3)).astype("f4"), "eye_rot": 0.2 * g.normal(size=(STEPS, 3)).astype("f4"),
-        "neck_rot": shoulders * g.normal(size=(STEPS, 3)).astype("f4"),
-        "tra": np.float32([0.01, -0.02, -1.1]) + 0.02 * g.normal(size=(STEPS, 3)).astype("f4"),
-        "camera_order": np.array(NAMES), "fps": np.array(30), "resolutions": np.array([[H, W]] * 2),
-        "valid_mask": np.ones((2, STEPS), bool), "error": np.array(2.1),
-    }  # fmt: skip
-
-
-def write(folder, fit, model):
-    head, a = model
-    lids = head.eyelid_basis.sum(-1).double().numpy()
-    folder.mkdir(parents=True)
-    np.savez(folder / "fit.npz", **fit)
-    faces = head.faces
-    for c, name in enumerate(NAMES):
-        K = torch.eye(3)
-        K[0, 0], K[1, 1], K[0, 2], K[1, 2] = (float(fit[k][c, 0]) for k in ("fx", "fy", "cx", "cy"))
-        camera = cap4d.Camera(torch.from_numpy(fit["extr"][c]), K, W, H)
-        for t in range(STEPS):
-            mask = silhouette(torch.from_numpy(posed(fit, a, lids, t)).float(), faces, camera)
-            # Names say nothing: their order does.
-            save_png(folder / f"images/{name}/{10 + 7 * t:08d}.png", mask * (0.2 + 0.2 * t) * torch.ones(3, 1, 1))
-            save_png(folder / f"bg/{name}/{t:04d}.png", mask)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, model):
-    return write(tmp_path_factory.mktemp("cap4d") / "felix", make_fit(), model)
+    return make_cap4d(tmp_path_factory.mktemp("cap4d") / "felix", make_fit(), model)
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +72,7 @@ def test_it_reprojects(data, model, tmp_path, known, monkeypatch):
 def test_shoulders_turn_and_the_head_does_not(model, tmp_path):
     head, a = model
     fit = make_fit(1, shoulders=0.3)
-    (folder,), report = run(write(tmp_path / "in", fit, model), tmp_path / "out")
+    (folder,), report = run(make_cap4d(tmp_path / "in", fit, model), tmp_path / "out")
     assert report.lines() == []
     clip, lids = Clip(folder), head.eyelid_basis.sum(-1).double().numpy()
     pure = head.skin_weights[:, 0] < 1e-3
@@ -148,7 +87,7 @@ def test_shoulders_turn_and_the_head_does_not(model, tmp_path):
 
 def test_without_the_model_shoulders_are_said_to_stay(model, tmp_path, monkeypatch):
     monkeypatch.setattr(flame, "_loaded", [])
-    _, report = run(write(tmp_path / "in", make_fit(1, shoulders=0.3), model), tmp_path / "out")
+    _, report = run(make_cap4d(tmp_path / "in", make_fit(1, shoulders=0.3), model), tmp_path / "out")
     assert any("shoulders" in line for line in report.lines())
 
 
@@ -164,6 +103,29 @@ def test_video_choice_and_resume(data, tmp_path):
     clip = Clip(folder)
     assert len(clip) == 6 and report.lines() == []
     assert [float(clip.frame(i).image.mean()) for i in (0, 2, 4)] == pytest.approx([0.25, 0.5, 0.75], abs=0.03)
+
+
+def test_a_clip_has_the_motion_in_one_place(data, tmp_path, monkeypatch):
+    """A second camera's frames must not put it elsewhere than the first one's."""
+    ours = flame._loaded
+    monkeypatch.setattr(flame, "_loaded", [])
+    run(data, tmp_path / "out", Choice(cameras=("cam0",)))
+    monkeypatch.setattr(flame, "_loaded", ours)
+    with pytest.raises(UserError, match="motion was in the cameras, is in the head parameters"):
+        run(data, tmp_path / "out")
+
+
+def test_truncated_videos_and_missing_cameras(data, tmp_path):
+    src = tmp_path / "in"
+    shutil.copytree(data, src)
+    shutil.rmtree(src / "images/cam0")
+    (folder,), report = run(src, tmp_path / "one")
+    assert Clip(folder).camera_indices == [1] and "cam0" in " | ".join(report.lines())
+    video = src / "images/cam0.mp4"
+    write_video(video, [torch.rand(3, H, W) for _ in range(STEPS)], 30.0)
+    video.write_bytes(video.read_bytes()[:300])
+    (folder,), report = run(src, tmp_path / "two")
+    assert Clip(folder).camera_indices == [1] and "video" in " | ".join(report.lines())
 
 
 def test_several_fits_become_several_clips(data, tmp_path):

@@ -10,17 +10,14 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix
-from geodiff4d.core.images import encode_normals
 from geodiff4d.data import pixel3dmm
 from geodiff4d.data.clip import Clip
-from geodiff4d.data.importer import ImportConfig, import_sources
+from geodiff4d.data.importer import ImportConfig, import_sources, summary
 from geodiff4d.data.importing import Choice, Report
 from geodiff4d.heads import flame
-from geodiff4d.heads.rig import HeadParams
-from mini_tracks import make_head, save_png, share_inside
+from mini_pixel3dmm import FOLDER, SIDE, STEPS, TRACKED, as_frame, draw, make_pixel3dmm, mesh, screen
+from mini_tracks import make_head, share_inside
 
-SIDE, TRACKED, STEPS = 96, 48, 3
-FOLDER = "clip_01_nV1_noPho_uv2000.0_n1000.0"
 EVERYTHING = Choice()
 
 
@@ -29,90 +26,9 @@ def head(tmp_path_factory):
     return make_head(tmp_path_factory.mktemp("model"), "flame2020.pkl")[0]
 
 
-def six(angles) -> np.ndarray:
-    return axis_angle_to_matrix(torch.as_tensor(angles, dtype=torch.float32))[..., :2, :].reshape(1, -1).numpy()
-
-
-def draw(t: int) -> dict[str, np.ndarray]:
-    """Random axis-angles and coefficients of one timestep."""
-    g = np.random.default_rng(t)
-    same = np.random.default_rng(77)
-    return {
-        "shape": 0.5 * same.normal(size=300), "exp": 0.5 * g.normal(size=100), "R": 0.25 * g.normal(size=3),
-        "t": np.array([0.02, -0.01, 0.0]) + 0.02 * g.normal(size=3), "neck": 0.2 * g.normal(size=3),
-        "jaw": 0.2 * g.normal(size=3), "eyes": 0.2 * g.normal(size=(2, 3)), "eyelids": g.random(2),
-        "fl": np.array([[2.6]]), "pp": np.array([[0.03, -0.02]]), "t_base": np.array([[0.01, 0.02, -1.0]]),
-        "R_base": axis_angle_to_matrix(torch.tensor([0.02, -0.05, 0.01])).numpy(),
-    }  # fmt: skip
-
-
-def as_frame(d: dict, t: int) -> dict:
-    """The tracker's dictionary, key by key."""
-
-    def f(x, *shape):
-        return np.asarray(x, np.float32).reshape(*shape)
-
-    return {
-        "flame": {
-            "exp": f(d["exp"], 1, 100), "shape": f(d["shape"], 1, 300), "eyes": f(six(d["eyes"]), 1, 12),
-            "eyelids": f(d["eyelids"], 1, 2), "jaw": six(d["jaw"]), "neck": six(d["neck"]), "R": six(d["R"]),
-            "R_rotation_matrix": axis_angle_to_matrix(torch.tensor(d["R"])).float()[None].numpy(), "t": f(d["t"], 1, 3),
-        },
-        "img_size": np.array([TRACKED, TRACKED]), "frame_id": t, "global_step": 200 * t,
-        "camera": {"R_base_0": f(d["R_base"], 1, 3, 3), "t_base_0": f(d["t_base"], 1, 3), "fl": f(d["fl"], 1, 1),
-                   "pp": f(d["pp"], 1, 2)},
-        "joint_transforms": np.zeros((1, 5, 4, 4), np.float32),
-    }  # fmt: skip
-
-
-def mesh(head, d: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The posed vertices before and after the global motion, which is about the origin."""
-    zero = torch.zeros(3)
-    p = {k: torch.from_numpy(np.asarray(d[k], np.float32)) for k in ("shape", "exp", "neck", "jaw", "eyes", "eyelids")}
-    params = HeadParams(
-        p["shape"], p["exp"], zero, p["neck"], p["jaw"], p["eyes"].flatten(), zero, eyelids=p["eyelids"]
-    )
-    v = head.pose(params).vertices
-    R = axis_angle_to_matrix(torch.tensor(d["R"])).float()
-    return v, v @ R.T + torch.from_numpy(d["t"]).float()
-
-
-def screen(d: dict, world: torch.Tensor) -> torch.Tensor:
-    """The tracker's project_points_screen_space, by its description: pixel indices of the tracked size."""
-    cam = world.double() @ torch.from_numpy(d["R_base"]).double().T + torch.from_numpy(d["t_base"][0])
-    K = torch.eye(3, dtype=torch.float64)
-    K[0, 0] = K[1, 1] = float(d["fl"][0, 0]) * TRACKED
-    K[:2, 2] = TRACKED / 2 + 0.5 + torch.from_numpy(d["pp"][0]) * (TRACKED / 2 + 0.5)
-    K[0, 2] = TRACKED - K[0, 2]
-    flat = -((cam / -cam[:, 2:]) @ K.T)[:, :2]
-    return torch.stack([TRACKED - 1 - flat[:, 0], flat[:, 1]], -1).float()
-
-
-def painted(xy: torch.Tensor) -> torch.Tensor:
-    """A mask with every pixel in which a point falls, and its neighbours."""
-    mask = torch.zeros(1, SIDE, SIDE)
-    x, y = xy.round().long().clamp(0, SIDE - 1).unbind(-1)
-    mask[0, y, x] = 1
-    return torch.nn.functional.max_pool2d(mask, 5, 1, 2)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, head):
-    """TRACKING and PREPROCESSED side by side, as the environment file of the real thing suggests."""
-    root = tmp_path_factory.mktemp("pixel3dmm")
-    results, pictures = root / f"tracking/{FOLDER}", root / "preprocessed/clip_01"
-    (results / "checkpoint").mkdir(parents=True)
-    for t in range(STEPS):
-        d = draw(t)
-        torch.save(as_frame(d, t), results / f"checkpoint/{t:05d}.frame")
-        _, world = mesh(head, d)
-        mask = painted((screen(d, world) + 0.5) * SIDE / TRACKED - 0.5)
-        save_png(pictures / f"cropped/{t:05d}.png", mask * (0.2 + 0.2 * t) * torch.ones(3, 1, 1))
-        save_png(pictures / f"seg_og/{t:05d}.png", mask * 13 / 255)
-        # All of the face looks along FLAME's +z.
-        forward = torch.tensor([0.0, 0.0, 1.0])[:, None, None] * torch.ones_like(mask)
-        save_png(pictures / f"p3dmm/normals/{t:05d}.png", encode_normals(forward, torch.ones_like(mask)))
-    return root
+    return make_pixel3dmm(tmp_path_factory.mktemp("pixel3dmm"), head)
 
 
 @pytest.fixture(autouse=True)
@@ -181,12 +97,28 @@ def test_resume_and_several(data, tmp_path, monkeypatch):
     assert len(Clip(folder)) == 3 and len(seen) == 6
 
 
+def test_a_clip_has_the_motion_in_one_place(data, tmp_path, monkeypatch):
+    """Begun without the FLAME file and taken up with it, or the other way round: refused, what is there stays."""
+    ours = flame._loaded
+    for begun, then, was in (([], ours, "in the cameras"), (ours, [], "in the head parameters")):
+        out = tmp_path / was.replace(" ", "_")
+        monkeypatch.setattr(flame, "_loaded", begun)
+        run(data / "tracking" / FOLDER, out, Choice(limit=1))
+        before = (out / "transforms.json").read_bytes()
+        monkeypatch.setattr(flame, "_loaded", then)
+        with pytest.raises(UserError, match=rf"motion was {was}, is .*give the same --head as before"):
+            run(data / "tracking" / FOLDER, out)
+        assert (out / "transforms.json").read_bytes() == before and len(Clip(out)) == 1
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/geodiff4d_was_run",)
 
 
-@pytest.mark.parametrize("damage", ["evil", "tensor", "cut", "nan", "zero rotation", "no camera", "list", "bomb"])
+@pytest.mark.parametrize(
+    "damage", ["evil", "tensor", "cut", "nan", "zero rotation", "no camera", "mirrored", "list", "bomb"]
+)
 def test_hostile_frames_are_left_out_and_nothing_runs(data, tmp_path, damage, monkeypatch):
     shutil.copytree(data, tmp_path / "in")
     src = tmp_path / "in/tracking" / FOLDER
@@ -206,6 +138,9 @@ def test_hostile_frames_are_left_out_and_nothing_runs(data, tmp_path, damage, mo
         torch.save(frame, path)
     elif damage == "no camera":
         del frame["camera"]
+        torch.save(frame, path)
+    elif damage == "mirrored":
+        frame["camera"]["R_base_0"][:, 0] *= -1
         torch.save(frame, path)
     elif damage == "list":
         torch.save([1, 2], path)
@@ -231,6 +166,11 @@ def test_missing_parts_are_reported(data, tmp_path):
     lines = " | ".join(report.lines())
     for words in ("no picture", "no seg_og", "no p3dmm/normals"):
         assert words in lines, words
+    assert summary(folder).endswith("96×96 px, masks on 1, head parameters")
+    written = (folder / "transforms.json").read_bytes()
+    assert b"no seg_og" in written
+    run(tmp_path / "in/tracking" / FOLDER, tmp_path / "out")
+    assert (folder / "transforms.json").read_bytes() == written, "what is finished stays, warnings included"
 
 
 def test_what_is_not_a_result(tmp_path):

@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from geodiff4d.core.camera import Camera
+from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.geometry import look_at
 from geodiff4d.data import vhap
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.importer import ImportConfig, import_sources
 from geodiff4d.data.importing import Choice, Report
-from geodiff4d.heads.rig import HeadParams
-from mini_tracks import VERTS, make_head, motion, save_png, share_inside, silhouette
+from mini_tracks import VERTS, make_head, share_inside
+from mini_vhap import STEPS, camera, make_vhap, params
 
-W, H, STEPS, CAMERAS = 60, 44, 3, (2, 8)
 EVERYTHING = Choice()
 
 
@@ -27,50 +25,9 @@ def head(tmp_path_factory):
     return make_head(tmp_path_factory.mktemp("model"), "flame2023.pkl")[0]
 
 
-def camera(c: int) -> Camera:
-    eye = torch.tensor([0.5 * c / 8, 0.2, 1.0])
-    K = torch.tensor([[90.0, 0, 0.45 * W], [0, 92.0, 0.55 * H], [0, 0, 1]])
-    return Camera(look_at(eye, torch.tensor([0.02, 0.0, 0.0]), torch.tensor([0.0, 1.0, 0.0])), K, W, H)
-
-
-def params(head, t: int) -> HeadParams:
-    p = motion(head, t)
-    offset = 0.002 * torch.randn(VERTS, 3, generator=torch.Generator().manual_seed(9))
-    same = motion(head, 99).shape
-    return replace(p, shape=same, translation=0.1 * p.translation, eyelids=None, static_offset=offset)
-
-
 @pytest.fixture(scope="module")
 def export(head, tmp_path_factory):
-    """What VHAP's export_as_nerf_dataset.py writes, key by key."""
-    folder = tmp_path_factory.mktemp("vhap") / "074_EMO-1"
-    (folder / "flame_param").mkdir(parents=True)
-    frames = []
-    for t in range(STEPS):
-        p = params(head, t)
-        rows = {k: v.numpy()[None] for k, v in vars(p).items() if v is not None and k != "shape"}
-        np.savez(folder / f"flame_param/{t:05d}.npz", shape=p.shape.numpy(), **rows)
-        mesh = head.pose(p)
-        for c in CAMERAS:
-            cam = camera(c)
-            mask = silhouette(mesh.vertices, mesh.faces, cam)
-            colour = torch.tensor([0.2 + 0.2 * t, 0.1 * c, 0.6])[:, None, None]
-            save_png(folder / f"images/{t:05d}_{c:02d}.png", colour * mask + (1 - mask))
-            save_png(folder / f"fg_masks/{t:05d}_{c:02d}.png", mask)
-            # OpenGL's camera to world: OpenCV's, with y and z turned over.
-            c2w = np.linalg.inv(cam.T_cam_world.numpy().astype(np.float64)) @ np.diag([1, -1, -1, 1])
-            K = {"cx": 0.45 * W, "cy": 0.55 * H, "fl_x": 90.0, "fl_y": 92.0, "h": H, "w": W,
-                 "camera_angle_x": 2 * np.arctan(W / 180), "camera_angle_y": 2 * np.arctan(H / 184)}  # fmt: skip
-            frames.append({
-                "timestep_index": t, "timestep_index_original": 3 * t, "timestep_id": f"frame_{t:05d}",
-                "camera_index": c, "camera_id": f"2222000{c:02d}", **K, "transform_matrix": c2w.tolist(),
-                "file_path": f"images/{t:05d}_{c:02d}.png", "fg_mask_path": f"fg_masks/{t:05d}_{c:02d}.png",
-                "flame_param_path": f"flame_param/{t:05d}.npz",
-            })  # fmt: skip
-    np.savez(folder / "canonical_flame_param.npz", jaw_pose=[[0.3, 0, 0]], shape=np.zeros(300))
-    meta = {"frames": frames, **K, "timestep_indices": list(range(STEPS)), "camera_indices": list(CAMERAS)}
-    (folder / "transforms.json").write_text(json.dumps(meta))
-    return folder
+    return make_vhap(tmp_path_factory.mktemp("vhap") / "074_EMO-1", head)
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +113,23 @@ def test_written_exports_come_back(export, head, tmp_path):
               ((a, a.params), (b, b.params))]  # fmt: skip
         assert (xy[0] - xy[1]).abs().max() < 2e-3 and (a.mask - b.mask).abs().max() < 0.01
         assert b.image[:, b.mask[0] < 0.5].min() > 0.99, "on white"
+
+
+def test_export_command(export, tmp_path, capsys):
+    """Frames without parameters are left out and said; nothing is overwritten; other heads are refused."""
+    shutil.copytree(export, tmp_path / "clip")
+    (tmp_path / "clip/flame_param/00001.npz").unlink()
+    line = ["export", str(tmp_path / "clip"), str(tmp_path / "out"), "--to", "vhap"]
+    assert main(line) == 0
+    said = capsys.readouterr()
+    assert "4 frames, 2 timesteps × 2 cameras on flame" in said.out and "1 timesteps have no head" in said.err
+    written = Clip(tmp_path / "out")
+    assert written.timesteps == [0, 1]
+    torch.testing.assert_close(written.params(1).expr, Clip(export).params(2).expr)
+    assert main(line) == 2 and "exists" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "clip/flame_param")
+    assert main(["export", str(tmp_path / "clip"), str(tmp_path / "none")]) == 2
+    assert "no head parameters" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_one_camera_trains_on_it(export, tmp_path):
@@ -252,5 +226,5 @@ def test_openhead_is_not_vhaps(tmp_path, export):
     (folder,), _ = run(export, tmp_path / "clip")
     text = (folder / "transforms.json").read_text().replace('"head": "flame"', '"head": "openhead"')
     (folder / "transforms.json").write_text(text)
-    with pytest.raises(UserError, match="OpenHead"):
+    with pytest.raises(UserError, match="'openhead', VHAP's layout is FLAME's"):
         vhap.write_vhap(Clip(folder), tmp_path / "out")

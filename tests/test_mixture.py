@@ -374,6 +374,15 @@ def test_bad_footage_is_a_user_error(tmp_path, damage):
             mixture[i]
 
 
+def test_a_person_on_two_heads_is_two_subjects(tmp_path):
+    """Pairs share a person; were they drawn across heads, one head would pose the other's coefficients."""
+    for name, head in (("a", "openhead"), ("b", "flame2020"), ("c", "flame2023")):
+        write(tmp_path / name, 2, (0.0,), extra={"participant": "074"})
+        path = tmp_path / name / "transforms.json"
+        path.write_text(path.read_text().replace('"openhead"', f'"{head}"'))
+    assert len({t.subject for t in open_footage(tmp_path).takes}) == 3
+
+
 def test_params_of_one_clip_stack(data):
     """Heads without eyelids and with none of the options still stack."""
     assert isinstance(open_footage(data / "video")._params(0, [0, 1]), HeadParams)

@@ -60,9 +60,13 @@ def empty_clip(folder: Path) -> None:
 
 
 def data_sets(folder: Path) -> None:
-    """Small data sets in the formats of the real ones, and their damaged twins (tests/mini_datasets.py)."""
+    """Small data sets and tracks in the formats of the real ones, and their damaged twins (tests/mini_*.py)."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import mini_datasets as mini
+    from mini_cap4d import make_cap4d, make_fit
+    from mini_pixel3dmm import make_pixel3dmm
+    from mini_tracks import make_head
+    from mini_vhap import make_vhap
 
     show = mini.performance(timesteps=2)
     mini.make_nersemble(folder / "sets/nersemble", show, mini.COLOUR_MATRIX)
@@ -76,6 +80,14 @@ def data_sets(folder: Path) -> None:
     shutil.copytree(folder / "sets/nersemble/017/calibration", folder / "sets/cut/017/calibration")
     smc = (folder / "sets/renderme/0026_e3_raw.smc").read_bytes()
     (folder / "sets/cut_0026_e3_raw.smc").write_bytes(smc[: len(smc) // 2])
+    models = folder / "sets/models"
+    make_vhap(folder / "sets/vhap", make_head(models, "flame2023.pkl")[0])
+    make_pixel3dmm(folder / "sets/pixel3dmm", make_head(models, "flame2020.pkl")[0])
+    make_cap4d(folder / "sets/cap4d", make_fit(), make_head(models, "flame2023_no_jaw.pkl"))
+    shutil.copytree(folder / "sets/vhap", folder / "sets/mirrored")
+    meta = json.loads((folder / "sets/vhap/transforms.json").read_text())
+    meta["frames"][0]["transform_matrix"][0] = [-x for x in meta["frames"][0]["transform_matrix"][0]]
+    (folder / "sets/mirrored/transforms.json").write_text(json.dumps(meta))
 
 
 PEOPLE = "--portrait world/train_0 --driving world/train_1"
@@ -96,6 +108,7 @@ RECIPES = [
     # In the order of the pipeline: later lines read what earlier ones wrote.
     Recipe("doctor", says="needs attention|ready"),
     Recipe("bench world --preset debug --json bench.json", ("bench.json",), says="images_per_second"),
+    Recipe("bench unet --preset debug --threads 1 --json unet.json", ("unet.json",), says="both branches in one batch"),
     Recipe(
         "synth world --preset debug --subjects 2 --frames 4 --views 2",
         ("world/train_0/transforms.json", "world/train_1/flame_param/00003.npz", "world/train_sheet.png"),
@@ -104,6 +117,16 @@ RECIPES = [
     Recipe(
         "train image --preset debug --data stores --workers 1 --vae runs/vae/vae --out runs/image",
         tuple(f"runs/image/model/{part}/model*.safetensors" for part in ("unet", "reference", "expression", "vae")),
+    ),
+    Recipe(
+        "train video --preset debug --data stores --workers 1 --start runs/image/model --out runs/video",
+        ("runs/video/model/unet/model*.safetensors", "runs/video/curves.png", "runs/video/pictures/*.png"),
+        says="flicker_rgb_alone",
+    ),
+    Recipe(
+        "train image --preset debug --data world stores --workers 1 --vae runs/vae/vae --steps 2 --out runs/mixed",
+        ("runs/mixed/model/unet/model*.safetensors", "runs/mixed/log.jsonl"),
+        says="% of the samples",
     ),
     Recipe(
         "train perception --preset debug --data people --workers 1 --out runs/perception",
@@ -116,6 +139,10 @@ RECIPES = [
     Recipe(
         f"animate {PEOPLE} {MODEL} --out runs/animate",
         tuple(f"runs/animate/{name}.mp4" for name in ("video", "normals", "side_by_side")),
+    ),
+    Recipe(
+        f"animate {PEOPLE} --preset debug --model runs/video/model --out runs/video_animate",
+        ("runs/video_animate/video.mp4",),
     ),
     Recipe(
         f"synthesize {PEOPLE} {MODEL} --out runs/clip",
@@ -146,6 +173,26 @@ RECIPES = [
     ),
     Recipe("import renderme360 sets/renderme imported/renderme", ("imported/renderme/0026_e3/flame_param/00001.npz",)),
     Recipe("import synthhuman sets/synthhuman imported/faces", ("imported/faces/faces_0000000/normals/00003_00.png",)),
+    Recipe(
+        "import vhap sets/vhap imported/vhap --head sets/models/flame2023.pkl",
+        ("imported/vhap/flame_param/00002.npz", "imported/vhap/sheet.png"),
+        says="6 frames",
+    ),
+    Recipe(
+        "import pixel3dmm sets/pixel3dmm/tracking imported/pixel3dmm --head sets/models/flame2020.pkl",
+        ("imported/pixel3dmm/clip_01*/normals/00002_00.png", "imported/pixel3dmm/clip_01*/sheet.png"),
+    ),
+    Recipe(
+        "import cap4d sets/cap4d imported/cap4d --head sets/models/flame2023_no_jaw.pkl --limit 2",
+        ("imported/cap4d/fg_masks/00001_01.png", "imported/cap4d/sheet.png"),
+    ),
+    Recipe("import cap4d sets/cap4d imported/cap4d", says="give the same --head as before", code=2),
+    Recipe("export imported/vhap exported --to vhap", ("exported/transforms.json", "exported/flame_param/00002.npz")),
+    Recipe("import vhap exported imported/again", ("imported/again/images/00002_08.png",), says="6 frames"),
+    bad_import("export world/train_0 bad/out", says="VHAP's layout is FLAME's"),
+    bad_import("import vhap sets/mirrored bad/out", says="mirrored"),
+    bad_import("import pixel3dmm sets/pixel3dmm/tracking bad/out --head sets/models/flame2023.pkl", says="do not mix"),
+    bad_import("import cap4d sets/vhap bad/out", says="no fit.npz"),
     bad_import("import nersemble sets/cut bad/out", says="no camera that can be read"),
     bad_import("import renderme360 sets/cut_0026_e3_raw.smc bad/out", says="truncated"),
     bad_import("import synthhuman world bad/out", says="no SynthHuman pictures"),
@@ -159,6 +206,10 @@ RECIPES = [
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
+    bad("train video --preset debug", says="needs a stage-1 model"),
+    bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),
+    bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere has nothing to train on"),
+    bad("train image --preset paper --data world", says="--preset paper needs --sd"),
     bad(f"animate {PEOPLE} --preset debug --model nowhere", says="nowhere is not a video model"),
     bad(f"synthesize {PEOPLE} {MODEL} --head nowhere.npz", says="no head at nowhere.npz"),
 ]

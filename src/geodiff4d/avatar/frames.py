@@ -108,6 +108,7 @@ def read_sequence(clip: Clip, head: Head) -> HeadParams:
     Raises:
         UserError: they are missing, not finite or another head's.
     """
+    clip.require_head(head.name)
     rows = [clip.params(t) for t in clip.timesteps]
     expected = vars(head.neutral())
     for t, row in zip(clip.timesteps, rows, strict=True):

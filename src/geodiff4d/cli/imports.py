@@ -39,7 +39,7 @@ class Args:
     params: Path | None = None
     """Folder of head parameters by timestep, {t:05d}.npz as in a clip."""
     head: str | None = None
-    """The head that the parameters belong to: your FLAME file, or openhead. --params needs it."""
+    """The head that the parameters belong to: your FLAME file (.pkl; docs/FLAME.md), or openhead. --params needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where a DAViD network runs."""
 

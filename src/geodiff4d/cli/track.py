@@ -17,7 +17,7 @@ class Args:
     out: Path
     """Clip folder to write; it replaces an older one."""
     head: str = "openhead"
-    """`openhead`, or the path of an .npz head (docs/OPENHEAD.md)."""
+    """`openhead`, your FLAME file (.pkl; docs/FLAME.md), or an .npz head (docs/OPENHEAD.md)."""
     detector: Literal["embedded", "mediapipe"] | None = None
     """Who finds the landmarks: the package's own network, or MediaPipe (`make track-env` installs it); by default the
     network where it is shipped."""

@@ -29,7 +29,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_axis_angle, rigid
 from geodiff4d.core.images import read_image
-from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, padded, place
+from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, motion_of, padded, place
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked, inside
 from geodiff4d.data.nersemble import video_frames
 from geodiff4d.heads.rig import Head, HeadParams, blend
@@ -81,12 +81,18 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
     if head is None and fit.turns["neck_rot"].any():
         report.warn("the shoulders' turn (neck_rot) is left out without FLAME's file", name)
     files, masks = ([_files(folder, what, n, len(fit.expr), report) for n in fit.names] for what in ("images", "bg"))
-    cameras = [i for i, n in enumerate(fit.names) if files[i] is not None and choice.picks_camera(i, n)]
+    asked = [i for i, n in enumerate(fit.names) if choice.picks_camera(i, n)]
+    cameras = [i for i in asked if files[i] is not None]
     if not cameras:
         raise UserError(
             f"{folder} has no pictures of the cameras {', '.join(fit.names)}: expected images/{fit.names[0]}/; "
             "a fit alone, such as CAP4D's driving sequences, is no clip"
         )
+    for i in asked:
+        if files[i] is None:
+            report.warn("a camera of the fit has no pictures", f"{name}/{fit.names[i]}".lstrip("/"))
+        if isinstance(masks[i], Path):
+            report.warn("mattes in a video are not read: expected a folder of pictures", f"bg/{fit.names[i]}")
     steps = choice.picks(np.nonzero(fit.valid[cameras].any(0))[0].tolist())
 
     def frames(wanted: Wanted) -> Iterator[SourceFrame]:
@@ -105,6 +111,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
     return Source(
         name, frames, int(fit.valid[np.ix_(cameras, steps)].sum()), head=MODEL, fps=fps / choice.every,
         params=lambda t: _placed(fit, head, t)[0], camera_ids={c: fit.names[c] for c in cameras},
+        motion=motion_of(head),
         extra={"dataset": "CAP4D", "sequence": folder.resolve().name, "motion": "head" if head else "cameras"},
     )  # fmt: skip
 
@@ -170,7 +177,12 @@ def _pictures(
     files: list[Path] | Path | None, steps: list[int], report: Report, where: str
 ) -> Iterator[tuple[int, Float[Tensor, "3 height width"]]]:
     if isinstance(files, Path):
-        yield from video_frames(files, steps)
+        got = 0
+        for frame in video_frames(files, steps):
+            got += 1
+            yield frame
+        if got < len(steps):
+            report.warn(f"a video is damaged or ends early, {len(steps) - got} frames are missing", where)
         return
     for t in steps:
         if files is None or t >= len(files):

@@ -119,6 +119,18 @@ class Clip:
     def camera_indices(self) -> list[int]:
         return sorted({r.camera_index for r in self.records})
 
+    def require_head(self, name: str) -> None:
+        """Check that the parameters are this head's. A VHAP export says "flame" without a year: any FLAME will do.
+
+        Raises:
+            UserError: they belong to another head; sizes alone would not tell, FLAME's years share them.
+        """
+        if self.head_name != name and not (self.head_name == "flame" and name.startswith("flame")):
+            raise UserError(
+                f"{self.folder} was tracked with the head {self.head_name!r}, expected {name!r}: coefficients of "
+                f"different heads do not mix; track it again with the head {name}"
+            )
+
     def frame(self, index: int) -> ClipFrame:
         """Read one frame with everything the clip has for it."""
         r = self.records[index]

@@ -108,6 +108,9 @@ class ClipFootage:
         for t, c in pairs:
             present[row[t], column[c]] = True
         subject = str(extra.get("subject", extra.get("participant", path)))
+        if (head := ours.get("head", "flame")) != "openhead":
+            # A person tracked on two heads is two: no head can pose the other's parameters.
+            subject += f" on {head}"
         where = _Where(path, tuple(cameras))
         fps = float(ours.get("fps", 24.0))
         if extra.get("stills"):

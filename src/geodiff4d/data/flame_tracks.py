@@ -33,6 +33,11 @@ def known_head(name: str, tracker: str, report: Report) -> Head | None:
         return None
 
 
+def motion_of(head: Head | None) -> str:
+    """Say where `place` puts the motion, for `Source.motion`."""
+    return "in the cameras" if head is None else "in the head parameters"
+
+
 def place(
     head: Head | None, params: HeadParams, T_source_mesh: Float[Tensor, "4 4"]
 ) -> tuple[HeadParams, Float[Tensor, "4 4"]]:

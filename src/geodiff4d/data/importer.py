@@ -8,7 +8,7 @@ cameras or repaired source files only add to it.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,13 +21,12 @@ from torch.nn.functional import interpolate
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
+from geodiff4d.data.importing import Choice, Progress, Report, Source, SourceFrame, no_params, unchanged
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
 from geodiff4d.data.sheet import fits, sizes, write_sheet
 from geodiff4d.heads import Head
 
 JOURNAL = "import.jsonl"
-Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 OWN = {JOURNAL, "images", "fg_masks", "normals", "flame_param", "backgrounds"}
 
 
@@ -44,11 +43,6 @@ class ImportConfig:
     def __post_init__(self) -> None:
         if self.size is not None and not 16 <= self.size <= 8192:
             raise UserError(f"--size is {self.size}: expected 16 to 8192 pixels")
-
-
-def unchanged(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 def import_sources(
@@ -100,10 +94,12 @@ def import_clip(
     identity = {
         "origin": origin, "clip": source.name, "size": config.size, "head": source.head,
         "joins": {name: None if path is None else str(path.resolve()) for name, path in vars(joins).items()},
+        "motion": source.motion,
     }  # fmt: skip
     asked = {"limit": choice.limit, "every": choice.every, "cameras": list(choice.cameras)}
     with _growing(folder, source, identity) as writer:
         if asked in writer.finished:
+            writer.is_done = (folder / "transforms.json").exists()
             return folder
         frames = source.frames(lambda t, c: (t, c) not in writer.stored)
         left = None if source.total is None else max(source.total - len(writer.stored), 0)
@@ -179,6 +175,8 @@ class GrowingClip(ClipWriter):
         self.stored: set[tuple[int, int]] = set()
         self.finished: list[dict] = []
         self.report_lines: list[str] = []
+        self.is_done = False
+        """Nothing was asked for that is not there: the clip stays as it is, warnings included."""
 
     @property
     def with_params(self) -> set[int]:
@@ -210,8 +208,12 @@ class GrowingClip(ClipWriter):
             lines = [json.loads(line) for line in whole.splitlines()]
             if lines and lines[0]["import"] != self.identity:
                 old, new = lines[0]["import"], self.identity
-                changed = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in new if old.get(k) != new[k])
-                raise UserError(f"{self.path} holds another import ({changed}): choose a new folder, or delete it")
+                differ = [k for k in new if old.get(k) != new[k]]
+                changed = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in differ)
+                same = "give the same --head as before, " if differ == ["motion"] else ""
+                raise UserError(
+                    f"{self.path} holds another import ({changed}): {same}choose a new folder, or delete it"
+                )
             self._frames = [line["frame"] for line in lines if "frame" in line]
             self._with_params = {line["params"] for line in lines if "params" in line}
             self.finished = [line["finished"] for line in lines if "finished" in line]
@@ -257,6 +259,8 @@ class GrowingClip(ClipWriter):
 
     def close(self) -> None:
         """Make the clip of what is there; an import without a frame leaves nothing behind."""
+        if self.is_done:
+            return
         if self._frames:
             self._frames.sort(key=lambda f: (f["timestep_index"], f["camera_index"]))
             self.extra = self.extra | {"import": self.identity | {"complete": bool(self.finished)}}
@@ -295,15 +299,13 @@ def summary(folder: Path) -> str:
     """One line about an imported clip."""
     clip = Clip(folder)
     first = clip.records[0]
-    has = [
-        name
-        for name, there in (
-            ("masks", any(r.mask_path for r in clip.records)),
-            ("normals", any(r.normal_path for r in clip.records)),
-            ("head parameters", any(r.params_path for r in clip.records)),
-        )
-        if there
-    ]
+    counts = {
+        "masks": sum(r.mask_path is not None for r in clip.records),
+        "normals": sum(r.normal_path is not None for r in clip.records),
+        "head parameters": sum(r.params_path is not None for r in clip.records),
+    }
+    # Warnings of an earlier, interrupted call are gone; what is missing still shows here.
+    has = [name if n == len(clip) else f"{name} on {n}" for name, n in counts.items() if n]
     return (
         f"{folder}: {len(clip)} frames, {len(clip.timesteps)} timesteps × {len(clip.camera_indices)} cameras, "
         f"{first.camera.width}×{first.camera.height} px, {', '.join(has) or 'pictures only'}"

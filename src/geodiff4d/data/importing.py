@@ -35,6 +35,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,7 +48,14 @@ from geodiff4d.heads.rig import HeadParams
 
 Wanted = Callable[[int, int], bool]
 """(timestep, camera_index) → is this frame still to be read?"""
+Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
+"""(items, description, total) → the items, shown as they pass."""
 PLACES_SHOWN = 3
+
+
+def unchanged(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
+    """Show no progress."""
+    return items
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,8 @@ class Source:
     """Whose parameters `params` returns: "openhead", "flame", or a model's name such as "flame2023"."""
     params: Callable[[int], HeadParams | None] = no_params
     """Head parameters of a timestep, without batch axis; random access and cheap."""
+    motion: str = ""
+    """Where the head's motion stands, for readers that may put it elsewhere; a clip has it in one place only."""
     fps: float = 24.0
     camera_ids: dict[int, str] = field(default_factory=dict)
     """The source's own names of its cameras (serial numbers) by camera index."""

@@ -28,7 +28,7 @@ from geodiff4d.core.camera import OPENGL_FROM_OPENCV
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import matrix_to_axis_angle, rigid
 from geodiff4d.core.images import decode_normals, read_image
-from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, padded, place
+from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, motion_of, padded, place
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked
 from geodiff4d.heads.pickles import read_bytes
 from geodiff4d.heads.rig import Head, HeadParams
@@ -94,6 +94,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
 
     return Source(
         name, frames, len(steps), head=MODEL, params=params, fps=24.0 / choice.every, camera_ids={0: "camera"},
+        motion=motion_of(head),
         extra={"dataset": "Pixel3DMM", "sequence": video, "motion": "head" if head else "cameras"},
     )  # fmt: skip
 

@@ -29,7 +29,17 @@ from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import composite, decode_normals, read_image
 from geodiff4d.data.clip import Clip, ClipWriter, read_params
 from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES
-from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked, inside
+from geodiff4d.data.importing import (
+    Choice,
+    Progress,
+    Report,
+    Source,
+    SourceFrame,
+    Wanted,
+    camera_checked,
+    inside,
+    unchanged,
+)  # fmt: skip
 from geodiff4d.heads.rig import HeadParams
 
 VERTS_WITH_TEETH = 5143
@@ -215,31 +225,40 @@ def _params(path: Path | None, where: str, report: Report) -> HeadParams | None:
     return params
 
 
-def write_vhap(clip: Clip, out: Path, background: float = 1.0) -> None:
+def write_vhap(clip: Clip, out: Path, background: float = 1.0, progress: Progress = unchanged) -> list[int]:
     """Write a clip on FLAME as VHAP exports one, strictly: for programs that know nothing of clips.
 
     Against the clip: pictures on a plain `background`, timesteps numbered from zero, the head's mean translation moved
-    into the cameras, all of FLAME's coefficients, a static offset (zero if the clip has none); no eyelids.
+    into the cameras, all of FLAME's coefficients, a static offset (zero if the clip has none); no eyelids. Returns the
+    timesteps that are left out, for VHAP's layout knows no frame without head parameters.
 
     Raises:
         UserError: the clip has no head parameters, or those of another head.
     """
-    if clip.head_name == "openhead":
-        raise UserError(f"{clip.folder} is on OpenHead, VHAP's layout is FLAME's: track it with --head and your FLAME")
-    rows = {t: _as_vhap(clip.params(t), clip.folder) for t in clip.timesteps}
+    if not clip.head_name.startswith("flame"):
+        raise UserError(
+            f"{clip.folder} is on the head {clip.head_name!r}, VHAP's layout is FLAME's: track it with --head and your "
+            "FLAME file"
+        )
+    with_params = {r.timestep for r in clip.records if r.params_path is not None and r.params_path.is_file()}
+    rows = {t: _as_vhap(clip.params(t), clip.folder) for t in sorted(with_params)}
+    if not rows:
+        raise UserError(f"{clip.folder} has no head parameters: run `geodiff4d track` with --head and your FLAME file")
     mean = torch.stack([p.translation for p in rows.values()]).mean(0)
     shift = torch.eye(4)
     shift[:3, 3] = mean
-    number = {t: i for i, t in enumerate(clip.timesteps)}
+    number = {t: i for i, t in enumerate(rows)}
     with ClipWriter(out, clip.head_name, clip.fps, clip.extra) as writer:
         for t, params in rows.items():
             writer.add_params(number[t], replace(params, translation=params.translation - mean))
-        for index, record in enumerate(clip.records):
+        chosen = [(i, r) for i, r in enumerate(clip.records) if r.timestep in rows]
+        for index, record in progress(chosen, "exporting", len(chosen)):
             frame = clip.frame(index)
             camera = replace(frame.camera, T_cam_world=frame.camera.T_cam_world @ shift)
             image = composite(frame.image, frame.mask, background)
             mask = frame.mask if record.mask_path else None
             writer.add(number[frame.timestep], frame.camera_index, image, camera, mask, frame.normal)
+    return [t for t in clip.timesteps if t not in rows]
 
 
 def _as_vhap(params: HeadParams, folder: Path) -> HeadParams:
