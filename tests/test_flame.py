@@ -50,9 +50,13 @@ def random_params(head: Head, *batch: int, seed: int = 0) -> HeadParams:
 
 
 def slow_flame(a: dict, lids: np.ndarray, p: HeadParams) -> np.ndarray:
-    """FLAME's equations on the file's own arrays, joint by joint: 5023 vertices, float64."""
+    """FLAME's equations on the file's own arrays, joint by joint, in float64 and without the teeth."""
     q = {k: None if v is None else v.double().numpy() for k, v in vars(p).items()}
-    v = a["v_template"] + a["shapedirs"] @ np.concatenate([q["shape"], q["expr"]]) + q["static_offset"][:N]
+    v = (
+        a["v_template"]
+        + a["shapedirs"] @ np.concatenate([q["shape"], q["expr"]])
+        + q["static_offset"][: len(a["v_template"])]
+    )
     joints = a["J_regressor"] @ v
     R = [np.eye(3)] * 5
     for j, angle in enumerate([q["rotation"], q["neck_pose"], q["jaw_pose"], *np.split(q["eyes_pose"], 2)]):
@@ -82,6 +86,32 @@ def test_posing_matches_the_file_in_float64(full, head):
         want = slow_flame(a, lids, params[i])
         np.testing.assert_allclose(posed[i, :N].numpy(), want, atol=3e-6)
     assert np.abs(want - a["v_template"]).max() > 0.1
+
+
+VARIANTS = {
+    "flame2020": ("FLAME2020/generic_model.pkl", {}),
+    "flame2023": ("FLAME2023/flame2023.pkl", {}),
+    "flame2023-no-jaw": ("FLAME2023/flame2023_no_jaw.pkl", {}),
+    "flame2023-open": ("FLAME2023_Open/flame2023.pkl", {flame.OPEN_KEY: {"expr_source": "SUPR_head", "n_expr": 100}}),
+}
+"""The models by their files, as they are handed out, and what a file has beside the arrays."""
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_poses_as_its_file_says(tmp_path, name):
+    """And its coefficients are refused by every other, by name: in size they are alike."""
+    file, more = VARIANTS[name]
+    a = arrays(80, 150, seed=list(VARIANTS).index(name))
+    head = load_head(write_model(tmp_path / file, a, **more))
+    params = random_params(head, 2)
+    posed = head.pose(params).vertices
+    for i in range(2):
+        one = replace(params[i], eyelids=torch.zeros(2))
+        np.testing.assert_allclose(posed[i].numpy(), slow_flame(a, np.zeros((80, 3, 2)), one), atol=3e-6)
+    assert head.name == name
+    for other in VARIANTS.keys() - {name}:
+        with pytest.raises(UserError, match=f"asked for is {other}, found {name} .*do not mix"):
+            load_head(other)
 
 
 def test_the_api_is_openheads(full, head):
