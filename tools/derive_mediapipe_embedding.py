@@ -25,7 +25,7 @@ from geodiff4d.heads import Head, Landmarks, load_head
 from geodiff4d.heads.openhead import OPENHEAD
 from geodiff4d.render.meshes import Fragments, rasterize, render_normals
 from geodiff4d.tracking.detect import Detection, MediaPipeDetector
-from geodiff4d.tracking.fit import CONTOUR
+from geodiff4d.tracking.points import CONTOUR
 
 SIZE, FINER = 512, 2
 MAX_SPREAD_M = 0.005
@@ -87,16 +87,33 @@ def main() -> None:
 
     people = [person(head, seed) for seed in range(args.renders)]
     detections = MediaPipeDetector(masks=False).detect([image for image, _, _ in people])
-    seen = [i for i, d in enumerate(detections) if d is not None]
+    known = {i: d for i, d in enumerate(detections) if d is not None}
+    seen = list(known)
     print(f"faces found in {len(seen)} of {len(people)} renders")
-    places = torch.stack([cast(head, detections[i], people[i][1]) for i in seen])
+    places = torch.stack([cast(head, d, people[i][1]) for i, d in known.items()])
     frontal = torch.tensor([people[i][2] < np.deg2rad(10) for i in seen])
     index, landmarks = agreed(head, places, frontal, opened=torch.tensor(seen) % 2 == 1)
     print(f"lips without a place: {sorted(set(LIPS) - set(index.tolist()))}")
+    print(moved(head, index, landmarks))
     if args.preview:
         preview(head, landmarks, index, args.preview)
     if not args.dry_run:
         write(index, landmarks)
+
+
+def moved(head: Head, index: Tensor, landmarks: Landmarks) -> str:
+    """Say how far the points lie from those that the asset has now."""
+    was = dict(zip(head.mediapipe_index.tolist(), head.mediapipe.on(head.template, head.faces), strict=True))
+    now = dict(zip(index.tolist(), landmarks.on(head.template, head.faces), strict=True))
+    both = sorted(was.keys() & now.keys())
+    if not both:
+        return "the asset has no points yet"
+    mm = 1e3 * torch.stack([(now[i] - was[i]).norm() for i in both])
+    far = [f"{both[k]} {mm[k]:.1f}" for k in mm.argsort(descending=True)[:8].tolist()]
+    return (
+        f"against the asset: {len(both)} points moved by {mm.median():.2f} mm (median), {mm.quantile(0.9):.2f} (90 %), "
+        f"most {', '.join(far)}; new {sorted(now.keys() - was.keys())}, lost {sorted(was.keys() - now.keys())}"
+    )
 
 
 def agreed(head: Head, places: Tensor, frontal: Tensor, opened: Tensor) -> tuple[Tensor, Landmarks]:
