@@ -203,7 +203,7 @@ def _decode(
     moved: HeadParams | None,
     config: SampleConfig,
 ) -> Float[Tensor, "1 d 3 t height width"]:
-    """Decode chunk by chunk and give back the conditions' detail, if asked for."""
+    """Decode chunk by chunk and take over the conditions' detail, if asked for."""
     out = []
     for first in range(0, z.shape[3], config.chunk):
         part = slice(first, first + config.chunk)
@@ -218,7 +218,7 @@ def _decode(
             for d in range(images.shape[1]):
                 planes = (images[:, d], *conditions[d])
                 decoded, condition, seen = (rearrange(x, "1 c t h w -> t c h w") for x in planes)
-                frames = restore_detail(decoded, condition, seen, model.codec, config.detail)
+                frames = restore_detail(decoded, condition, seen, config.detail)
                 images[:, d] = rearrange(frames, "t c h w -> 1 c t h w")
         out.append(images)
     return torch.cat(out, 3)
