@@ -1,9 +1,9 @@
 """Give frames the fine detail that the conditions know (ours, beyond the paper; embedded preset only).
 
-A denoiser that saw little says well how light falls and where hair ends, and paints faces soft. The conditions are known
-at full size: the portrait's own pixels carried to the target, and for normals the head's surface. Where both agree
-once their detail is blurred away, the frame keeps its coarse picture and takes the condition's detail. Where they do not,
-an open mouth or hair the head does not have, or where the portrait hides the place, the frame stays as it is.
+A denoiser that saw little says well how light falls and where hair ends, and paints faces soft. The conditions are
+known at full size: the portrait's own pixels carried to the target, and for normals the head's surface. Where both
+agree once their detail is blurred away, the frame keeps its coarse picture and takes the condition's detail. Where they
+do not (an open mouth, hair the head does not have), or the portrait hides the place, the frame stays as it is.
 """
 
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 COARSE, WINDOW = 64, 9
-"""Side at which pictures are compared, and of the window, applied three times: a Gaussian of 4.5 px there, 18 at 256."""
+"""Side at which pictures are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""
 
 
 def restore_detail(
