@@ -10,6 +10,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import StoreConfig
+from geodiff4d.data.tracks import TrackConfig
 from geodiff4d.video.batches import WeightConfig
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
@@ -38,7 +39,16 @@ class Preset:
     """Cameras of a synthesized clip."""
     frames: int
     """Frames of a synthesized clip, over all its cameras."""
+    video: ImageTraining
+    """Stage 2."""
+    tracks: TrackConfig
+    """What stage 2 is trained on, in the sizes of `store`."""
+    val_tracks: TrackConfig
+    temporal: tuple[int, int] = (2, 4)
+    """Attentions and feed-forward factor of stage 2's temporal modules; the default is X-NeMo's."""
     augment: AugmentConfig = AugmentConfig()
+    clip_augment: AugmentConfig = AugmentConfig(0.05, 0.05, 0.05, 0.02, 0.0, 0.03, 0.04, 0.02)
+    """Of a clip's driving crops: its frames are lit and cut alike, but for what a tracker's jitter does."""
 
 
 def _small(
@@ -81,6 +91,13 @@ PRESETS: dict[str, Preset] = {
         ),
         sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
         views=3, frames=4,
+        video=ImageTraining(
+            steps=4, pairs=PairConfig(references=1, targets=4, moved=1.0), lr=1e-3, parts="temporal",
+            sampled_starts=0.5, log_every=1, validate_every=4, save_every=2,
+        ),
+        tracks=TrackConfig(subjects=2, frames=5, portraits=1),
+        val_tracks=TrackConfig(subjects=1, frames=3, portraits=1),
+        temporal=(1, 2),
     ),
     "embedded": Preset(
         "256 px on two CPU cores, trained on the open world (docs/LOG.md has the measurements)",
@@ -96,6 +113,14 @@ PRESETS: dict[str, Preset] = {
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=6, detail=0.06),
         views=8, frames=96,
+        video=ImageTraining(
+            steps=500, pairs=PairConfig(references=2, targets=16, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
+            parts="temporal", sampled_starts=1.0, steadiness=4.0, drop_warp=0.0, weights=WeightConfig(focus=10.0),
+            log_every=10, validate_every=125, save_every=125,
+        ),
+        tracks=TrackConfig(),
+        val_tracks=TrackConfig(subjects=6, frames=16, portraits=1),
+        temporal=(1, 2),
     ),
     "paper": Preset(
         "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
@@ -106,8 +131,21 @@ PRESETS: dict[str, Preset] = {
         val_store=StoreConfig("val", subjects=64, instants=4, views=8, size=512, crop=224, texels=512, grid=64),
         sample=SampleConfig(),
         views=12, frames=200,
+        video=ImageTraining(
+            steps=20_000, pairs=PairConfig(references=8, targets=16), parts="temporal", recompute=True
+        ),
+        tracks=TrackConfig(subjects=5_000, frames=48, portraits=4, views=4),
+        val_tracks=TrackConfig(subjects=16, frames=32, portraits=1),
     ),
 }  # fmt: skip
+
+
+def with_temporal_modules(config: VideoModelConfig, temporal: tuple[int, int]) -> VideoModelConfig:
+    """Give an image model's configuration temporal modules; those it has already stay as they are."""
+    if config.unet.temporal_layers:
+        return config
+    layers, ff_factor = temporal
+    return replace(config, unet=replace(config.unet, temporal_layers=layers, temporal_ff_factor=ff_factor))
 
 
 def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairConfig]:

@@ -1,4 +1,4 @@
-"""Train the codec, the image model or the perception network on the open world; the same command resumes."""
+"""Train the codec, the image model, the video model or the perception network; the same command resumes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,87 +11,58 @@ import tyro
 class Args:
     """Options of `geodiff4d train`."""
 
-    stage: Annotated[Literal["vae", "image", "perception"], tyro.conf.Positional]
-    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. perception:
-    what tracking looks with (landmarks, mask, normals); of the options below it knows preset, data, start, steps,
-    workers and seed."""
+    stage: Annotated[Literal["vae", "image", "video", "perception"], tyro.conf.Positional]
+    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: stage
+    2, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask, normals); of
+    the options below it knows preset, data, start, steps, workers and seed."""
     out: Path
-    """Run folder: config, log, checkpoint, and the model to give to --model."""
-    preset: Literal["debug", "embedded"] = "embedded"
-    """debug: seconds. embedded: about an hour and a half on two cores."""
-    data: Path | None = None
-    """Folder of the rendered training stores (train and val); by default OUT/data. They are built if missing."""
+    """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
+    preset: Literal["debug", "embedded", "paper"] = "embedded"
+    """debug: seconds. embedded: hours on two cores. paper: a GPU, and --sd."""
+    data: tuple[Path, ...] = ()
+    """What to train on, by default OUT/data. One folder that is empty or holds rendered stores: the open world, which
+    is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores."""
+    importance: tuple[float, ...] = ()
+    """Importance per sample of each --data folder; by default 10 for several views and 1 for one."""
+    head: Path | None = None
+    """FLAME model file, for clips on FLAME."""
+    sd: Path | None = None
+    """Stable Diffusion 1.5 folder that preset paper starts from (its unet and vae)."""
     vae: Path | None = None
     """Codec folder for the image stage; by default the one that ships."""
     start: Path | None = None
-    """Model folder whose weights to continue from (its optimiser starts afresh); another codec's are carried over."""
+    """Model folder whose weights to continue from (its optimiser starts afresh); another codec's are carried over. The
+    video stage starts from the shipped model by default."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "warp"], ...] = ()
     """Switch parts off: joint (no normals), domain-attention, cross-view (drive by the target itself), warp."""
+    bf16: bool = True
+    """Compute in bf16 where the machine has it."""
+    recompute: bool = False
+    """Gradient checkpointing: less memory for a third more time."""
+    save_minutes: float = 10.0
+    """Also write a checkpoint when the last one is this old."""
     workers: int = 2
-    """Processes that render the stores."""
+    """Processes that render the stores, or decode other footage ahead (0: none)."""
     seed: int = 0
 
 
 def run(args: Args) -> None:
-    from dataclasses import replace
-
-    from geodiff4d.cli.progress import track
     from geodiff4d.core.errors import UserError
-    from geodiff4d.data.store import build_store
-    from geodiff4d.pipeline import SHIPPED_MODEL
-    from geodiff4d.presets import ablated, preset
-    from geodiff4d.video.batches import Batches, encode_store
-    from geodiff4d.video.recode import starting_weights
-    from geodiff4d.video.train import train_image
-    from geodiff4d.video.train_codec import train_codec
-    from geodiff4d.video.vae import PatchCodec, load_codec
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}: expected at least 1")
+    if args.stage in ("vae", "perception") and len(args.data) > 1:
+        raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
     if args.stage == "perception":
         from geodiff4d.cli import _perception
 
-        _perception.train(args.out, args.preset, args.data, args.start, args.steps, args.workers, args.seed)
+        if args.preset == "paper":
+            raise UserError("--preset paper has no perception network: expected debug or embedded")
+        folder = args.data[0] if args.data else None
+        _perception.train(args.out, args.preset, folder, args.start, args.steps, args.workers, args.seed)
         return
-    p = preset(args.preset)
-    data = args.data or args.out / "data"
-    stores = {}
-    for name, config in (("train", p.store), ("val", p.val_store)):
-        bar = iter(track(range(config.subjects), f"rendering {name} people"))
-        seen = [0]
+    from geodiff4d.cli import _training
 
-        def show(done: int, total: int, bar=bar, seen=seen) -> None:
-            while seen[0] < done:
-                next(bar, None)
-                seen[0] += 1
-
-        stores[name] = build_store(data / name, config, args.workers, show)
-        next(bar, None)
-
-    def report(step: int, total: int, record: dict) -> None:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
-
-    if args.stage == "vae":
-        config = p.codec if args.steps is None else replace(p.codec, steps=args.steps)
-        train_codec(args.out, stores["train"], replace(config, seed=args.seed), report, stores["val"])
-        print(f"{args.out / 'vae'}: the codec")
-        return
-    codec = load_codec(args.vae or SHIPPED_MODEL / "vae")
-    if not isinstance(codec, PatchCodec) or codec.config != p.codec.codec:
-        raise UserError(
-            f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` "
-            "and give --vae"
-        )
-    model, pairs = ablated(p, args.ablate)
-    image = replace(p.image, pairs=pairs, seed=args.seed, steps=args.steps or p.image.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    latents = {k: encode_store(s, codec, args.out / f"latents_{k}.npy") for k, s in stores.items()}
-    train, val = (
-        Batches(stores[k], latents[k], pairs, seed, augment, image.weights, model.pose == "codec")
-        for k, seed, augment in (("train", args.seed, p.augment), ("val", 1, None))
-    )
-    start = None if args.start is None else starting_weights(args.start, codec)
-    train_image(args.out, model, codec, train, image, val, start, report)
-    print(f"{args.out / 'model'}: the model, for --model")
+    {"vae": _training.codec, "image": _training.image, "video": _training.video}[args.stage](args)

@@ -139,9 +139,17 @@ class Store:
 
 
 def build_store(
-    folder: Path, config: StoreConfig, workers: int = 2, progress: Callable[[int, int], None] = lambda done, total: None
+    folder: Path,
+    config: StoreConfig,
+    workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    render: Callable[[Path, int], None] | None = None,
 ) -> Store:
-    """Render a store, or finish one that was interrupted; subjects that are done are kept."""
+    """Render a store, or finish one that was interrupted; subjects that are done are kept.
+
+    `render` fills a subject's rows of the store in a folder; the default draws independent instants.
+    """
+    render = render or _render_subject
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "store.json"
@@ -158,13 +166,13 @@ def build_store(
     progress(finished, config.subjects)
     if workers <= 1:
         for s in todo:
-            _render_subject(folder, s)
+            render(folder, s)
             finished += 1
             progress(finished, config.subjects)
         return Store(folder)
     # spawn: a forked torch may wait forever for threads it does not have.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_render_subject, folder, s) for s in todo]):
+        for future in as_completed([pool.submit(render, folder, s) for s in todo]):
             future.result()
             finished += 1
             progress(finished, config.subjects)
@@ -184,7 +192,7 @@ def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadP
     return HeadParams(zero.shape, expr, rotation, neck, jaw, eyes, move)
 
 
-def _cameras(config: StoreConfig, seed: int) -> Camera:
+def draw_cameras(config: StoreConfig, seed: int) -> Camera:
     """View 0 near the front, as portraits are; the others from anywhere in the rig's range."""
     azimuth, elevation = np.random.default_rng(seed).uniform(-1, 1, 2) * (25.0, 10.0)
     front = orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), config.size)
@@ -207,13 +215,14 @@ def _render_subject(folder: Path, s: int) -> None:
     still = head.pose(tracked.without_expression())
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
-        cameras = _cameras(c, (c.seed * 100_000 + s) * 100 + i)
+        cameras = draw_cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])
-        _render_instant(store, s, i, subject, truth[i], posed.vertices[i], still.vertices[i], moved.vertices[i], cameras)
+        heads = posed.vertices[i], still.vertices[i], moved.vertices[i]
+        render_instant(store, s, i, subject, truth[i], *heads, cameras)
     store.done[s] = 1
 
 
-def _render_instant(
+def render_instant(
     store: Store, s: int, i: int, subject: SyntheticSubject, truth: HeadParams,
     posed: Float[Tensor, "verts 3"], still: Float[Tensor, "verts 3"], moved: Float[Tensor, "verts 3"], cameras: Camera,
 ) -> None:  # fmt: skip

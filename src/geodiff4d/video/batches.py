@@ -16,6 +16,7 @@ from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.pairs import PairConfig, Pairs, draw_pairs
 from geodiff4d.data.store import Store, carried_pixels, take
+from geodiff4d.data.tracks import TrackStore, draw_clips
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
 LATENT_KINDS = ("rgb", "normal", "pose")
@@ -158,3 +159,14 @@ class Batches:
         view = torch.randint(views, (n,), generator=generator).numpy()
         crops = take(self.store.crop, (row.numpy() // instants, row.numpy() % instants, view), 255.0)
         return crops if self.augment is None else augment_crops(crops, self.augment, generator), row
+
+
+class TrackBatches(Batches):
+    """Draws batches of clips from a store of tracks: `pairs.references` clips of `pairs.targets` frames."""
+
+    store: TrackStore
+
+    def draw(self, index: int) -> tuple[Pairs, Bool[Tensor, "b t"] | None]:
+        """Draw clips; frames that only pad a track are marked and weigh nothing."""
+        portraits = self.store.tracks.portraits
+        return draw_clips(self.store.config.shape, portraits, self.pairs, self.seed, index)

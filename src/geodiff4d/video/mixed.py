@@ -1,12 +1,15 @@
 """Training batches from a mixture of footage: examples are decoded, encoded by the codec and weighted as they come."""
 
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import count
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, interpolate, max_pool2d
+from torch.utils.data import DataLoader, Dataset
 
 from geodiff4d.data.mixture import Example, Mixture, collate
 from geodiff4d.video.batches import UNIFORM, Batch, WeightConfig
@@ -21,11 +24,13 @@ class MixedBatches:
 
     def __init__(
         self, mixture: Mixture, codec: PatchCodec | StableCodec, size: int,
-        weights: WeightConfig = UNIFORM, encoded_pose: bool = False,
+        weights: WeightConfig = UNIFORM, encoded_pose: bool = False, workers: int = 0,
     ):  # fmt: skip
-        """`size` is references per batch; `encoded_pose` as in `Batches`."""
+        """`size` is references per batch; `encoded_pose` as in `Batches`; `workers` decode ahead (`read_ahead`)."""
         self.mixture, self.codec, self.size = mixture, codec, size
-        self.weights, self.encoded_pose = weights, encoded_pose
+        self.weights, self.encoded_pose, self.workers = weights, encoded_pose, workers
+        self._ahead: Iterator[Example] | None = None
+        self._next = self._stride = 0
 
     @property
     def targets(self) -> int:
@@ -33,7 +38,24 @@ class MixedBatches:
         return self.size * self.mixture.config.frames
 
     def __getitem__(self, index: int) -> Batch:
-        return self.encode(collate([self.mixture[i] for i in range(index * self.size, (index + 1) * self.size)]))
+        if self._ahead is not None and index == self._next:
+            self._next += self._stride
+            return self.encode(next(self._ahead))
+        return self.encode(_Decoded(self.mixture, self.size)[index])
+
+    def read_ahead(self, first: int, stride: int) -> None:
+        """Let worker processes, if there are any, decode batches `first`, `first + stride`, … before they are wanted.
+
+        Other indices may still be asked for, and those in any other order; they are decoded then.
+        """
+        if self.workers == 0:
+            return
+        # A generator of its own: torch's would otherwise be advanced, and a resumed run would differ.
+        loader = DataLoader(
+            _Decoded(self.mixture, self.size), batch_size=None, sampler=_From(first, stride), num_workers=self.workers,
+            multiprocessing_context="spawn", worker_init_fn=_one_thread, generator=torch.Generator(),
+        )  # fmt: skip
+        self._ahead, self._next, self._stride = iter(loader), first, stride
 
     @torch.no_grad()
     def encode(self, e: Example) -> Batch:
@@ -77,3 +99,27 @@ class MixedBatches:
         weight = weight / weight[e.valid].mean() * e.valid[:, :, None, None]
         known = torch.stack([torch.ones_like(e.has_normal), e.has_normal], 1)
         return weight[:, None, None] * known[:, :, None, :, None, None]
+
+
+class _Decoded(Dataset):
+    """Decoded batches by index."""
+
+    def __init__(self, mixture: Mixture, size: int):
+        self.mixture, self.size = mixture, size
+
+    def __getitem__(self, index: int) -> Example:
+        return collate([self.mixture[i] for i in range(index * self.size, (index + 1) * self.size)])
+
+
+class _From:
+    """Indices from one on, for ever."""
+
+    def __init__(self, first: int, stride: int):
+        self.first, self.stride = first, stride
+
+    def __iter__(self) -> Iterator[int]:
+        return count(self.first, self.stride)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

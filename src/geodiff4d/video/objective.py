@@ -29,14 +29,20 @@ class Draws:
     """Rows whose noise lies on the portrait, as a sampler starts, and not on the target."""
 
     def to(self, device: torch.device) -> "Draws":
-        return Draws(*(None if x is None else x.to(device) for x in vars(self).values()))
+        started = None if self.from_portrait is None else self.from_portrait.to(device)
+        known = (x.to(device) for x in (self.t, self.noise, self.drop_expression, self.keep_warp))
+        return Draws(*known, from_portrait=started)
 
 
 class Objective(nn.Module):
-    """The denoising loss, and nothing else (Sec. 3.1): what is distributed and differentiated."""
+    """The denoising loss (Sec. 3.1): what is distributed and differentiated.
 
-    def __init__(self, model: VideoModel):
+    `steadiness` adds the error of what changes from frame to frame, so many times (ours; the paper has 0).
+    """
+
+    def __init__(self, model: VideoModel, steadiness: float = 0.0):
         super().__init__()
+        self.steadiness = steadiness
         self.unet, self.reference, self.expression = model.unet, model.reference, model.expression
         self._model = [model]  # A list hides it: its parameters are registered above already.
 
@@ -64,8 +70,14 @@ class Objective(nn.Module):
         z_t = model.diffusion.add_noise(under, draws.noise, draws.t)
         clean = model.predict_clean(z_t, draws.t, conditions, latent, kv, batch.valid)
         seen = model.codec.visibility[None, None, :, None, None, None]
-        error = (clean - z).square() * seen * batch.weight[:, :d] * model.diffusion.loss_weight(draws.t)
-        return error.mean((0, 2, 3, 4, 5))
+        scale = seen * model.diffusion.loss_weight(draws.t)
+        weight = batch.weight[:, :d]
+        error = ((clean - z).square() * weight * scale).mean((0, 2, 3, 4, 5))
+        if self.steadiness == 0 or z.shape[3] == 1:
+            return error
+        change = (clean - z).diff(dim=3)
+        between = torch.minimum(weight[:, :, :, 1:], weight[:, :, :, :-1])
+        return error + self.steadiness * (change.square() * between * scale).mean((0, 2, 3, 4, 5))
 
 
 def initialise(model: VideoModel) -> None:
@@ -112,9 +124,10 @@ def averaged(model: VideoModel, ema: dict[str, Tensor]) -> Iterator[VideoModel]:
 
 
 @torch.no_grad()
-def validate(model: VideoModel, val: Batches | MixedBatches, mixed: bool, n: int = 4) -> dict[str, float]:
+def validate(model: VideoModel, val: Batches | MixedBatches, mixed: bool) -> dict[str, float]:
     """Measure a model's clean-latent error on held-out subjects, with and without expression."""
     out: dict[str, float] = {}
+    n = 2 if model.temporal else 4  # Clips are many frames each.
     objective = Objective(model)
     for i in range(n):
         batch = val[i].to(model.device)

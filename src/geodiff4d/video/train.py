@@ -59,6 +59,8 @@ class ImageTraining:
     sampled_starts: float = 0.0
     """Share of rows that begin where a sampler does: at the last timestep, one noise for all frames, on the portrait.
     For models that are sampled in one step; the paper has none."""
+    steadiness: float = 0.0
+    """Weight of the error of what changes from frame to frame, beside the error of the frames (ours)."""
     parts: Literal["all", "temporal"] = "all"
     """What is trained: everything (stage 1), or temporal modules alone (stage 2, as in AnimateAnyone's recipe)."""
     warm_start: int = 0
@@ -109,7 +111,8 @@ def train_image(
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
-    folder = RunFolder(run, _Run(config, model_config))
+    with accelerator.main_process_first():
+        folder = RunFolder(run, _Run(config, model_config))
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
@@ -124,11 +127,13 @@ def train_image(
         )  # fmt: skip
         ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
     agree(accelerator, {"configuration": _Run(config, model_config), "first step": first}, model)
-    objective, prepared = accelerator.prepare(Objective(model), optimiser)
+    objective, prepared = accelerator.prepare(Objective(model, config.steadiness), optimiser)
 
     rank, ranks = accelerator.process_index, accelerator.num_processes
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
     clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
+    if isinstance(batches, MixedBatches):
+        batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["factor"] * _rate(step, config)

@@ -1,0 +1,61 @@
+"""Rendered stores for training, with a bar while people are rendered."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from geodiff4d.cli.progress import track
+from geodiff4d.data.store import Store, StoreConfig, build_store
+from geodiff4d.data.synthetic.seeds import Split
+from geodiff4d.data.tracks import TrackConfig, TrackStore, build_tracks
+from geodiff4d.presets import Preset
+
+Built = TypeVar("Built")
+
+
+def is_footage(folder: Path) -> bool:
+    """Say whether a folder is a store or holds clips, and not the place where `train` renders stores."""
+    if (folder / "store.json").exists() or (folder / "transforms.json").exists():
+        return True
+    # Deeper than this no importer and no tracker writes.
+    return folder.is_dir() and any(next(folder.glob(f"{depth}transforms.json"), None) for depth in ("*/", "*/*/"))
+
+
+def rendered_stores(folder: Path, p: Preset, workers: int) -> dict[str, Store]:
+    """Render the preset's stores of single pictures below a folder, or open them."""
+
+    def built(name: Split, config: StoreConfig) -> Store:
+        return with_bar(name, config.subjects, partial(build_store, folder / name, config, workers))
+
+    return {"train": built("train", p.store), "val": built("val", p.val_store)}
+
+
+def rendered_tracks(folder: Path, p: Preset, like: StoreConfig, workers: int) -> dict[str, TrackStore]:
+    """Render the preset's tracks below a folder, in the sizes that a model needs, or open them."""
+
+    def built(name: Split, config: TrackConfig) -> TrackStore:
+        sizes = replace(like, split=name)
+        place = folder / f"{name}_tracks"
+        return with_bar(
+            f"{name} tracks", config.subjects, lambda show: build_tracks(place, config, sizes, workers, show)
+        )
+
+    return {"train": built("train", p.tracks), "val": built("val", p.val_tracks)}
+
+
+def with_bar(name: str, people: int, build: Callable[[Callable[[int, int], None]], Built]) -> Built:
+    """Call `build(show)` and let `show(done, total)` move a bar."""
+    bar = iter(track(range(people), f"rendering {name} people"))
+    seen = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal seen
+        while seen < done:
+            next(bar, None)
+            seen += 1
+
+    built = build(show)
+    next(bar, None)
+    return built

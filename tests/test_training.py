@@ -1,0 +1,366 @@
+"""Training at toy size: stage 2, exact resumption, processes that share a batch, full disks, and what one looks at."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from geodiff4d.cli import explain
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.images import read_image
+from geodiff4d.core.rundir import RunFolder
+from geodiff4d.data.pairs import PairConfig
+from geodiff4d.data.tracks import TrackConfig, draw_clips
+from geodiff4d.video.batches import TrackBatches, encode_store
+from geodiff4d.video.curves import read_log, write_curves
+from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_modules
+from geodiff4d.video.model import load_video_model
+from geodiff4d.video.objective import Draws, Objective, averaged, trained_state
+from geodiff4d.video.preview import generated_latents, sheet
+from geodiff4d.video.recompute import recompute_activations
+from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.train import draw, train_image
+from test_video_model import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
+
+VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
+CLIPS = PairConfig(references=2, targets=4, moved=1.0)
+STAGE2 = replace(TRAINING, parts="temporal", pairs=CLIPS, sampled_starts=0.5, pictures=0)
+FAST = SampleConfig(steps=1, guidance=1.0, still_noise=True, autocast=False)
+LONG = replace(TRAINING, steps=20, save_every=5, pictures=0, recompute=False)
+
+
+class TinyTracks(TinyStore):
+    """Three frames and a portrait of two people."""
+
+    def __init__(self):
+        super().__init__(instants=4)
+        self.tracks = TrackConfig(subjects=2, frames=3, portraits=1)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return tiny_codec()
+
+
+@pytest.fixture(scope="module")
+def pictures(codec, tmp_path_factory):
+    return tiny_batches(codec, tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def clips(codec, tmp_path_factory) -> TrackBatches:
+    store = TinyTracks()
+    latents = encode_store(store, codec, tmp_path_factory.mktemp("tracks") / "latents.npy")
+    return TrackBatches(store, latents, CLIPS, seed=0, augment=None)
+
+
+# Stage 2
+
+
+def test_clips_are_consecutive_frames_of_one_view_driven_by_another():
+    pairs, valid = draw_clips((9, 26, 3), 2, PairConfig(references=8, targets=16, moved=0.5), 0, 7)
+    again, _ = draw_clips((9, 26, 3), 2, PairConfig(references=8, targets=16, moved=0.5), 0, 7)
+    assert (pairs.target == again.target).all() and valid.all() and valid.shape == (8, 16)
+    instants, views = pairs.target[..., 0], pairs.target[..., 1]
+    assert (np.diff(instants, axis=1) == 1).all() and instants.max() < 24 <= pairs.reference[:, 0].min()
+    assert (views == views[:, :1]).all() and (pairs.driving_view != views).all()
+    assert (pairs.driving_view == pairs.driving_view[:, :1]).all() and (pairs.moved == pairs.moved[:, :1]).all()
+    short, valid = draw_clips((2, 4, 2), 1, CLIPS, 0, 0)
+    assert short.target[:, :, 0].tolist() == [[0, 1, 2, 2]] * 2 and valid.tolist() == [[True, True, True, False]] * 2
+    with pytest.raises(ValueError, match="two views"):
+        draw_clips((2, 4, 1), 1, CLIPS, 0, 0)
+
+
+def test_padding_of_tracks_weighs_nothing(clips):
+    batch = clips[0]
+    assert batch.valid.tolist() == [[True, True, True, False]] * 2
+    assert batch.weight[:, :, :, 3].max() == 0 and batch.weight[:, :, :, :3].mean().item() == pytest.approx(1, abs=1e-5)
+    assert_close(batch.start[:, 0], batch.reference)
+
+
+def test_latents_are_encoded_once(codec, tmp_path):
+    store = TinyTracks()
+    first = encode_store(store, codec, tmp_path / "latents.npy")
+    when = (tmp_path / "latents.npy").stat().st_mtime_ns
+    assert (encode_store(store, codec, tmp_path / "latents.npy") == first).all()
+    assert (tmp_path / "latents.npy").stat().st_mtime_ns == when
+    other = tiny_codec()
+    other.scale.mul_(2)
+    encode_store(store, other, tmp_path / "latents.npy")
+    assert (tmp_path / "latents.npy").stat().st_mtime_ns > when, "another codec makes other latents"
+
+
+def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
+    first = build(EMBEDDED, codec)
+    start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
+    records: list[dict] = []
+    config = replace(STAGE2, validate_every=2, pictures=3)
+    train_image(tmp_path, VIDEO, codec, clips, config, clips, start, lambda step, total, r: records.append(r))
+    seen = {k: v for r in records for k, v in r.items()}
+    assert {"flicker_rgb", "flicker_rgb_alone", "flicker_normal", "clip_error", "eta", "val_rgb_999"} <= seen.keys()
+    picture = read_image(tmp_path / "pictures/step_000004.png")
+    assert picture.shape[1] == 3 * 132 and picture.std() > 0.05
+    assert read_image(tmp_path / "curves.png").shape[0] == 3
+    model = load_video_model(tmp_path / "model")
+    assert model.temporal
+    for name, value in first.unet.state_dict().items():
+        assert_close(model.unet.state_dict()[name], value, atol=2e-3, rtol=1e-3)
+
+
+def test_without_temporal_modules_a_model_is_its_image_model(codec, clips):
+    video, picture = build(VIDEO, codec), build(EMBEDDED, codec)
+    picture.load_state_dict(video.state_dict(), strict=False)
+    batch = clips[0]
+    with without_temporal_modules(video):
+        alone = generated_latents(video, batch, 0, FAST)
+    assert_close(alone, generated_latents(picture, batch, 0, FAST))
+    assert not torch.allclose(generated_latents(video, batch, 0, FAST), alone)
+    found = measure_flicker(video, clips, FAST, clips=2)
+    assert found["flicker_rgb"] != found["flicker_rgb_alone"] and all(np.isfinite(v) for v in found.values())
+
+
+def test_flicker_is_what_changes_otherwise_than_the_truth():
+    truth = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    inside = torch.zeros(4, 1, 8, 8)
+    inside[..., :4] = 1
+    assert flicker(truth + 0.2, truth, inside) == pytest.approx(0, abs=1e-4), "steadily wrong is steady"
+    jitter = torch.tensor([0.0, 0.1, 0.0, 0.1])[:, None, None, None]
+    assert flicker(truth + jitter, truth, inside) == pytest.approx(25.5, rel=1e-4)
+    assert flicker(truth + jitter * (1 - inside), truth, inside) == pytest.approx(0, abs=1e-4)
+
+
+def test_some_clips_start_where_a_sampler_does(codec, clips):
+    model = build(VIDEO, codec)
+    draws = draw(model, clips[0], replace(STAGE2, sampled_starts=1.0), 3)
+    assert draws.from_portrait.all() and (draws.t == 999).all()
+    assert (draws.noise == draws.noise[:, :, :, :1]).all(), "one noise for all frames"
+    assert draw(model, clips[0], replace(STAGE2, sampled_starts=0.0), 3).from_portrait is None
+    noisy: list[torch.Tensor] = []
+    model.predict_clean = lambda z_t, *a: noisy.append(z_t) or z_t
+    batch = clips[0]
+    with torch.no_grad():
+        for given in (batch, replace(batch, target=batch.target + 1.0)):
+            Objective(model)(given, draws)
+    assert_close(*noisy)
+    assert_close(noisy[0], noisy[0][:, :, :, :1].expand_as(noisy[0]))
+
+
+@torch.no_grad()
+def test_steadiness_counts_changes_and_not_what_stays_wrong(codec, clips):
+    model, batch = build(VIDEO, codec), clips[0]
+    draws = Draws(torch.tensor([500, 900]), torch.zeros_like(batch.target), torch.zeros(2, 4) > 0, torch.ones(2) > 0)
+    wrong = torch.ones_like(batch.target)
+    # The last frame is padding: what it does counts nothing.
+    for signs, steady in (([1.0, 1, 1, -1], True), ([1.0, -1, 1, 1], False)):
+        error = wrong * torch.tensor(signs)[:, None, None]
+        model.predict_clean = lambda *a, e=error: batch.target + e
+        plain, both = (Objective(model, s)(batch, draws) for s in (0.0, 1.0))
+        if steady:
+            assert_close(both, plain)
+        else:
+            assert (both > 2 * plain).all()
+
+
+# Memory, time and interruptions
+
+
+def test_recomputed_activations_change_no_gradient(codec, clips):
+    gradients = []
+    for again in (False, True):
+        model = build(VIDEO, codec)
+        if again:
+            recompute_activations(model)
+        objective, batch = Objective(model), clips[0]
+        noise = model.diffusion.noise_like(batch.target, torch.Generator().manual_seed(0))
+        draws = Draws(torch.tensor([500, 900]), noise, torch.zeros(2, 4) > 0, torch.ones(2) > 0)
+        objective(batch, draws).mean().backward()
+        gradients.append({k: p.grad for k, p in objective.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for k, g in gradients[0].items():
+        assert_close(gradients[1][k], g, atol=1e-6, rtol=1e-5)
+
+
+def test_twenty_steps_equal_ten_a_kill_and_ten(codec, pictures, tmp_path):
+    """Bit for bit, weights and their average; the child dies by SIGKILL two steps after a checkpoint."""
+    whole = train_image(tmp_path / "whole", EMBEDDED, codec, pictures, LONG)
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, __file__, "kill", str(tmp_path / "parts"), threads]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert RunFolder(tmp_path / "parts", json_config(tmp_path / "parts")).load()[1] == 10
+    seen: list[int] = []
+    train_image(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, progress=lambda step, *_: seen.append(step))
+    assert seen == list(range(10, 20))
+    checkpoints = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")]
+    assert checkpoints[0].keys() == checkpoints[1].keys()
+    assert all(torch.equal(v, checkpoints[1][k]) for k, v in checkpoints[0].items())
+    assert len(whole.state_dict()) > 0
+
+
+def json_config(run: Path):
+    """Return the configuration of a run as it is on disk, in the shape that `RunFolder` takes."""
+    from dataclasses import make_dataclass
+
+    saved = json.loads((run / "config.json").read_text())["config"]
+    return make_dataclass("Saved", saved.keys())(**saved)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["system", "safetensors"],
+)
+def test_a_full_disk_loses_nothing(codec, pictures, tmp_path, monkeypatch, error):
+    config = replace(TRAINING, steps=4, save_every=2, pictures=0)
+    written: list[int] = []
+
+    def save(tensors, path, metadata):
+        written.append(int(metadata["step"]))
+        if len(written) == 2:
+            Path(path).write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("geodiff4d.core.rundir.save_file", save)
+    with pytest.raises(type(error)) as stopped:
+        train_image(tmp_path, EMBEDDED, codec, pictures, config)
+    line, code = explain(stopped.value)
+    assert code == 2 and "no space left" in line and "free some space" in line and "\n" not in line
+    assert not list(tmp_path.rglob(".*.part"))
+    assert load_video_model(tmp_path / "model").config == EMBEDDED
+    seen: list[int] = []
+    train_image(tmp_path, EMBEDDED, codec, pictures, config, progress=lambda step, *_: seen.append(step))
+    assert seen == [2, 3], "it goes on from the checkpoint that was whole"
+
+
+def test_checkpoints_come_by_the_clock_too(codec, pictures, tmp_path, monkeypatch):
+    now = iter(range(0, 10**6, 50))
+    monkeypatch.setattr("geodiff4d.video.train.time.monotonic", lambda: float(next(now)))
+    saved: list[int] = []
+    monkeypatch.setattr(RunFolder, "save", lambda self, tensors, step: saved.append(step))
+    config = replace(TRAINING, steps=6, save_every=100, save_minutes=2.0, log_every=100, pictures=0)
+    train_image(tmp_path, EMBEDDED, codec, pictures, config)
+    assert saved[0] < 6 and saved[-1] == 6, saved
+
+
+def test_new_options_do_not_stop_old_runs(tmp_path):
+    RunFolder(tmp_path, TRAINING)
+    known = json.loads((tmp_path / "config.json").read_text())
+    del known["config"]["save_minutes"]
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    RunFolder(tmp_path, TRAINING)
+    with pytest.raises(UserError, match="another configuration"):
+        RunFolder(tmp_path, replace(TRAINING, lr=1.0))
+
+
+# What one looks at
+
+
+def test_looking_changes_nothing(codec, pictures):
+    model = build(EMBEDDED, codec)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    ema = {k: v * 0.5 for k, v in trained_state(model).items()}
+    state = torch.random.get_rng_state()
+    with averaged(model, ema):
+        picture = sheet(model, pictures, FAST, 3)
+    assert picture.shape == (3, 3 * 132, 6 * 132)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_curves_survive_a_log_that_was_cut(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"warm_start": 0, "loss": 9}\n{"step": 0, "loss": 1.0}\n{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
+    assert [r.get("loss") for r in read_log(log)] == [9, 1.0, 2.0]
+    write_curves(log, tmp_path / "curves.png")
+    assert read_image(tmp_path / "curves.png").std() > 0
+
+
+# Several processes
+
+
+@pytest.mark.slow
+def test_two_processes_average_to_the_gradient_of_one(tmp_path):
+    """At every one of five steps, within 1e-5 relative; and processes that start differently are told so."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks", str(tmp_path)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_file(tmp_path / "two.safetensors")["gradients"]
+    one = torch.stack(gradients_of(tmp_path / "one", replace(FIVE, accumulate=2)))
+    assert len(one) == len(two) == 5
+    for step in range(5):
+        assert (one[step] - two[step]).norm() <= 1e-5 * one[step].norm(), step
+    for rank in range(2):
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert "disagree about their configuration" in said and "same command" in said
+
+
+FIVE = replace(TRAINING, steps=5, lr=1e-4, save_every=100, pictures=0)
+
+
+def gradients_of(out: Path, config) -> list[torch.Tensor]:
+    """Train and return the gradient of every step, as the optimiser is given it."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    seen: list[torch.Tensor] = []
+
+    def note(optimiser, args, kwargs) -> None:
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        seen.append(torch.cat(flat).clone())
+
+    out.mkdir(exist_ok=True)
+    vae = tiny_codec()
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        train_image(out, EMBEDDED, vae, tiny_batches(vae, out), config)
+    finally:
+        hook.remove()
+    return seen
+
+
+def _rank(out: Path) -> None:
+    """One of the processes of `test_two_processes_average_to_the_gradient_of_one`."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    seen = gradients_of(out / str(rank), FIVE)
+    if rank == 0:
+        save_file({"gradients": torch.stack(seen)}, out / "two.safetensors")
+    try:
+        gradients_of(out / f"odd{rank}", replace(FIVE, lr=1e-4 * (1 + rank)))
+    except UserError as error:
+        (out / f"{rank}.txt").write_text(str(error))
+
+
+def _killed(out: Path, threads: int) -> None:
+    """The child of `test_twenty_steps_equal_ten_a_kill_and_ten`."""
+    torch.set_num_threads(threads)
+
+    def progress(step: int, total: int, record: dict) -> None:
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    out.mkdir()
+    vae = tiny_codec()
+    train_image(out, EMBEDDED, vae, tiny_batches(vae, out), LONG, progress=progress)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kill":
+        _killed(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        _rank(Path(sys.argv[2]))
