@@ -318,10 +318,10 @@ def test_exif_focal_length(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = 85
     Image.new("RGB", (360, 240)).save(tmp_path / "a.jpg", exif=exif)
-    focal, source = focal_length(tmp_path / "a.jpg", 360, 240, None, 2.0)
+    focal, source = focal_length(tmp_path / "a.jpg", 360, 240, None)
     assert source == "exif (85 mm)" and focal == pytest.approx(85 / 36 * 360, rel=0.01)
-    assert focal_length(tmp_path / "a.jpg", 360, 240, 500.0, 2.0) == (500.0, "given")
-    assert focal_length(None, 360, 240, None, 2.0)[0] == 720
+    assert focal_length(tmp_path / "a.jpg", 360, 240, 500.0) == (500.0, "given")
+    assert focal_length(None, 360, 240, None) == (None, "assumed")
 
 
 STUB = """#!{python}

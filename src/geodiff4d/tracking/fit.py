@@ -66,7 +66,8 @@ def fit(
     seen = observe(head, detections, config.weighting)
     small = landmark_head(head, seen.landmarks)
     layout = Layout(small)
-    K = pinhole(focal_px or config.focal_scale * max(width, height), width, height).double()
+    focal = focal_px or assumed_focal(small, layout, seen, width, height, config)
+    K = pinhole(focal, width, height).double()
 
     everything = limits(layout, config)
     pose = layout.fill(0.0, rotation=1.0, translation=1.0)
@@ -76,6 +77,20 @@ def fit(
     problem = Problem(small, layout, seen, K, config, everything)
     x = minimise(problem, x, everything, steps=config.steps, tolerance=config.tolerance)
     return _result(problem, x, width, height)
+
+
+def assumed_focal(
+    head: Head, layout: Layout, seen: Observed, width: int, height: int, config: FitConfig
+) -> float:  # fmt: skip
+    """Choose a focal length [px] for a picture of which nothing is known.
+
+    People are photographed from about the same distance, and pictures are cut afterwards: how large the head is says
+    more than the picture's sides, which only bound the lens.
+    """
+    side = float(max(width, height))
+    x = weak_perspective(head, layout, seen, pinhole(side, width, height).double())
+    depth = camera_offset()[2] - x.frame[seen.seen, layout.slices["translation"].start + 2]
+    return max(config.distance_m / float(depth.median()), config.focal_scale) * side
 
 
 def weak_perspective(head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"]) -> Unknowns:

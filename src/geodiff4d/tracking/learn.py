@@ -20,6 +20,9 @@ from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 
+SHARPNESS = 0.7
+"""How much more a point counts that the network is surer of: the power of one over its standard deviation."""
+
 
 @dataclass(frozen=True)
 class PerceptionTraining:
@@ -134,9 +137,12 @@ def rate(step: int, config: PerceptionTraining) -> float:
 def look_loss(look: Look, truth: Crops) -> dict[str, Float[Tensor, ""]]:
     """Sum up what the looker got wrong, in parts."""
     inside = ((truth.points > -0.02) & (truth.points < 1.02)).all(-1) * truth.face[:, None]
+    # Within a crop, points that can be placed exactly count more than those under hair.
+    n = look.points.shape[1]
+    weight = inside * (-SHARPNESS * look.log_sigma.detach()).softmax(1) * n
     total = inside.sum().clamp(min=1)
     off = (look.points - truth.points) * 100
-    distance = smooth_l1_loss(off, torch.zeros_like(off), reduction="none").sum(-1)
+    distance = smooth_l1_loss(off, torch.zeros_like(off), reduction="none", beta=0.5).sum(-1)
     # The likelihood teaches the uncertainty alone: it would let hard points go.
     squared = off.detach().square().sum(-1) / 1e4
     likelihood = 0.5 * squared * torch.exp(-2 * look.log_sigma) + 2 * look.log_sigma
@@ -148,8 +154,8 @@ def look_loss(look: Look, truth: Crops) -> dict[str, Float[Tensor, ""]]:
     shape = (look.shape - truth.shape).square().mean(1) * truth.face
     people = truth.face.sum().clamp(min=1)
     return {
-        "points": 0.3 * (distance * inside).sum() / total,
-        "heat": (heat_loss(look, truth.points.clamp(0, 1)) * inside).sum() / total,
+        "points": 0.5 * (distance * weight).sum() / total,
+        "heat": (heat_loss(look, truth.points.clamp(0, 1)) * weight).sum() / total,
         "likelihood": 0.1 * (likelihood * inside).sum() / total,
         "face": 2 * bce(look.score, truth.face),
         "mask": 3 * (bce(dense[:, :1], truth.foreground, reduction="none") * clear).mean(),

@@ -13,8 +13,12 @@ from geodiff4d.tracking.degrade import backgrounds, chance, hands, photographed,
 from geodiff4d.tracking.network import FINDER_STRIDE
 from geodiff4d.tracking.people import People
 
-HEAD_SCALE = (1.15, 1.9)
-"""Side of the crops over the side of the points' box."""
+HEAD_SCALE = (1.2, 1.9)
+"""Side of the wide crops, which are what the finder's squares look like, over the side of the points' box."""
+TIGHT_SCALE, TIGHT_SHARE = 1.25, 0.6
+"""The same of tight crops, which a first look has put right: upright and centred; and their share."""
+CLEAN_SHARE = 0.45
+"""Crops that no bad camera spoils."""
 FINDER_SIZE = 192
 
 
@@ -96,19 +100,12 @@ class Scenes:
         rows = rng.integers(0, len(self.people), batch)
         image = self._source(rows)
         source = image.shape[-1]
-        points = torch.from_numpy(self.people.points[rows])
-        centre, side = head_box(points)
-        low, high = (math.log(s) for s in HEAD_SCALE)
-        scale = torch.exp(uniform(batch, low, high, g).flatten())
-        roll = 0.25 * torch.randn(batch, generator=g).clamp(-2.5, 2.5)
-        shift = 0.06 * torch.randn(batch, 2, generator=g).clamp(-2, 2)
-        theta = _similarity(
-            side * scale / source, roll, (centre + shift * side[:, None]) * 2 / source - 1
-        )  # fmt: skip
+        points, turn = (torch.from_numpy(x[rows]) for x in (self.people.points, self.people.turn))
+        theta, roll = _framed(points, turn, source, g)
         cut = _cut(image, theta, size)
         rgb, normal, alpha = cut[:, :3], cut[:, 3:6], cut[:, 6:]
         normal = _turned(normal, roll)
-        turn = _roll_matrix(roll) @ torch.from_numpy(self.people.turn[rows])
+        turn = _roll_matrix(roll) @ turn
         if augment:
             rgb = relight(rgb, normal / alpha.clamp(min=0.05), g)
         # Crops without anybody: the person is left out.
@@ -118,7 +115,7 @@ class Scenes:
         clear = torch.ones_like(alpha)
         if augment:
             x, clear = self._covered(x, g)
-            x = photographed(x, g)
+            x = torch.where(chance(batch, CLEAN_SHARE, g) > 0, x, photographed(x, g))
         half = lambda v: interpolate(v, scale_factor=0.5, mode="area")  # noqa: E731
         placed = torch.einsum(
             "bij,bpj->bpi", torch.linalg.inv(theta[:, :, :2]), points * 2 / source - 1 - theta[:, None, :, 2]
@@ -132,13 +129,13 @@ class Scenes:
         """Put a hand or an object before some of the people."""
         n, size = len(x), x.shape[-1]
         held, thing = torch.zeros(2, n, 1, size, size)
-        rows = (torch.rand(n, generator=g) < 0.18).nonzero()[:, 0]
+        rows = (torch.rand(n, generator=g) < 0.1).nonzero()[:, 0]
         if len(rows):
             held[rows] = hands(len(rows), size, g)
             skin = torch.tensor([0.75, 0.52, 0.42])[:, None, None] * uniform(len(rows), 0.3, 1.25, g)
             skin = skin * (0.8 + 0.3 * self._behind(len(rows), size, g))
             x[rows] = torch.where(held[rows] > 0, skin, x[rows])
-        rows = (torch.rand(n, generator=g) < 0.14).nonzero()[:, 0]
+        rows = (torch.rand(n, generator=g) < 0.08).nonzero()[:, 0]
         if len(rows):
             inside, colour = shapes(len(rows), size, g)
             thing[rows] = inside.float()
@@ -187,6 +184,23 @@ class Scenes:
         for row in there.nonzero()[:, 0].tolist():
             _mark(target[some[row]], ignored[some[row]], place[row] / FINDER_STRIDE, float(want[row]), float(roll[row]))
         return rgb + (1 - a) * x
+
+
+def _framed(points: Tensor, turn: Tensor, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw crops of heads in pictures of a size: (theta as `_cut` takes it, roll [rad])."""
+    n = len(points)
+    tight = torch.rand(n, generator=g) < TIGHT_SHARE
+    low, high = (math.log(s) for s in HEAD_SCALE)
+    scale = torch.exp(uniform(n, low, high, g).flatten())
+    scale = torch.where(tight, TIGHT_SCALE * torch.exp(0.05 * torch.randn(n, generator=g).clamp(-2, 2)), scale)
+    roll, shift = torch.randn(n, generator=g).clamp(-2.5, 2.5), torch.randn(n, 2, generator=g).clamp(-2, 2)
+    upright = torch.atan2(turn[:, 0, 1], turn[:, 1, 1])
+    roll = torch.where(tight, upright + 0.07 * roll, 0.25 * roll)
+    R = _roll_matrix(roll)[:, :2, :2]
+    centre, side = head_box(points @ R)
+    centre = centre + shift * (side * torch.where(tight, 0.025, 0.06))[:, None]
+    middle = torch.einsum("nij,nj->ni", R, centre) * 2 / size - 1
+    return _similarity(side * scale / size, roll, middle), roll
 
 
 def _apart(target: Tensor, place: Tensor, want: Tensor) -> Bool[Tensor, " n"]:

@@ -59,20 +59,18 @@ def frame_rate(source: Path) -> float:
     return float(rate) if rate else 24.0
 
 
-def focal_length(
-    source: Path | None, width: int, height: int, given_px: float | None, assumed: float
-) -> tuple[float, str]:
-    """Return the focal length of the uncut image [px], and where it is from: given, exif or assumed.
+def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:
+    """Return the focal length of the uncut image [px], or None, and where it is from: given, exif or assumed.
 
     EXIF states the focal length of a full-frame camera (43.27 mm diagonal) with the same field of view; without it the
-    longer side times `assumed` is taken.
+    fit assumes one (`fit.assumed_focal`).
     """
     if given_px is not None:
         return given_px, "given"
     equivalent = None if source is None else _exif_focal_mm(source)
     if equivalent:
         return equivalent / FULL_FRAME_DIAGONAL_MM * (width**2 + height**2) ** 0.5, f"exif ({equivalent:g} mm)"
-    return assumed * max(width, height), f"assumed ({assumed:g} × the longer side)"
+    return None, "assumed"
 
 
 def _exif_focal_mm(source: Path) -> float | None:

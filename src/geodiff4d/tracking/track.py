@@ -43,7 +43,8 @@ class TrackConfig:
     limit: int | None = None
     """Read at most so many frames of a video."""
     focal_px: float | None = None
-    """Focal length of the uncut images; by default from the photograph's EXIF, else assumed."""
+    """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the
+    head's size."""
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self) -> None:
@@ -212,7 +213,7 @@ def locate(
             f"{source or 'the pictures'} shows no face: expected one face, seen from the front or up to 60° from it; "
             "try a picture where it is larger, brighter or upright"
         )
-    focal_px, focal_source = focal_length(source, width, height, config.focal_px, config.fit.focal_scale)
+    focal_px, focal_source = focal_length(source, width, height, config.focal_px)
     result = fit(head, detections, width, height, focal_px, config.fit)
     mesh = head.pose(result.params)
     region = head_region(head)
