@@ -1,14 +1,9 @@
-"""Benchmarks: each measures one hot path and returns its row (design §11)."""
+"""The open world: people drawn per second, painting them included."""
 
 import multiprocessing
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +12,11 @@ from geodiff4d.data.synthetic import SyntheticSubject, random_cameras, random_ex
 from geodiff4d.data.synthetic.draw import Backend
 
 TIMEOUT_SECONDS = 600.0
+SIZES = {
+    "debug": {"size": 32, "subjects": 1, "images": 2},
+    "embedded": {"size": 256, "subjects": 4, "images": 30},
+    "paper": {"size": 512, "subjects": 3, "images": 20},
+}
 
 
 @dataclass(frozen=True)
@@ -93,28 +93,3 @@ def _draw_person(seed: int, size: int, images: int, backend: Backend | None) -> 
         subject.render(
             subject.params(expr, jaw_pose=jaw, eyes_pose=eyes), random_cameras(images, seed, size), backend=backend
         )
-
-
-TARGETS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"world": lambda options: WorldBench(**options).run()}
-
-
-def hardware() -> str:
-    """Name the processor, and the GPU if there is one."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
-    gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {os.cpu_count()} cores{gpu}"
-
-
-def commit() -> str | None:
-    """Short hash of the checkout this runs from; None for an installed package."""
-    folder = Path(__file__).parents[2]
-    if not (folder / ".git").exists():
-        return None
-    done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Measure one hot path and print a Markdown row."""
+"""Measure one hot path and print a Markdown row, and a table of its parts if it has any."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,21 +6,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-SIZES = {
-    "debug": {"size": 32, "subjects": 1, "images": 2},
-    "embedded": {"size": 256, "subjects": 4, "images": 30},
-    "paper": {"size": 512, "subjects": 3, "images": 20},
-}
-
 
 @dataclass(frozen=True)
 class Args:
     """Options of `geodiff4d bench`."""
 
-    what: Annotated[Literal["world"], tyro.conf.Positional]
-    """world: people drawn per second, painting them included."""
+    what: Annotated[Literal["world", "unet"], tyro.conf.Positional]
+    """world: people drawn per second, painting them included. unet: seconds per generated frame, on CUDA if there is
+    any, and what each measure of speed brings."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
-    """Pictures of 32, 256 or 512 px."""
+    """The preset's sizes. Without CUDA, `unet --preset paper` counts operations and memory and runs nothing."""
     threads: int = 2
     """Cores to use."""
     json: Path | None = None
@@ -37,15 +32,27 @@ def run(args: Args) -> None:
     if args.json is not None and args.json.is_dir():
         raise UserError(f"{args.json} is a folder: expected a file to write the row to")
     command = f"geodiff4d bench {args.what} --preset {args.preset} --threads {args.threads}"
-    measured = TARGETS[args.what](SIZES[args.preset] | {"threads": args.threads})
+    measured = TARGETS[args.what](args.preset, args.threads)
     row = {"command": command, "commit": commit(), "hardware": hardware(), "threads": args.threads, **measured}
     if args.json is not None:
         write_json(args.json, row)
-    cells = [f"{k} {_text(v)}" for k, v in row.items()]
+    cells = [f"{k} {_text(v)}" for k, v in row.items() if k != "rows"]
     print("| " + " | ".join(cells) + " |")
+    print("".join(_table(row.get("rows", []))), end="")
+
+
+def _table(rows: list[dict[str, object]]) -> list[str]:
+    """Lay rows of the same keys out as a Markdown table."""
+    if not rows:
+        return []
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([_text(row.get(k)) for k in heads] for row in rows)]
+    return ["\n", *("| " + " | ".join(line) + " |\n" for line in lines)]
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if value is None:
+        return "–"
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,24 @@
+"""Benchmarks: each measures one hot path and returns its row (design §11)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from geodiff4d.bench.machine import commit, hardware
+
+__all__ = ["TARGETS", "commit", "hardware"]
+
+
+def _world(preset: str, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.world import SIZES, WorldBench
+
+    return WorldBench(**SIZES[preset], threads=threads).run()
+
+
+def _unet(preset: str, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.unet import UnetBench
+
+    return UnetBench(preset, threads).run()
+
+
+TARGETS: dict[str, Callable[[str, int], dict[str, Any]]] = {"world": _world, "unet": _unet}
+"""What can be measured: (preset, threads) to a row; a row's `rows` are a table of their own."""
