@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate as resize
 
 from geodiff4d.avatar.drive import head_centre, turned
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.core.images import encode_normals, write_image
+from geodiff4d.core.images import encode_normals, read_image, write_image
 from geodiff4d.evaluate.demo import Scored
 from geodiff4d.evaluate.metrics import PairScores
 from geodiff4d.evaluate.pairs import Pair
@@ -34,7 +34,7 @@ def write_report(
     out: Path, metrics: dict[str, Any], scores: PairScores, kept: list[Scored], first: Pair, avatar: Avatar
 ) -> None:
     """Write `out/report.html`, self-contained."""
-    sections = [_inputs(first), _generated(kept), _avatar(out, metrics, avatar), _figures(metrics, scores)]
+    sections = [_inputs(out, first), _generated(kept), _avatar(out, metrics, avatar), _figures(metrics, scores)]
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in metrics["seconds"].items())
     machine = f"{platform.machine()} with {torch.get_num_threads()} threads, torch {torch.__version__}"
     footer = f"`geodiff4d demo` on {machine}; {seconds}."
@@ -65,19 +65,29 @@ def write_overview(path: Path, shown: Scored, avatar: Avatar) -> None:
     write_image(path, torch.cat(row, -1))
 
 
-def _inputs(first: Pair) -> Section:
+def _inputs(out: Path, first: Pair) -> Section:
     n = len(first.driving)
     crops = [first.driving.crops[i] for i in torch.linspace(0, n - 1, 6).round().long().tolist()]
     text = (
-        "The portrait is one picture file; the driver is a clip of another person. The expression encoder sees the "
+        "The portrait is one picture file; the driver is a film of another person. The expression encoder sees the "
         "driver's face crops only, and the driver's head shape is not used."
     )
-    note = Note(
-        "Head parameters are not tracked from pixels here: they are the true ones, disturbed by 1° of rotation, 2 mm, "
-        "2° of jaw and 0.1 of every expression weight.",
-        "warn",
-    )
-    return Section("What went in", text, [Grid([("portrait", [first.portrait.image]), ("driver", crops)]), note])
+    rows: list[tuple[str, list[Tensor]]] = [("portrait", [first.portrait.image]), ("driver", crops)]
+    overlay = out / "pairs" / "0" / "portrait" / "overlay.png"
+    if overlay.exists():
+        panels = read_image(overlay)
+        rows.insert(1, ("as tracked", list(panels.split(panels.shape[1], 2))))
+        note = Note(
+            "Portrait and drivers are tracked from their pixels, as yours would be. The truth is rendered where the "
+            "tracked head says that it is: a picture does not tell how large a head is."
+        )
+    else:
+        note = Note(
+            "Head parameters are not tracked from pixels here: they are the true ones, disturbed by 1° of rotation, "
+            "2 mm, 2° of jaw and 0.1 of every expression weight.",
+            "warn",
+        )
+    return Section("What went in", text, [Grid(rows), note])
 
 
 def _generated(kept: list[Scored]) -> Section:
