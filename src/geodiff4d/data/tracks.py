@@ -28,8 +28,8 @@ from geodiff4d.heads.rig import HeadParams
 
 LEAD_FRAMES, LONG_FRAMES = 12, 120
 """A track is cut out of a longer one, which starts near neutral."""
-TURNING = 0.4
-"""Share of people who turn their heads, whatever their faces do."""
+STILL, TURNING = 0.35, 0.3
+"""Shares of people whose heads are held still, as avatars' clips have them (S-A.1), and who turn them far."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def track_motion(split: Split, subject: int, seed: int, config: TrackConfig) -> 
     kind = TRACK_KINDS[int(rng.integers(len(TRACK_KINDS)))]
     long, draw = LEAD_FRAMES + config.frames + LONG_FRAMES, int(rng.integers(1 << 31))
     expr, jaw, eyes = expression_track(kind, long, draw, config.fps)
-    rotation = head_track("turns" if rng.random() < TURNING else kind, long, draw, config.fps)
+    how = rng.random()
+    rotation = head_track("turns" if how > 1 - TURNING else kind, long, draw, config.fps) * float(how > STILL)
     first = LEAD_FRAMES + int(rng.integers(LONG_FRAMES))
     zero = openhead().neutral(long)
     whole = HeadParams(zero.shape, expr, rotation, zero.neck_pose, jaw, eyes, zero.translation)
@@ -128,6 +129,9 @@ def render_track(folder: Path, s: int) -> None:
     # A tracker's error drifts along the track, and is drawn anew for every portrait.
     alone = [disturbed(truth[i : i + 1], seed=who * 1000 + i)[0] for i in range(n, c.instants)]
     drifting = disturbed(truth[:n], seed=who)
+    if not track.rotation.any():  # A head that is held still is posed by us, not found by a tracker.
+        first = {k: getattr(drifting, k)[:1].expand(n, -1) for k in ("rotation", "translation")}
+        drifting = replace(drifting, **first)
     tracked = HeadParams.stack([*(drifting[i] for i in range(n)), *alone])
     head = openhead()
     posed, still = head.pose(tracked).vertices, head.pose(tracked.without_expression()).vertices
