@@ -1,7 +1,10 @@
 """The UNet twins: Stable Diffusion's own outputs, domains and references that mix where they should and only there."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +14,26 @@ from torch.testing import assert_close
 from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import DomainSpatialAttention, Layout
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
-from geodiff4d.video.pretrained import load_unet, read_weights, unet_config
+from geodiff4d.video.image_encoder import ImageEncoder, ImageEncoderConfig, load_image_encoder
+from geodiff4d.video.model import VideoModelConfig
+from geodiff4d.video.pretrained import from_stable_diffusion, load_unet, read_weights, unet_config
 from geodiff4d.video.unet import UNet, UNetConfig
 
 TINY = UNetConfig(
     in_channels=6, out_channels=4, widths=(16, 32), layers=1, down_attention=(True, False), up_attention=(0, 2),
     heads=2, groups=8, ff_factor=2, cross_dim=None, expression_dim=4, expression_ff_factor=2, expression_latent=8,
 )  # fmt: skip
+
+EYES = ImageEncoderConfig(
+    hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
+    projection_dim=24,
+)  # fmt: skip
+PAPER = VideoModelConfig(
+    unet=UNetConfig(temporal_layers=1),
+    expression=ExpressionConfig(size=16, widths=(8, 8), squeeze=4, latent=8, tokens=4),
+)
+"""The paper's, but for the encoder's size; the rest comes from the folder."""
+CLIP_SAID = [-0.143676, -0.658071, -0.877076, -0.70239, -0.212424, 0.372894]
 
 
 def random_unet(config: UNetConfig, seed: int = 0) -> UNet:
@@ -170,6 +186,122 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(stable, tmp_path):
     with pytest.raises(UserError, match="pickles"):
         load_unet(network, tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def folders(stable, tmp_path_factory):
+    """A Stable Diffusion folder, and one of image variations: the same with CLIP's image encoder."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=4, scaling_factor=0.18215,
+    )  # fmt: skip
+    root = tmp_path_factory.mktemp("folders")
+    for name in ("sd", "variations"):
+        shutil.copytree(stable[1], root / name / "unet")
+        vae.save_pretrained(root / name / "vae")
+        (root / name / "scheduler").mkdir()
+    ImageEncoder(EYES).save(root / "variations" / "image_encoder")
+    return root
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "variations"])
+def test_a_stable_diffusion_folder_becomes_the_papers_model(folders, name):
+    """Every tensor of the folder has its place, and what is missing is exactly what the paper adds."""
+    model, reports = from_stable_diffusion(folders / name, PAPER)
+    assert model.config.unet.widths == (16, 32, 32) and model.config.unet.in_channels == 4 + 3
+    added = ("expressions.", "temporals.", "class_embedding.")
+    for network, report in reports.items():
+        ours = model.networks()[network].state_dict()
+        assert set(report.missing) == {k for k in ours if any(part in k for part in added)}
+        assert report.grown == ("conv_in.weight",)
+    assert any(".temporals." in k for k in reports["unet"].missing) and not reports["unet"].unexpected
+    assert reports["reference"].missing == ("class_embedding.weight",)
+    assert {k.split(".")[0] for k in reports["reference"].unexpected} == {"conv_norm_out", "conv_out"}
+    portrait = torch.rand(1, 3, 16, 16)
+    words = model.words(portrait)
+    assert words is not None and words.shape == (1, 1, 24) and (words.abs().max() > 0) == (name == "variations")
+    z, pose = model.codec.encode(portrait), torch.zeros(1, 3, 8, 8)
+    with_words, without = (model.reference_kv(z, pose, w)[-1][0] for w in (words, None))
+    assert (with_words - without).abs().max().gt(1e-3) == (name == "variations")
+
+
+def test_the_papers_networks_have_stable_diffusions_names_and_shapes():
+    """At full size, without weights: 686 tensors, and the first convolution alone is wider."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), attention_head_dim=8, cross_attention_dim=768
+        ).state_dict()
+        ours = UNet(UNetConfig(temporal_layers=2)).state_dict()
+        reference = UNet(UNetConfig(expression_dim=None, reference=True)).state_dict()
+    assert len(theirs) == 686
+    for network, leaves in ((ours, ()), (reference, ("conv_norm_out", "conv_out"))):
+        assert {k for k in theirs if k not in network} == {k for k in theirs if k.split(".")[0] in leaves}
+        assert [k for k, v in theirs.items() if k in network and v.shape != network[k].shape] == ["conv_in.weight"]
+        rest = {k for k in network if k not in theirs}
+        assert all("expressions." in k or "temporals." in k or k == "class_embedding.weight" for k in rest)
+    assert ours["conv_in.weight"].shape == (320, 7, 3, 3)
+
+
+def test_folders_of_another_shape_are_refused_in_one_line(folders, tmp_path):
+    def refused(change: Callable[[Path], object], message: str) -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(folders / "variations", folder)
+        change(folder)
+        with pytest.raises(UserError, match=message) as caught:
+            from_stable_diffusion(folder, PAPER)
+        assert "\n" not in str(caught.value)
+
+    def edit(part: str, **values: object) -> Callable[[Path], object]:
+        def change(folder: Path) -> None:
+            file = folder / part / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+        return change
+
+    refused(lambda f: shutil.rmtree(f / "vae"), "expected sub-folders unet and vae .* vae has none")
+    refused(edit("unet", in_channels=9), "inpainting")
+    refused(edit("unet", use_linear_projection=True), "not of SD 1.x's topology")
+    refused(edit("unet", block_out_channels=[16, 32, 64]), "does not fit this UNet")
+    refused(edit("vae", _class_name="AutoencoderTiny"), "not a diffusers autoencoder")
+    refused(lambda f: next((f / "vae").glob("*.safetensors")).write_bytes(b"cut"), "no usable autoencoder")
+    refused(edit("image_encoder", model_type="siglip"), "not a CLIP image encoder")
+    refused(edit("image_encoder", num_hidden_layers=3), "does not fit its config")
+    refused(edit("image_encoder", hidden_act="swish"), "quick_gelu or gelu")
+    with pytest.raises(UserError, match="unet and vae has none"):
+        from_stable_diffusion(tmp_path / "nowhere")
+
+
+@torch.no_grad()
+def test_the_image_encoder_computes_what_transformers_does(tmp_path):
+    """Weights by a formula; the embedding is what transformers 5.23's CLIPVisionModelWithProjection said of them."""
+    encoder = ImageEncoder(replace(EYES, projection_dim=6))
+    state = encoder.state_dict()
+    for i, k in enumerate(sorted(state)):
+        state[k].copy_(0.5 * torch.sin(0.7 * torch.arange(state[k].numel()) + i).view_as(state[k]))
+    picture = 0.5 + 0.5 * torch.sin(0.13 * torch.arange(3 * 64.0)).view(1, 3, 8, 8)
+    expected = torch.tensor(CLIP_SAID)
+    assert_close(encoder(picture)[0, 0], expected, atol=1e-4, rtol=1e-4)
+    encoder.save(tmp_path / "eyes")
+    assert_close(load_image_encoder(tmp_path / "eyes")(picture)[0, 0], expected, atol=5e-3, rtol=5e-3)
+
+
+@torch.no_grad()
+def test_attention_to_one_token_needs_no_questions(stable):
+    """A single key takes all the attention: sampling's shortcut equals the whole computation."""
+    ours = UNet(unet_config(stable[1])).eval()
+    load_unet(ours, stable[1])
+    x, t, word = torch.randn(1, 2, 4, 1, 8, 8), torch.tensor([40.0]), torch.randn(1, 1, 24)
+    short = ours(x, t, text=word)[0]
+    with torch.enable_grad():
+        whole = ours(x, t, text=word)[0].detach()
+    assert_close(short, whole, atol=1e-5, rtol=1e-4)
+    assert (short - ours(x, t, text=word + 1)[0]).abs().max() > 1e-3
 
 
 # Domains, frames and references

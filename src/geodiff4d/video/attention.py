@@ -31,6 +31,19 @@ class Layout:
     """Frames that are not mere padding; None means all. Read by temporal modules alone: nothing else mixes frames."""
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that hands back the memory format it was given.
+
+    In bf16 torch's own is slow on channels-last pictures (CPU: 4.9 ms against 0.35 ms for a 3×3 convolution's 1.7 ms,
+    at 32 × 96 × 16²) or answers in the other format (CUDA): two copies around it cost less.
+    """
+
+    def forward(self, input: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:  # noqa: A002 (torch's name)
+        if input.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(input)
+        return super().forward(input.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 class MultiHead(nn.Module):
     """Multi-head attention under diffusers' parameter names; who attends to what is its subclasses' matter."""
 
@@ -136,7 +149,10 @@ class TransformerBlock(nn.Module):
         hidden = self.norm1(x)
         x = x + self.attn1(hidden, layout, reference)
         if text is not None and hasattr(self, "attn2"):
-            x = x + self.attn2(self.norm2(x), text)
+            # With one token to look at, attention is that token's value whoever asks. Training runs it in full, so
+            # that every weight has a gradient (distributed runs insist).
+            alone = text.shape[1] == 1 and not torch.is_grad_enabled()
+            x = x + (self.attn2.out(self.attn2.to_v(text)) if alone else self.attn2(self.norm2(x), text))
         return x + self.ff(self.norm3(x)), hidden
 
 
@@ -145,7 +161,7 @@ class Transformer2D(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, cross_dim: int | None, ff_factor: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, cross_dim, ff_factor)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -172,7 +188,7 @@ class ExpressionAttention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, token_dim: int, layers: int, ff_factor: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(layers))
         self.attentions = nn.ModuleList(Attention(channels, token_dim, heads) for _ in range(layers))

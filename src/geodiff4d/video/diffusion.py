@@ -27,8 +27,8 @@ class DiffusionConfig:
     residual_std: tuple[float, float] = (0.5, 0.4)
     """Standard deviation of `z - base` per domain; only for "residual"."""
     zero_terminal: bool = False
-    """End the schedule in plain noise (Lin et al. 2023, Algorithm 1). Stable Diffusion's leaves 7 % of the signal in its
-    last step: training sees the target's brightness there, sampling does not. Impossible with "epsilon"."""
+    """End the schedule in plain noise (Lin et al. 2023, Algorithm 1). Stable Diffusion's leaves 7 % of the signal in
+    its last step: training sees the target's brightness there, sampling does not. Impossible with "epsilon"."""
 
 
 class Diffusion:
@@ -46,10 +46,18 @@ class Diffusion:
         if config.zero_terminal:
             signal = (signal - signal[-1]) * signal[0] / (signal[0] - signal[-1])
         self.alphas_cumprod = signal.square().float()
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Schedule and deviations on a device, copied once: a copy in every step would make the host wait for it."""
+        if device not in self._copies:
+            std = torch.tensor(self.config.residual_std, device=device)
+            self._copies[device] = (self.alphas_cumprod.to(device), std)
+        return self._copies[device]
 
     def alpha(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b 1 1 1 1 1"]:
         """ᾱ at each batch row's timestep, shaped to multiply latents."""
-        return self.alphas_cumprod.to(t.device)[t][:, None, None, None, None, None]
+        return self._on(t.device)[0][t][:, None, None, None, None, None]
 
     def noise_like(
         self, z: Float[Tensor, "b d c t h w"], generator: torch.Generator | None = None, shared: bool = True
@@ -103,7 +111,7 @@ class Diffusion:
         return 1 / (1 - a) if self.config.prediction == "v" else (1 / (1 - a)).clamp(max=limit)
 
     def _std(self, like: Tensor) -> Tensor:
-        std = torch.tensor(self.config.residual_std, device=like.device, dtype=like.dtype)
+        std = self._on(like.device)[1].to(like.dtype)
         return std[None, : like.shape[1], None, None, None, None]
 
 

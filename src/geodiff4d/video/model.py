@@ -19,6 +19,7 @@ from geodiff4d.core.files import load_model, save_model
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
+from geodiff4d.video.image_encoder import ImageEncoder, load_image_encoder
 from geodiff4d.video.unet import UNet, UNetConfig
 from geodiff4d.video.vae import PatchCodec, StableCodec, load_codec
 
@@ -80,7 +81,10 @@ def _fold(x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "n c h w"]:
 class VideoModel(nn.Module):
     """Everything that is trained together, and the codec."""
 
-    def __init__(self, config: VideoModelConfig, codec: PatchCodec | StableCodec):
+    def __init__(
+        self, config: VideoModelConfig, codec: PatchCodec | StableCodec, image_encoder: ImageEncoder | None = None
+    ):
+        """`image_encoder` makes the token that SD's text attention reads, where there is one."""
         super().__init__()
         pose = codec.channels if config.pose == "codec" else 3
         needed = codec.channels + pose + (codec.channels + 2 if config.warp else 0)
@@ -92,11 +96,17 @@ class VideoModel(nn.Module):
                 raise ValueError(
                     f"{name}.in_channels must be {channels} for this codec and these conditions, got {unet.in_channels}"
                 )
-        self.config, self.codec = config, codec
+        if image_encoder is not None and image_encoder.config.projection_dim != config.unet.cross_dim:
+            raise ValueError(
+                f"the image encoder's token has {image_encoder.config.projection_dim} numbers, but unet.cross_dim is "
+                f"{config.unet.cross_dim}"
+            )
+        self.config, self.codec, self.image_encoder = config, codec, image_encoder
         self.unet = UNet(config.unet)
         self.reference = UNet(config.reference)
         self.expression = ExpressionEncoder(config.expression)
         self.diffusion = Diffusion(config.diffusion)
+        self._compiled = False
 
     @property
     def device(self) -> torch.device:
@@ -107,9 +117,37 @@ class VideoModel(nn.Module):
         """Whether frames see each other (stage 2)."""
         return self.config.unet.temporal_layers > 0
 
+    def compact(self) -> "VideoModel":
+        """Hold the large networks in bf16: half the memory, for inference alone. Returns itself."""
+        for network in (self.unet, self.reference, *([self.codec] if isinstance(self.codec, StableCodec) else [])):
+            network.to(dtype=torch.bfloat16, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return self
+
+    def compile_steps(self) -> None:
+        """Compile the denoiser, as CUDA graphs where there is CUDA; the first steps then take a minute or more."""
+        if not self._compiled:
+            self.unet.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
+            self._compiled = True
+
     def networks(self) -> dict[str, nn.Module]:
         """The trained networks by name; the codec is frozen."""
         return {"unet": self.unet, "reference": self.reference, "expression": self.expression}
+
+    @classmethod
+    def load(cls, folder: Path) -> "VideoModel":
+        """Load a model folder (`load_video_model`)."""
+        return load_video_model(folder)
+
+    def encode_expressions(self, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
+        """Encode a driving clip's face crops in [0, 1] to expression latents, frame by frame (Sec. 3.1)."""
+        return torch.cat([self.expression(part) for part in crops.split(64)])[None]
+
+    def words(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 1 x"] | None:
+        """Encode portraits in [0, 1] to SD's context: CLIP's token, or a zero one; None if no network reads any."""
+        width = self.config.unet.cross_dim
+        if width is None:
+            return None
+        return images.new_zeros(len(images), 1, width) if self.image_encoder is None else self.image_encoder(images)
 
     def encode_images(self, images: Float[Tensor, "b c t height width"]) -> Float[Tensor, "b z t h w"]:
         """Encode a clip of images in [0, 1]."""
@@ -153,11 +191,20 @@ class VideoModel(nn.Module):
         return Conditions(torch.cat([pose, warp, seen], 1), base)
 
     def reference_kv(
-        self, image_latent: Float[Tensor, "b c h w"], pose_planes: Float[Tensor, "b p h w"]
+        self,
+        image_latent: Float[Tensor, "b c h w"],
+        pose_planes: Float[Tensor, "b p h w"],
+        words: Float[Tensor, "b m x"] | None = None,
     ) -> list[ReferenceKV]:
-        """Run the reference network once, at t = 0 on the portrait and its pose map, and keep its keys and values."""
+        """Run the reference network once, at t = 0 on the portrait and its pose map, and keep its keys and values.
+
+        `words` are the portrait's (`VideoModel.words`); None means a zero token.
+        """
         x = torch.cat([image_latent, pose_planes], 1)[:, None, :, None]
-        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), text=self._words(x), domain_ids=(0,))
+        words = self._no_words(x) if words is None else words
+        if self.reference.dtype == torch.bfloat16:
+            x, words = x.bfloat16(), None if words is None else words.bfloat16()
+        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), text=words, domain_ids=(0,))
         return self.unet.reference_kv(bank)
 
     def predict_clean(
@@ -168,20 +215,29 @@ class VideoModel(nn.Module):
         latent: Float[Tensor, "b t f"],
         reference: list[ReferenceKV],
         valid: Bool[Tensor, "b t"] | None = None,
+        words: Float[Tensor, "b m x"] | None = None,
     ) -> Float[Tensor, "b d c t h w"]:
         """Predict the clean latents of both domains from noisy ones and expression latents.
 
-        `valid` marks frames that are not padding, for temporal modules.
+        Args:
+            valid: frames that are not padding, for temporal modules.
+            words: as the reference network's.
         """
         x = self.diffusion.scale_input(z_t, conditions.base, t)
         planes = conditions.planes[:, None].expand(-1, x.shape[1], -1, -1, -1, -1)
+        words = self._no_words(x) if words is None else words
+        y, tokens = torch.cat([x, planes.to(x.dtype)], 2), self.expression.tokens(latent)
+        if self.unet.dtype == torch.bfloat16:
+            y, tokens, latent = (x.bfloat16() for x in (y, tokens, latent))
+            words = None if words is None else words.bfloat16()
+            reference = [(k.bfloat16(), v.bfloat16()) for k, v in reference]
         out, _ = self.unet(
-            torch.cat([x, planes.to(x.dtype)], 2), t.float(), self.expression.tokens(latent), latent, reference,
-            text=self._words(x), domain_ids=self.config.domains, joint=self.config.joint_attention, valid=valid,
+            y, t.float(), tokens, latent, reference, text=words, domain_ids=self.config.domains,
+            joint=self.config.joint_attention, valid=valid,
         )  # fmt: skip
         return self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
 
-    def _words(self, x: Tensor) -> Tensor | None:
+    def _no_words(self, x: Tensor) -> Tensor | None:
         """One zero token for SD's text attention, where the network has it (X-NeMo's unconditional CLIP token)."""
         width = self.config.unet.cross_dim
         return None if width is None else x.new_zeros(len(x), 1, width)
@@ -194,6 +250,8 @@ class VideoModel(nn.Module):
             part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
             save_model(folder / name, {"kind": name, "video_model": asdict(self.config), **(extra or {})}, part)
         self.codec.save(folder / "vae")
+        if self.image_encoder is not None:
+            self.image_encoder.save(folder / "image_encoder")
 
 
 def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
@@ -232,8 +290,9 @@ def load_video_model(folder: Path) -> VideoModel:
         )
     saved, _ = load_model(folder / "unet")
     config, codec = config_from_dict(saved.get("video_model", {})), load_codec(folder / "vae")
+    eyes = load_image_encoder(folder / "image_encoder") if (folder / "image_encoder").is_dir() else None
     try:
-        model = VideoModel(config, codec)
+        model = VideoModel(config, codec, eyes)
     except ValueError as error:
         raise UserError(f"{folder} holds parts of different models ({error}): copy the folder again") from None
     for name, network in model.networks().items():

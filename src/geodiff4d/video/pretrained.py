@@ -17,10 +17,12 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
-from geodiff4d.video.model import VideoModel
+from geodiff4d.video.image_encoder import load_image_encoder
+from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.unet import UNet, UNetConfig
+from geodiff4d.video.vae import StableCodec
 
-OURS = ("expressions", "class_embedding", "expression_embedding")
+OURS = ("expressions", "temporals", "class_embedding", "expression_embedding")
 """Modules that Stable Diffusion does not have: they keep the values they were built with."""
 
 REFERENCE_LEAVES = ("conv_norm_out", "conv_out")
@@ -38,6 +40,12 @@ _FIXED: dict[str, Any] = {
     "use_linear_projection": False,
 }  # fmt: skip
 """Settings that our UNet does not vary; a folder that omits one has diffusers' default, which is the same."""
+
+
+_TOPOLOGY = (
+    "out_channels", "widths", "layers", "down_attention", "up_attention", "heads", "groups", "ff_factor", "cross_dim",
+)  # fmt: skip
+"""What a Stable Diffusion folder decides about our configuration."""
 
 
 @dataclass(frozen=True)
@@ -179,3 +187,38 @@ def load_stable_diffusion(model: VideoModel, folder: Path) -> dict[str, LoadRepo
     """
     networks = {"unet": model.unet, "reference": model.reference}
     return {name: load_unet(network, Path(folder) / "unet") for name, network in networks.items()}
+
+
+def from_stable_diffusion(
+    folder: Path, like: VideoModelConfig | None = None
+) -> tuple[VideoModel, dict[str, LoadReport]]:
+    """Build the paper's video model from a Stable Diffusion 1.5 or sd-image-variations folder (Sec. 4.1).
+
+    Topology comes from the folder; everything SD does not have, from `like` (the paper's by default) at its fresh
+    values: new input channels, expression and temporal modules start at zero. The image encoder comes along if there
+    is one.
+
+    Raises:
+        UserError: the folder is not of Stable Diffusion 1.x's shape, or damaged.
+    """
+    folder, like = Path(folder), like or VideoModelConfig()
+    absent = [part for part in ("unet", "vae") if not (folder / part / "config.json").exists()]
+    if absent:
+        raise UserError(
+            f"{folder} is not a Stable Diffusion folder in diffusers' layout: expected sub-folders unet and vae with "
+            f"a config.json each, {' and '.join(absent)} has none"
+        )
+    theirs = unet_config(folder / "unet")
+    if theirs.in_channels != theirs.out_channels:
+        raise UserError(
+            f"{folder}/unet has {theirs.in_channels} input channels: expected {theirs.out_channels}; pass a plain "
+            "SD 1.5 folder, not one for inpainting"
+        )
+    topology = {k: getattr(theirs, k) for k in _TOPOLOGY} | {"in_channels": theirs.in_channels + 3}
+    config = replace(like, unet=replace(like.unet, **topology), reference=replace(like.reference, **topology))
+    eyes = folder / "image_encoder"
+    try:
+        model = VideoModel(config, StableCodec(folder / "vae"), load_image_encoder(eyes) if eyes.is_dir() else None)
+    except ValueError as error:
+        raise UserError(f"{folder} holds parts that do not fit each other ({error}): pass an SD 1.5 folder") from None
+    return model.eval(), load_stable_diffusion(model, folder)

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.diffusion import SamplerName, make_sampler
+from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
+from geodiff4d.video.temporal import MAX_FRAMES
 from geodiff4d.video.windows import plan_windows
 
 
@@ -22,6 +25,11 @@ class SampleConfig:
     steps: int = 25
     guidance: float = 2.5
     """Scale on the expression; 1 runs a single branch."""
+    guidance_from: float = 0.0
+    guidance_until: float = 1.0
+    """Guide only in this share of the steps, counted from the first (a shortcut: Kynkäänniemi et al. 2024)."""
+    together: bool = True
+    """Run both guidance branches in one batch; off halves what a step needs of memory."""
     sampler: SamplerName = "ddim"
     start: Literal["reference", "blurred", "noise"] = "reference"
     """What the first noise is added to: the reference image and normals, a blurred copy (X-NeMo) or nothing."""
@@ -43,14 +51,37 @@ class SampleConfig:
     difference in [0, 1]; 0 leaves frames as decoded. Needs a warp-conditioned model."""
     autocast: bool = True
     """bf16 where the machine has it."""
+    compiled: bool = False
+    """Compile the denoiser's steps: a minute or more at the start, for long clips on CUDA."""
+    offload: bool = False
+    """Keep on the accelerator only what a stage needs (`video.memory`), and decode a frame at a time."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.guidance_from <= self.guidance_until <= 1:
+            raise UserError(
+                f"guidance acts in shares of the steps from 0 to 1: got {self.guidance_from} to {self.guidance_until}"
+            )
+        if not 0 <= self.overlap < self.window <= MAX_FRAMES:
+            raise UserError(
+                f"windows of {self.window} frames that share {self.overlap} do not work: expected a window of at most "
+                f"{MAX_FRAMES} frames and a smaller overlap"
+            )
+        if self.chunk < 1 or self.draws < 1:
+            raise UserError(f"chunk and draws must be 1 or more, got {self.chunk} and {self.draws}")
 
 
 def autocast(device: torch.device, enabled: bool):
     """bf16 autocast if asked for and supported natively, else nothing."""
-    if not enabled:
+    if not enabled or not bf16_is_native(device):
         return nullcontext()
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16) if native else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether the machine computes in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @torch.no_grad()
@@ -63,8 +94,9 @@ def sample(
     config: SampleConfig,
     progress: Callable[[int], None] = lambda n: None,
     runs: Sequence[int] | None = None,
+    words: Float[Tensor, "1 m x"] | None = None,
 ) -> Float[Tensor, "1 d c t h w"]:
-    """Generate the latents of a clip.
+    """Generate the latents of a clip. Equal seeds give equal clips.
 
     Args:
         latents: expression latents per frame.
@@ -72,20 +104,30 @@ def sample(
         progress: called with the number of frames finished.
         runs: lengths of the consecutive stretches of frames that belong together in time (the views of a clip); by
             default all of it. Temporal modules see windows inside them.
+        words: the portrait's (`VideoModel.words`).
+
+    Raises:
+        UserError: there are no frames, or the views' lengths do not add up to them.
     """
     frames = latents.shape[1]
+    if not frames or (runs is not None and sum(runs) != frames):
+        raise UserError(f"nothing to sample, or views of {list(runs or [])} frames that are not {frames} in all")
     if model.temporal:
         windows = plan_windows(runs or [frames], config.window, config.overlap)
     else:
         windows = plan_windows([frames], config.chunk)
     report = _Progress(frames, config.draws * config.steps * len(windows), progress)
     total = torch.zeros_like(conditions.base)
+    given = _Given(conditions, latents, reference, words)
+    if config.compiled:
+        model.compile_steps()
     for draw in range(config.draws):
         # One draw for the whole clip, so that windows do not change the noise.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
         like = conditions.base[:, :, :, :1] if config.still_noise else conditions.base
         noise = model.diffusion.noise_like(like, generator, config.shared_noise).expand_as(conditions.base)
-        total += _denoise(model, conditions, latents, reference, start, config, noise, windows, report)
+        with alone(model, "unet", offload=config.offload):
+            total += _denoise(model, given, start, config, noise, windows, report)
     return total / config.draws
 
 
@@ -103,13 +145,46 @@ class _Progress:
             self.told = frames
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What is known of a stretch of frames before it is denoised."""
+
+    conditions: Conditions
+    latents: Float[Tensor, "b t f"]
+    reference: list[ReferenceKV]
+    words: Float[Tensor, "b m x"] | None
+
+    def part(self, frames: slice) -> "_Given":
+        planes, base = self.conditions.planes[:, :, frames], self.conditions.base[:, :, :, frames]
+        return replace(self, conditions=Conditions(planes, base), latents=self.latents[:, frames])
+
+    def half(self, dtype: torch.dtype) -> "_Given":
+        """Hold the reference's keys and values in a half type: they are read in every step."""
+        return replace(self, reference=[(k.to(dtype), v.to(dtype)) for k, v in self.reference])
+
+    def twice(self) -> "_Given":
+        """Driven and undriven rows: only the expression is dropped (S-A.1)."""
+
+        def both(x: Tensor) -> Tensor:
+            return x.expand(2, *x.shape[1:])
+
+        return _Given(
+            Conditions(both(self.conditions.planes), both(self.conditions.base)),
+            torch.cat([self.latents, torch.zeros_like(self.latents)]),
+            [(both(k), both(v)) for k, v in self.reference], None if self.words is None else both(self.words),
+        )  # fmt: skip
+
+    def undriven(self) -> "_Given":
+        return replace(self, latents=torch.zeros_like(self.latents))
+
+
 def _denoise(
-    model: VideoModel, conditions: Conditions, latents: Tensor, reference: list[ReferenceKV],
-    start: Tensor | None, config: SampleConfig, noise: Tensor, windows: list[slice], report: _Progress,
+    model: VideoModel, given: _Given, start: Tensor | None, config: SampleConfig, noise: Tensor, windows: list[slice],
+    report: _Progress,
 ) -> Tensor:  # fmt: skip
     """Run the solver over the whole clip; where windows overlap, their predictions are averaged in every step."""
     scheduler = make_sampler(config.sampler, model.config.diffusion, config.steps)
-    clean = torch.zeros_like(conditions.base)
+    clean = torch.zeros_like(noise)
     if start is not None and config.start != "noise":
         clean = clean + (_blur(start) if config.start == "blurred" else start)[:, :, :, None]
     steps = scheduler.timesteps.to(clean.device)
@@ -117,35 +192,38 @@ def _denoise(
     shared = torch.zeros(z.shape[3], device=z.device)
     for part in windows:
         shared[part] += 1
-    with autocast(z.device, config.autocast):
-        for t in steps:
+    with autocast(z.device, config.autocast and model.unet.dtype == torch.float32):
+        if torch.is_autocast_enabled(z.device.type):
+            given = given.half(torch.bfloat16)
+        for i in range(len(steps)):
+            guided = config.guidance != 1 and config.guidance_from <= i / len(steps) < config.guidance_until
             predicted = torch.zeros_like(z)
             for part in windows:
-                here = Conditions(conditions.planes[:, :, part], conditions.base[:, :, :, part])
                 predicted[:, :, :, part] += _guided(
-                    model, z[:, :, :, part], t, here, latents[:, part], reference, config.guidance
-                )
+                    model, z[:, :, :, part], steps[i], given.part(part), config.guidance if guided else 1.0,
+                    config.together,
+                )  # fmt: skip
                 report.window()
-            z = scheduler.step(predicted / shared[:, None, None], t, z, return_dict=False)[0]
+            # The solver is told the time on the host: a number fetched from the device would make every step wait.
+            z = scheduler.step(predicted / shared[:, None, None], scheduler.timesteps[i], z, return_dict=False)[0]
     return z
 
 
-def _guided(
-    model: VideoModel, z: Tensor, t: Tensor, conditions: Conditions, latents: Tensor, reference: list[ReferenceKV],
-    guidance: float,
-) -> Tensor:  # fmt: skip
-    """Predict the clean latents, driven and undriven in one batch (S-A.1: guidance acts on both domains at once)."""
+def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: float, together: bool) -> Tensor:
+    """Predict the clean latents by null + g·(driven - null), on both domains at once (S-A.1)."""
     if guidance == 1:
-        return model.predict_clean(z, t[None], conditions, latents, reference).float()
-
-    def twice(x: Tensor) -> Tensor:
-        return x.expand(2, *x.shape[1:])
-
-    both = Conditions(twice(conditions.planes), twice(conditions.base))
-    kv = [(twice(k), twice(v)) for k, v in reference]
-    out = model.predict_clean(twice(z), t.expand(2), both, torch.cat([latents, torch.zeros_like(latents)]), kv).float()
-    driven, undriven = out.chunk(2)
+        return _predict(model, z, t, given)
+    if together:
+        driven, undriven = _predict(model, z.expand(2, *z.shape[1:]), t, given.twice()).chunk(2)
+    else:
+        driven, undriven = _predict(model, z, t, given), _predict(model, z, t, given.undriven())
     return undriven + guidance * (driven - undriven)
+
+
+def _predict(model: VideoModel, z: Tensor, t: Tensor, given: _Given) -> Tensor:
+    return model.predict_clean(
+        z, t.expand(len(z)), given.conditions, given.latents, given.reference, words=given.words
+    ).float()
 
 
 def _blur(z: Float[Tensor, "1 d c h w"], kernel: int = 9, sigma: float = 18.0) -> Float[Tensor, "1 d c h w"]:

@@ -5,6 +5,8 @@ each behind sinusoidal positions, and a feed-forward → a linear that starts at
 therefore equals the image model it grew from.
 """
 
+import math
+
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float
@@ -12,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.video.attention import FeedForward, Layout, MultiHead
+from geodiff4d.video.attention import FeedForward, GroupNorm, Layout, MultiHead
 
 MAX_FRAMES = 32
 """Positions that exist (facts A): the longest window."""
 
 
-def positions(frames: int, channels: int) -> Float[Tensor, "frames channels"]:
+def positions(frames: int, channels: int, device: torch.device | None = None) -> Float[Tensor, "frames channels"]:
     """Sinusoidal positions, sine on even and cosine on odd channels (Vaswani et al. 2017, Sec. 3.5)."""
-    rate = torch.exp(torch.arange(0, channels, 2) * (-torch.log(torch.tensor(10000.0)) / channels))
-    angle = torch.arange(frames)[:, None] * rate
+    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
+    angle = torch.arange(frames, device=device)[:, None] * rate
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :channels]
 
 
@@ -44,7 +46,7 @@ class TemporalModule(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, layers: int, ff_factor: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels)
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(layers))
         self.attentions = nn.ModuleList(SelfAttentionOverTime(channels, heads) for _ in range(layers))
@@ -71,7 +73,8 @@ class TemporalModule(nn.Module):
         if layout.valid is not None:
             valid = repeat(layout.valid, "b t -> (b d h w) t", d=layout.domains, h=h, w=w)
         y = self.proj_in(y)
-        place = positions(layout.frames, y.shape[-1]).to(y)
+        # Made where it is used: a copy from the host would make every step wait.
+        place = positions(layout.frames, y.shape[-1], y.device).to(y.dtype)
         for norm, attention in zip(self.norms, self.attentions, strict=True):
             y = y + attention(norm(y) + place, valid)
         y = self.proj_out(y + self.ff(self.ff_norm(y)))

@@ -4,6 +4,7 @@ Parameter names match diffusers' `UNet2DConditionModel`; what SD does not have (
 `expression_embedding`) stands beside under its own names. Convolutions see `(batch domains frames)` (Sec. 3.2).
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
-from geodiff4d.video.attention import ExpressionAttention, Layout, ReferenceKV, Transformer2D
+from geodiff4d.video.attention import ExpressionAttention, GroupNorm, Layout, ReferenceKV, Transformer2D
 from geodiff4d.video.temporal import TemporalModule
 
 
@@ -64,10 +65,10 @@ class Resnet(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, c_time: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-5)
+        self.norm1 = GroupNorm(groups, c_in, eps=1e-5)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(c_time, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-5)
+        self.norm2 = GroupNorm(groups, c_out, eps=1e-5)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else None
 
@@ -140,7 +141,7 @@ class Block(nn.Module):
 def timestep_embedding(t: Float[Tensor, " n"], channels: int) -> Float[Tensor, "n channels"]:
     """Sinusoidal embedding in SD's order (cosine first, no frequency shift)."""
     half = channels // 2
-    frequencies = torch.exp(-torch.arange(half, device=t.device) * (torch.log(torch.tensor(10000.0)) / half))
+    frequencies = torch.exp(-torch.arange(half, device=t.device) * (math.log(10000.0) / half))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
 
@@ -184,8 +185,13 @@ class UNet(nn.Module):
                 Block(config, inputs, width, config.up_attention[i], c_time, None if last else "upsamplers")
             )
         if not config.reference:
-            self.conv_norm_out = nn.GroupNorm(config.groups, c, eps=1e-5)
+            self.conv_norm_out = GroupNorm(config.groups, c, eps=1e-5)
             self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its weights are held in."""
+        return self.conv_in.weight.dtype
 
     def sites(self) -> list[Transformer2D]:
         """Return the attention sites in the order they run."""
@@ -223,7 +229,7 @@ class UNet(nn.Module):
 
         Returns:
             (prediction, or a reference network's last features; hidden states at every attention site,
-            `[(b d t), tokens, channels]`).
+            `[(b d t), tokens, channels]`, unless a reference is read: a denoiser's are of no use and gigabytes).
         """
         b, d, _, t, _, _ = x.shape
         layout = Layout(b, d, t, joint, valid)
@@ -237,15 +243,14 @@ class UNet(nn.Module):
             h = block.resnets[j](h, emb)
             if j < block.attending:
                 h, hidden = block.attentions[j](h, layout, next(kv) if kv else None, words)
-                bank.append(hidden)
+                if reference is None:
+                    bank.append(hidden)
             if context is not None and j < len(block.expressions):
                 h = block.expressions[j](h, context)
             return block.temporals[j](h, layout) if j < len(block.temporals) else h
 
         h = rearrange(x, "b d c t h w -> (b d t) c h w")
-        if h.device.type == "cpu":
-            h = h.contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for block in self._levels(self.down_blocks):
             for j in range(len(block.resnets)):
@@ -268,10 +273,11 @@ class UNet(nn.Module):
         self, timestep: Tensor, latent: Tensor | None, domain_ids: tuple[int, ...], frames: int, dtype: torch.dtype
     ) -> Float[Tensor, "n c_time"]:
         """Sum time, domain and (embedded preset) expression embeddings for every row of the folded batch."""
-        e = timestep_embedding(timestep, self.config.widths[0]).to(self.conv_in.weight.dtype)
+        e = timestep_embedding(timestep, self.config.widths[0]).to(self.dtype)
         e = self.time_embedding(e)
-        ids = torch.tensor(domain_ids, device=e.device)
-        e = e[:, None, None] + self.class_embedding(ids)[None, :, None]
+        # Rows picked on the host: a tensor of ids would have to be copied to the device in every step.
+        domains = torch.stack([self.class_embedding.weight[i] for i in domain_ids])
+        e = e[:, None, None] + domains[None, :, None]
         e = e.expand(-1, -1, frames, -1)
         if latent is not None and self.config.expression_latent:
             e = e + self.expression_embedding(latent.to(e.dtype))[:, None]

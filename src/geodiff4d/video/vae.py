@@ -12,11 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, load_model, save_model
+from geodiff4d.core.files import fresh_folder, load_model, read_json, save_model
 
 
 @runtime_checkable
@@ -144,18 +145,44 @@ class PatchCodec(nn.Module):
         save_model(folder, config, {k: v.half() for k, v in self.state_dict().items()})
 
 
+_STABLE: dict[str, Any] = dict(
+    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=32,
+    sample_size=512, scaling_factor=0.18215,
+)  # fmt: skip
+"""Stable Diffusion 1.5's autoencoder."""
+
+
 class StableCodec(nn.Module):
     """A Stable Diffusion `AutoencoderKL` folder: factor 8, 4 channels, latent mean times its scaling factor."""
 
-    def __init__(self, folder: Path, chunk: int = 8):
+    def __init__(self, folder: Path | None, chunk: int = 8):
+        """`folder` None gives fresh weights in Stable Diffusion's shape, to measure speed and memory with."""
         super().__init__()
         from diffusers import AutoencoderKL
 
-        self.vae: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True).requires_grad_(False)
+        self.vae: Any = AutoencoderKL(**_STABLE) if folder is None else self._read(folder)
+        self.vae.requires_grad_(False)
         self.chunk = chunk
         self.channels = int(self.vae.config.latent_channels)
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.scaling = float(self.vae.config.scaling_factor)
+
+    @staticmethod
+    def _read(folder: Path) -> Any:
+        from diffusers import AutoencoderKL
+
+        config = read_json(Path(folder) / "config.json")
+        if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
+            kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
+            raise UserError(f"{folder} is not a diffusers autoencoder: expected _class_name AutoencoderKL, got {kind}")
+        try:
+            return AutoencoderKL.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+            )
+        except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"{folder} has no usable autoencoder ({reason}): copy the folder again") from None
 
     @property
     def visibility(self) -> Float[Tensor, " c"]:
@@ -164,12 +191,13 @@ class StableCodec(nn.Module):
 
     def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]:
         """Encode in chunks, so that memory does not grow with the clip."""
-        parts = [self.vae.encode(x * 2 - 1).latent_dist.mean for x in images.split(self.chunk)]
-        return torch.cat(parts) * self.scaling
+        inputs = (images * 2 - 1).to(self.vae.dtype).split(self.chunk)
+        return torch.cat([self.vae.encode(x).latent_dist.mean.to(images.dtype) for x in inputs]) * self.scaling
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]:
         """Decode in chunks to images in [0, 1]."""
-        parts = [self.vae.decode(z / self.scaling).sample for z in latents.split(self.chunk)]
+        inputs = (latents / self.scaling).to(self.vae.dtype).split(self.chunk)
+        parts = [self.vae.decode(z).sample.to(latents.dtype) for z in inputs]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     def save(self, folder: Path) -> None:
@@ -185,7 +213,7 @@ def load_codec(folder: Path) -> "PatchCodec | StableCodec":
         UserError: the folder holds neither a patch codec nor a diffusers AutoencoderKL, or a damaged one.
     """
     folder = Path(folder)
-    if (folder / "diffusion_pytorch_model.safetensors").exists():
+    if list(folder.glob("diffusion_pytorch_model*")):
         return StableCodec(folder)
     config, state = load_model(folder)
     if config.pop("kind", None) != "patch":

@@ -1,0 +1,63 @@
+"""Benchmarks count what is known by hand, and their rows have their keys."""
+
+import pytest
+import torch
+from torch.nn.functional import conv2d, linear, relu, scaled_dot_product_attention
+
+from geodiff4d.bench.count import count_memory, count_work
+from geodiff4d.bench.machine import Clock, Rates
+from geodiff4d.bench.unet import UnetBench, ladder, roofline_seconds
+
+
+def there(*shape: int) -> torch.Tensor:
+    return torch.empty(*shape, device="meta")
+
+
+def test_operations_are_counted_by_kind():
+    def run() -> None:
+        conv2d(there(2, 4, 8, 8), there(6, 4, 3, 3), padding=1)
+        linear(there(5, 7), there(3, 7), there(3))
+        q, k, v = there(2, 3, 10, 4), there(2, 3, 12, 4), there(2, 3, 12, 4)
+        assert scaled_dot_product_attention(q, k, v).shape == (2, 3, 10, 4)
+
+    work = count_work(run)
+    assert work.conv == 2 * 2 * 8 * 8 * 4 * 6 * 9
+    assert work.linear == 2 * 5 * 7 * 3
+    assert work.attention == 4 * 2 * 3 * 10 * 12 * 4 and work.largest == (2, 3, 10, 12, 4)
+    assert roofline_seconds(work, Rates(work.linear, work.conv, work.attention)) == pytest.approx(3)
+
+
+def test_memory_is_what_is_alive_at_once():
+    x = there(1000)
+
+    def run() -> torch.Tensor:
+        a = relu(x)
+        b = relu(a)
+        del a
+        c = b.view(10, 100)  # no memory of its own
+        return relu(c)
+
+    assert count_memory(run) == 2 * 4000
+    assert count_memory(lambda: x.add_(1)) == 0
+
+
+def test_each_rung_adds_one_measure():
+    for half, compiled in ((False, False), (True, True)):
+        rungs = [m for _, m in ladder(half, compiled)]
+        on = [sum(vars(m).values()) for m in rungs]
+        assert on == list(range(len(rungs))) and len(rungs) == 5 + half + compiled
+
+
+def test_clocks_take_the_median():
+    ticks = iter([0, 1, 1, 11, 11, 14])
+    assert Clock(torch.device("cpu"), 3, lambda: next(ticks)).seconds(lambda: None) == 3
+
+
+def test_the_unets_row_has_its_keys():
+    row = UnetBench("debug", threads=1, repeats=1).run()
+    for key in ("seconds_per_frame", "gflop_per_frame_step", "fraction_of_peak", "peak_memory_gb"):
+        assert row[key] > 0, key
+    assert row["baseline"]["seconds_per_frame"] > 0
+    assert row["rows"][0]["measure"] == "plain" and row["rows"][0]["gain_over_plain"] == 1
+    assert all(r["seconds_per_frame"] > 0 for r in row["rows"])
+    assert any(r["measure"].startswith("shortcut") for r in row["rows"])
