@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
+from geodiff4d.core import files
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
@@ -71,7 +73,7 @@ def test_failure_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("damage", ["no file", "not json", "no frames", "nan camera"])
+@pytest.mark.parametrize("damage", ["no file", "not json", "no frames", "nan camera", "mirrored camera"])
 def test_broken_clip_is_a_user_error(tmp_path, damage):
     write(tmp_path / "clip")
     path = tmp_path / "clip/transforms.json"
@@ -83,7 +85,8 @@ def test_broken_clip_is_a_user_error(tmp_path, damage):
     elif damage == "no frames":
         path.write_text(json.dumps({**meta, "frames": []}))
     else:
-        meta["frames"][0]["transform_matrix"][0][0] = float("nan")
+        row = meta["frames"][0]["transform_matrix"][0]
+        row[:] = [float("nan")] * 4 if damage == "nan camera" else [-x for x in row]
         path.write_text(json.dumps(meta))
     with pytest.raises(UserError):
         Clip(tmp_path / "clip")
@@ -102,3 +105,23 @@ def test_another_heads_parameters_are_refused(tmp_path, recorded, fit, misfit):
     clip.require_head(fit)
     with pytest.raises(UserError, match=f"was tracked with the head '{recorded}', expected '{misfit}'"):
         clip.require_head(misfit)
+
+
+@pytest.mark.parametrize("damage", ["cut", "objects", "other arrays", "no array", "bomb"])
+def test_damaged_parameters_are_a_user_error(tmp_path, damage, monkeypatch):
+    write(tmp_path / "clip")
+    path = tmp_path / "clip/flame_param/00001.npz"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:200])
+    elif damage == "objects":
+        np.savez(path, shape=np.array([{"a": 1}], dtype=object))
+    elif damage == "other arrays":
+        np.savez(path, shape=np.zeros(5), poses=np.zeros((1, 3)))
+    elif damage == "no array":
+        np.savez(path, **{k: np.array("x") for k in vars(params(0)) if k not in ("eyelids", "static_offset")})
+    else:
+        monkeypatch.setattr(files, "MAX_ARRAYS_BYTES", 10_000)
+        np.savez_compressed(path, shape=np.zeros(10_000))
+    with pytest.raises(UserError, match=r"00001\.npz") as caught:
+        Clip(tmp_path / "clip").params(1)
+    assert "\n" not in str(caught.value)

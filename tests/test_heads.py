@@ -174,6 +174,10 @@ def test_parameters_survive_a_file(tmp_path, head):
     assert back.without_expression().expr.abs().sum() == 0 and torch.equal(
         back.without_expression().rotation, p.rotation
     )
+    whole = (tmp_path / "p.npz").read_bytes()
+    (tmp_path / "p.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"p\.npz is damaged"):
+        HeadParams.load(tmp_path / "p.npz")
 
 
 def test_parameters_of_another_head_are_refused(head):

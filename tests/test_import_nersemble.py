@@ -197,7 +197,7 @@ def test_whose_parameters(data, show, tmp_path):
     assert Clip(folder).head_name == "openhead"
     report = Report()
     sources = nersemble.read(data / "nersemble", EVERYTHING, report)
-    other = replace(show.head, name="other", expr_basis=show.head.expr_basis[..., :10])
+    other = replace(show.head, name="other", expr_basis=show.head.expr_basis[..., :10], gaze=None)
     config = ImportConfig(joins=joins, head="other")
     with pytest.raises(
         UserError, match=r"not other's: expected 64 shape and 10 expression coefficients, got 64 and 52"

@@ -3,12 +3,15 @@
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +19,8 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 
 SHARD_BYTES = 15_000_000
+MAX_ARRAYS_BYTES = 256 * 1024**2
+"""What an .npz of a user's may unpack to; tracks of heads have some megabytes."""
 
 
 @contextmanager
@@ -50,6 +55,32 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error})") from None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read an .npz of plain arrays: nothing is unpickled, and sizes are looked at before anything is unpacked.
+
+    Raises:
+        UserError: missing, damaged, too large, or with objects in it.
+    """
+    path = Path(path)
+    try:
+        # A damaged archive would leave the file open, had numpy opened it.
+        with path.open("rb") as file:
+            with zipfile.ZipFile(file) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > MAX_ARRAYS_BYTES:
+                raise UserError(f"{path} unpacks to {size:,} bytes: at most {MAX_ARRAYS_BYTES:,} are read")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as data:
+                return {k: data[k] for k in data.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: expected an .npz file") from None
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is damaged or holds more than plain arrays ({reason})") from None
 
 
 @contextmanager

@@ -18,7 +18,6 @@ two eyelids are together (measured: 1.00 times their sum).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_arrays
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_axis_angle, rigid
 from geodiff4d.core.images import read_image
 from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, motion_of, padded, place
@@ -117,11 +117,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
 
 
 def _fit(path: Path) -> _Fit:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            values = {k: data[k] for k in data.files}
-    except (ValueError, OSError, EOFError, BadZipFile, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({str(error)[:100]}): expected CAP4D's fit.npz, plain arrays") from None
+    values = read_arrays(path)
     missing = [k for k in ("fx", "fy", "cx", "cy", "extr", "resolutions", "shape", "expr", "rot", "tra")
                if k not in values]  # fmt: skip
     if missing:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import OPENGL_FROM_OPENCV, Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, read_json, write_json
+from geodiff4d.core.files import fresh_folder, read_arrays, read_json, write_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
 from geodiff4d.heads.rig import HeadParams
@@ -73,7 +73,8 @@ class Clip:
         self.folder = Path(folder)
         if not (self.folder / "transforms.json").exists():
             raise UserError(
-                f"{self.folder} is not a clip: expected a folder with transforms.json (from track, synth or synthesize)"
+                f"{self.folder} is not a clip: expected a folder with transforms.json (from track, import, synth or "
+                "synthesize)"
             )
         meta = read_json(self.folder / "transforms.json")
         extra = meta.get("geodiff4d", {})
@@ -94,6 +95,9 @@ class Clip:
         T = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
         if T.shape != (4, 4) or not T.isfinite().all():
             raise ValueError("transform_matrix (expected a finite 4×4 matrix)")
+        determinant = float(torch.linalg.det(T[:3, :3]))
+        if abs(determinant - 1) > 0.03:
+            raise ValueError(f"transform_matrix (expected a rotation, its determinant is {determinant:.3g})")
         K = torch.tensor([[get("fl_x"), 0, get("cx")], [0, get("fl_y"), get("cy")], [0, 0, 1]], dtype=torch.float32)
         if not K.isfinite().all():
             raise ValueError("intrinsics (expected finite fl_x, fl_y, cx, cy)")
@@ -177,12 +181,18 @@ def write_params(path: Path, params: HeadParams) -> None:
 
 
 def read_params(path: Path) -> HeadParams:
-    """Read one timestep's head parameters as a clip (or VHAP) stores them, without batch axis."""
+    """Read one timestep's head parameters as a clip (or VHAP) stores them, without batch axis.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds something else.
+    """
     known = {f.name for f in fields(HeadParams)}
-    # A damaged archive would leave the file open, had numpy opened it.
-    with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as data:
-        arrays = {k: torch.from_numpy(data[k].astype(np.float32)) for k in data.files if k in known}
-    return HeadParams(**{k: v if k == "shape" else v[0] for k, v in arrays.items()})
+    arrays = {k: v for k, v in read_arrays(path).items() if k in known}
+    try:
+        tensors = {k: torch.from_numpy(v.astype(np.float32)) for k, v in arrays.items()}
+        return HeadParams(**{k: v if k == "shape" else v[0] for k, v in tensors.items()})
+    except (TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not head parameters ({error}): expected FLAME-named arrays, as in a clip") from None
 
 
 class ClipWriter:

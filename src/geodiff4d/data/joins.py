@@ -11,7 +11,6 @@ instead come from a DAViD network (`data.david`). Head parameters are a folder o
 Normals are camera-space, x right, y up, z toward the camera, n/2 + 0.5 in picture files; `axes_of` notices others.
 """
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,10 +121,7 @@ def params_of(joins: Joins, source: Source, timestep: int) -> HeadParams | None:
     path = joins.params / f"{timestep:05d}.npz" if joins.params else None
     if path is None or not path.is_file():
         return source.params(timestep)
-    try:
-        return read_params(path)
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not head parameters ({error}): expected FLAME-named arrays, as in a clip") from None
+    return read_params(path)
 
 
 def read_mask(path: Path) -> Float[Tensor, "1 height width"]:

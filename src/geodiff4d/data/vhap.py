@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import OPENGL_FROM_OPENCV, Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_arrays, read_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import composite, decode_normals, read_image
 from geodiff4d.data.clip import Clip, ClipWriter, read_params
@@ -208,12 +207,12 @@ def _params(path: Path | None, where: str, report: Report) -> HeadParams | None:
         return None
     try:
         params = read_params(path)
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            if "dynamic_offset" in data.files and np.abs(data["dynamic_offset"]).max() > 0:
-                report.warn("offsets of single frames (dynamic_offset) are left out", where)
-    except (ValueError, KeyError, TypeError, IndexError, OSError, EOFError, BadZipFile) as error:
-        report.warn(f"head parameters left out: damaged ({str(error)[:80]})", where)
+        moving = read_arrays(path).get("dynamic_offset", np.zeros(0))
+    except UserError as error:
+        report.warn(f"head parameters left out: {str(error).replace(str(path), 'file')[:120]}", where)
         return None
+    if moving.dtype.kind == "f" and np.abs(moving).max(initial=0) > 0:
+        report.warn("offsets of single frames (dynamic_offset) are left out", where)
     sizes = {"shape": SHAPES, "expr": EXPRESSIONS, "rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6,
              "translation": 3}  # fmt: skip
     values = [v for v in vars(params).values() if v is not None]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_arrays
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.topology import vertex_normals
 
@@ -86,10 +87,14 @@ class HeadParams:
 
     @staticmethod
     def load(path: Path) -> "HeadParams":
-        """Read what `save` wrote; unknown keys are ignored."""
+        """Read what `save` wrote; unknown keys are ignored.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         known = {x.name for x in fields(HeadParams)}
-        with np.load(path, allow_pickle=False) as data:
-            return HeadParams(**{k: torch.from_numpy(data[k].astype(np.float32)) for k in data.files if k in known})
+        data = {k: v for k, v in read_arrays(path).items() if k in known}
+        return HeadParams(**{k: torch.from_numpy(v.astype(np.float32)) for k, v in data.items()})
 
 
 @dataclass(frozen=True)
