@@ -75,7 +75,9 @@ def tracked(
     """
     source = Path(source)
     if source.is_dir():
-        return Clip(source)
+        clip = Clip(source)
+        clip.require_head(head.name)
+        return clip
     from geodiff4d.tracking.track import TrackConfig, track
 
     out = out or Path(tempfile.mkdtemp(prefix="geodiff4d-")) / "tracked"

@@ -27,6 +27,7 @@ class GenerationArgs:
     model: Path | None = None
     """Video model folder; by default the one that ships."""
     head: str = "openhead"
+    """openhead, your FLAME file (.pkl; docs/FLAME.md) or an .npz head; a tracked folder must be on it."""
     steps: int | None = None
     """Sampling steps; by default the preset's."""
     guidance: float | None = None
