@@ -289,7 +289,8 @@ def draw(model: VideoModel, batch: Batch, config: ImageTraining, index: int) -> 
     b, frames = batch.crops.shape[:2]
     steps = model.config.diffusion.steps
     t = ((steps - 0.01) * torch.rand(b, generator=g) ** config.timestep_power).long()
-    noise = model.diffusion.noise_like(batch.target[:, : len(model.config.domains)].cpu(), g)
+    # Drawn on the CPU, where every machine draws the same; only the shape of the target is needed.
+    noise = model.diffusion.noise_like(torch.empty(batch.target[:, : len(model.config.domains)].shape), g)
     dropped = torch.rand(b, frames, generator=g) < config.drop_expression
     kept = torch.rand(b, generator=g) >= config.drop_warp
     started = None
