@@ -9,11 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.geometry import axis_angle_to_matrix
-from geodiff4d.evaluate.tracking import aligned_error, evaluate_tracking, make_case
+from geodiff4d.evaluate.tracking import aligned_error, evaluate_tracking, make_case, score
 from geodiff4d.heads import load_head
 from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.embedded import EmbeddedDetector
+from geodiff4d.tracking.network import SHIPPED
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.track import TrackConfig
+from geodiff4d.tracking.track import TrackConfig, track_frames
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,12 @@ def test_failures_count_and_true_points_score_well(head, tmp_path, monkeypatch):
     assert s["vertex_mm"] < s["mean_head_mm"]
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["cases"]["knowing"][1] is None and (tmp_path / "knowing.png").exists()
+
+
+def test_the_shipped_network_tracks_a_render(head):
+    size = sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file())
+    assert size <= 4_000_000
+    case = make_case(1, "val", size=256)
+    tracked = track_frames([case.image], head, EmbeddedDetector(), TrackConfig(size=128), video=False)
+    s = score(case, tracked, head)
+    assert s.landmark_px < 6 and s.rotation_deg < 12 and s.mask_iou > 0.85 and s.normal_deg < 25

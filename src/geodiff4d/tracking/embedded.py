@@ -22,8 +22,13 @@ FINDER_SIDES = (192, 384, 768)
 """Longer side of the pictures that the finder sees; the last one is looked at only where the others show nobody."""
 FINDER_LOGIT, CANDIDATES = -2.5, 6
 """Every cell above that logit may be a head, and so many of the best are looked at: the looker is the judge."""
+FACE_LOGIT, DOUBT = 3.0, 0.045
+"""A crop shows a face if its logit is above, and if the points' median uncertainty over the head's side is below: where
+there is none, the points are anywhere."""
 WIDE, TIGHT = 1.75, 1.25
 """Side of the crops over the side of the points' box."""
+TIGHT_TRUST = 0.7
+"""Weight of the tight look's mask and normals where both looks see."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class EmbeddedDetector:
     """
 
     model: Perception = field(default_factory=load_perception)
-    threshold: float = 0.0
+    threshold: float = FACE_LOGIT
     """Logit above which a crop shows a face."""
+    doubt: float = DOUBT
+    """Uncertainty of the points above which it does not."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
@@ -71,11 +78,14 @@ class EmbeddedDetector:
         for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
             candidates = distinct([s for side in sides for s in self._find(image, side)])[:CANDIDATES]
             looked = [self._look(image, c, 1.5) for c in candidates]
-            faces = [square for square, look in looked if float(look.score) > self.threshold]
-            faces = distinct(faces)
+            faces = distinct([square for square, look in looked if self._sees_face(look)])
             if faces:
                 return sorted(faces, key=lambda s: -s.side)
         return []
+
+    def _sees_face(self, look: Look) -> bool:
+        _, side = head_box(look.points[0])
+        return float(look.score) > self.threshold and float(look.log_sigma[0].exp().median()) < self.doubt * float(side)
 
     def _find(self, image: Tensor, side: int) -> list[HeadSquare]:
         height, width = image.shape[1:]
@@ -111,12 +121,12 @@ class EmbeddedDetector:
 
     def _detection(self, image: Tensor, square: HeadSquare, faces: int) -> Detection | None:
         corrected, broad = self._look(image, square, WIDE)
-        if float(broad.score) < self.threshold:
+        if not self._sees_face(broad):
             return None
         after, look = self._look(image, corrected, TIGHT)
         tight = corrected.grown(TIGHT)
         points = tight.to_picture(look.points[0])
-        box, dense = _upright(broad.dense, square.grown(WIDE))
+        box, dense = _upright(broad.dense, square.grown(WIDE), look.dense, tight)
         return Detection(
             points, self.model.points.index, float(broad.score[0].sigmoid()),
             torch.cat([points.amin(0), points.amax(0)]), faces, dense[:1].half(),
@@ -126,16 +136,34 @@ class EmbeddedDetector:
         )  # fmt: skip
 
 
-def _upright(dense: Tensor, square: HeadSquare) -> tuple[tuple[float, float, float], Tensor]:
-    """Take a turned square's mask and normals to the picture's axes: (left, top, side), [4, size, size]."""
+def _upright(
+    wide: Tensor, square: HeadSquare, tight: Tensor, inner: HeadSquare
+) -> tuple[tuple[float, float, float], Tensor]:
+    """Take mask and normals of both looks to the picture's axes: (left, top, side), [4, size, size].
+
+    The tight look sees more of what it sees; the wide one goes on around it.
+    """
+    reach = float(abs(torch.tensor(square.roll).cos()) + abs(torch.tensor(square.roll).sin()))
+    box = (square.x - square.side * reach / 2, square.y - square.side * reach / 2, square.side * reach)
+    size = round(wide.shape[-1] * reach * square.side / inner.side)
+    out, _ = _placed(wide, square, box, size)
+    near, edge = _placed(tight, inner, box, size)
+    # Half from each, but at the tight look's border, where it knows as little of what is beside as the wide one's.
+    return box, torch.lerp(out, near, TIGHT_TRUST * ((1 - edge) * 5).clamp(0, 1))
+
+
+def _placed(
+    dense: Tensor, square: HeadSquare, box: tuple[float, float, float], size: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Resample a look's mask and normals to a box of the picture [4, size, size]; and how far out it is, 1 the edge."""
     mask, normal = dense[:, :1].sigmoid(), normalize(dense[:, 1:], dim=1, eps=1e-6)
-    reach = abs(torch.tensor(square.roll).cos()) + abs(torch.tensor(square.roll).sin())
-    bound, size = square.side * float(reach), round(dense.shape[-1] * float(reach))
-    theta = torch.cat([plane_turn(-square.roll) * bound / square.side, torch.zeros(2, 1)], 1)
+    R, ratio = plane_turn(-square.roll), box[2] / square.side
+    off = torch.tensor([box[0] + box[2] / 2 - square.x, box[1] + box[2] / 2 - square.y]) * 2 / square.side
+    theta = torch.cat([R * ratio, (R @ off)[:, None]], 1)
     grid = affine_grid(theta[None], [1, 4, size, size], align_corners=False)
     out = grid_sample(torch.cat([mask, normal * mask], 1), grid, padding_mode="zeros", align_corners=False)[0]
     turned = torch.cat([plane_turn(-square.roll) @ out[1:3].flatten(1), out[3:].flatten(1)]).view(3, size, size)
-    return (square.x - bound / 2, square.y - bound / 2, bound), torch.cat([out[:1], turned])
+    return torch.cat([out[:1], turned]), grid[0].abs().amax(-1)
 
 
 def _untilted(rotation: Float[Tensor, "3 3"], roll: float) -> Float[Tensor, "3 3"]:

@@ -19,6 +19,8 @@ TIGHT_SCALE, TIGHT_SHARE = 1.25, 0.6
 """The same of tight crops, which a first look has put right: upright and centred; and their share."""
 CLEAN_SHARE = 0.45
 """Crops that no bad camera spoils."""
+EMPTY_SHARE, AWAY_SHARE = 0.07, 0.07
+"""Crops from which the person is left out, and crops beside a head: shoulders, hair, a bit of a cheek."""
 FINDER_SIZE = 192
 
 
@@ -94,23 +96,23 @@ class Scenes:
         return (x * uniform(n, 0.5, 1.3, g)).clamp(0, 1)
 
     def crops(self, step: int, batch: int, size: int, augment: bool = True) -> Crops:
-        """Draw crops of heads, a seventh of them without one."""
+        """Draw crops of heads, a seventh of them without one: nobody there, or some other part of a person."""
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rng = np.random.default_rng((self.seed, step))
         rows = rng.integers(0, len(self.people), batch)
         image = self._source(rows)
         source = image.shape[-1]
         points, turn = (torch.from_numpy(x[rows]) for x in (self.people.points, self.people.turn))
-        theta, roll = _framed(points, turn, source, g)
+        away = torch.rand(batch, generator=g) < AWAY_SHARE
+        theta, roll = _framed(points, turn, source, away, g)
         cut = _cut(image, theta, size)
         rgb, normal, alpha = cut[:, :3], cut[:, 3:6], cut[:, 6:]
         normal = _turned(normal, roll)
         turn = _roll_matrix(roll) @ turn
         if augment:
             rgb = relight(rgb, normal / alpha.clamp(min=0.05), g)
-        # Crops without anybody: the person is left out.
-        face = 1 - chance(batch, 0.14, g)
-        rgb, normal, alpha = rgb * face, normal * face, alpha * face
+        there = 1 - chance(batch, EMPTY_SHARE, g)
+        rgb, normal, alpha = rgb * there, normal * there, alpha * there
         x = rgb + (1 - alpha) * self._behind(batch, size, g)
         clear = torch.ones_like(alpha)
         if augment:
@@ -122,7 +124,7 @@ class Scenes:
         )
         return Crops(
             x.contiguous(memory_format=torch.channels_last), placed / 2 + 0.5, half(alpha), half(normal), half(clear),
-            turn, torch.from_numpy(self.people.shape[rows])[:, : self.shapes], face.flatten(),
+            turn, torch.from_numpy(self.people.shape[rows])[:, : self.shapes], there.flatten() * ~away,
         )  # fmt: skip
 
     def _covered(self, x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -186,8 +188,10 @@ class Scenes:
         return rgb + (1 - a) * x
 
 
-def _framed(points: Tensor, turn: Tensor, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw crops of heads in pictures of a size: (theta as `_cut` takes it, roll [rad])."""
+def _framed(
+    points: Tensor, turn: Tensor, size: int, away: Bool[Tensor, " n"], g: torch.Generator
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw crops of heads, or beside them, in pictures of a size: (theta as `_cut` takes it, roll [rad])."""
     n = len(points)
     tight = torch.rand(n, generator=g) < TIGHT_SHARE
     low, high = (math.log(s) for s in HEAD_SCALE)
@@ -198,7 +202,11 @@ def _framed(points: Tensor, turn: Tensor, size: int, g: torch.Generator) -> tupl
     roll = torch.where(tight, upright + 0.07 * roll, 0.25 * roll)
     R = _roll_matrix(roll)[:, :2, :2]
     centre, side = head_box(points @ R)
-    centre = centre + shift * (side * torch.where(tight, 0.025, 0.06))[:, None]
+    shift = shift * torch.where(tight, 0.025, 0.06)[:, None]
+    # Beside a head: its centre is just outside the crop.
+    outside = scale / 2 + 0.1 + 0.5 * torch.rand(n, generator=g)
+    shift = torch.where(away[:, None], torch.nn.functional.normalize(shift, dim=1) * outside[:, None], shift)
+    centre = centre + shift * side[:, None]
     middle = torch.einsum("nij,nj->ni", R, centre) * 2 / size - 1
     return _similarity(side * scale / size, roll, middle), roll
 
