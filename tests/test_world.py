@@ -28,6 +28,7 @@ from geodiff4d.data.synthetic.growth import BEARD_SHELL, grow_beard
 from geodiff4d.data.synthetic.hair import KINDS, draw_style
 from geodiff4d.data.synthetic.mesh import assemble
 from geodiff4d.data.synthetic.seeds import generator
+from geodiff4d.data.synthetic.subject import plain_seed
 from geodiff4d.data.synthetic.traits import draw_traits
 from geodiff4d.data.synthetic.world import WORLD_VERSION, is_complete, write_world
 from geodiff4d.heads import load_head
@@ -205,6 +206,13 @@ def test_workers_write_what_one_process_writes(tmp_path, monkeypatch):
     list(write_world(tmp_path / "one", "val", [1], 1, 1, 16))
     for name in ("images/00000_08.png", "normals/00000_08.png", "flame_param/00000.npz"):
         assert (tmp_path / f"one/val_1/{name}").read_bytes() == (tmp_path / f"two/val_1/{name}").read_bytes()
+
+
+def test_plain_people_are_all_those_who_are_not_randomised():
+    seeds = [plain_seed(i, "val", 3) for i in range(6)]
+    assert seeds == sorted(set(seeds)) and seeds[0] >= 3
+    for seed in range(3, seeds[-1] + 1):
+        assert draw_traits(generator("subject", "val", seed, "traits")).randomised == (seed not in seeds)
 
 
 def test_people_are_varied():

@@ -38,6 +38,16 @@ class SyntheticFrames:
     """Foreground coverage in [0, 1], antialiased."""
 
 
+def plain_seed(index: int, split: Split, first: int = 0) -> int:
+    """Return the seed of the `index`-th person from `first` on who is not domain-randomised."""
+    seed = first - 1
+    for _ in range(index + 1):
+        seed += 1
+        while draw_traits(generator("subject", split, seed, "traits")).randomised:
+            seed += 1
+    return seed
+
+
 class SyntheticSubject:
     """One person: geometry, appearance, light and background, all fixed by (seed, split).
 
