@@ -58,6 +58,11 @@ def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
     assert "75 % of the samples" in capsys.readouterr().out
     assert mixed(arguments(tmp_path, b))[1] is None
     assert "no validation" in capsys.readouterr().out
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "store.json").write_text("{}")
+    (tmp_path / "t" / "track.json").write_text("{}")
+    with pytest.raises(UserError, match="holds tracks"):
+        mixed(arguments(tmp_path, tmp_path / "t"))
     with pytest.raises(UserError, match="twice"):
         mixed(arguments(tmp_path, b, b))
     with pytest.raises(UserError, match="importance has 3 numbers"):

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "import": ("geodiff4d.cli.imports", "read a data set or a tracker's result into clips"),
     "export": ("geodiff4d.cli.export", "write a clip on FLAME as VHAP does, for GaussianAvatars and others"),
-    "train": ("geodiff4d.cli.train", "train the codec, the image model or the perception network"),
+    "train": ("geodiff4d.cli.train", "train the codec, the video model (two stages) or the perception network"),
     "evaluate": ("geodiff4d.cli.evaluate", "measure tracking beside the truth of the open world"),
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),

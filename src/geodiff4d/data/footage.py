@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate as resized
 
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import decode_normals
 from geodiff4d.data.store import Store, carried_pixels
 
@@ -108,7 +109,14 @@ class StoreFootage:
     """A rendered store: independent instants, every view everywhere. `size` must be the store's or it is resampled."""
 
     def __init__(self, folder: Path):
+        """Open a store.
+
+        Raises:
+            UserError: it holds tracks, whose frames carry no texture.
+        """
         self.name, self.folder = str(folder), Path(folder)
+        if (self.folder / "track.json").exists():
+            raise UserError(f"{folder} holds tracks: expected single pictures; tracks are for `train video` alone")
         self._store: Store | None = None
         subjects, instants, views = self.store.config.shape
         whole, steps = np.ones((instants, views), bool), np.arange(instants)

@@ -111,6 +111,8 @@ def train_image(
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
+    if not accelerator.is_main_process:
+        progress = lambda *a: None  # noqa: E731
     with accelerator.main_process_first():
         folder = RunFolder(run, _Run(config, model_config))
     model = _build(model_config, codec, config, start).to(accelerator.device)
