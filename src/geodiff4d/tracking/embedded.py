@@ -6,7 +6,7 @@ head says where to cut, and the finder is asked again when the face is lost.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from jaxtyping import Float
@@ -77,7 +77,7 @@ class EmbeddedDetector:
         """Find all faces, the largest first."""
         for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
             candidates = distinct([s for side in sides for s in self._find(image, side)])[:CANDIDATES]
-            looked = [self._look(image, c, 1.5) for c in candidates]
+            looked = self._looks(image, candidates, 1.5)
             faces = distinct([square for square, look in looked if self._sees_face(look)])
             if faces:
                 return sorted(faces, key=lambda s: -s.side)
@@ -105,25 +105,20 @@ class EmbeddedDetector:
         roll = -torch.atan2(values[5], values[4])
         return [HeadSquare(*map(float, row)) for row in zip(x, y, sides, roll, values[0], strict=True)]
 
-    def _look(self, image: Tensor, square: HeadSquare, scale: float) -> tuple[HeadSquare, Look]:
-        """Look at a square, grown; returns the square again as the look corrects it."""
-        grown = square.grown(scale)
-        crop = cut_square(image, grown, self.model.config.size)
-        look = self.model.look(crop[None].contiguous(memory_format=torch.channels_last))
-        # The head's up axis, as seen, says how much it is tilted in the crop.
-        up = look.rotation[0, :2, 1]
-        tilt = float(torch.atan2(up[0], up[1]))
-        roll = square.roll + tilt
-        at = grown.to_picture(look.points[0])
-        centre, side = head_box(at @ plane_turn(roll))
-        x, y = (centre @ plane_turn(roll).mT).tolist()
-        return HeadSquare(x, y, float(side), roll, float(look.score)), look
+    def _looks(self, image: Tensor, squares: list[HeadSquare], scale: float) -> list[tuple[HeadSquare, Look]]:
+        """Look at squares, grown; returns each again as the look corrects it."""
+        if not squares:
+            return []
+        crops = torch.stack([cut_square(image, s.grown(scale), self.model.config.size) for s in squares])
+        looks = self.model.look(crops.contiguous(memory_format=torch.channels_last))
+        each = [Look(*(getattr(looks, f.name)[i : i + 1] for f in fields(Look))) for i in range(len(squares))]
+        return [(_corrected(s, scale, look), look) for s, look in zip(squares, each, strict=True)]
 
     def _detection(self, image: Tensor, square: HeadSquare, faces: int) -> Detection | None:
-        corrected, broad = self._look(image, square, WIDE)
+        [(corrected, broad)] = self._looks(image, [square], WIDE)
         if not self._sees_face(broad):
             return None
-        after, look = self._look(image, corrected, TIGHT)
+        [(after, look)] = self._looks(image, [corrected], TIGHT)
         tight = corrected.grown(TIGHT)
         points = tight.to_picture(look.points[0])
         box, dense = _upright(broad.dense, square.grown(WIDE), look.dense, tight)
@@ -134,6 +129,17 @@ class EmbeddedDetector:
             normal=dense[1:].half(), extent=box, square=after, turn=_untilted(look.rotation[0], tight.roll),
             shape=look.shape[0], markup=self.model.points,
         )  # fmt: skip
+
+
+def _corrected(square: HeadSquare, scale: float, look: Look) -> HeadSquare:
+    """Put a square right after a look at it, grown by `scale`."""
+    # The head's up axis, as seen, says how much it is tilted in the crop.
+    up = look.rotation[0, :2, 1]
+    roll = square.roll + float(torch.atan2(up[0], up[1]))
+    at = square.grown(scale).to_picture(look.points[0])
+    centre, side = head_box(at @ plane_turn(roll))
+    x, y = (centre @ plane_turn(roll).mT).tolist()
+    return HeadSquare(x, y, float(side), roll, float(look.score))
 
 
 def _upright(
