@@ -208,7 +208,7 @@ RECIPES = [
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
     bad("train video --preset debug", says="needs a stage-1 model"),
     bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),
-    bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere has nothing to train on"),
+    bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere is not a folder"),
     bad("train image --preset paper --data world", says="--preset paper needs --sd"),
     bad(f"animate {PEOPLE} --preset debug --model nowhere", says="nowhere is not a video model"),
     bad(f"synthesize {PEOPLE} {MODEL} --head nowhere.npz", says="no head at nowhere.npz"),

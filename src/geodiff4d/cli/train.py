@@ -12,9 +12,9 @@ class Args:
     """Options of `geodiff4d train`."""
 
     stage: Annotated[Literal["vae", "image", "video", "perception"], tyro.conf.Positional]
-    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: stage
-    2, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask, normals); of
-    the options below it knows preset, data, start, steps, workers and seed."""
+    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: its
+    second stage, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask,
+    normals); it knows preset, data, start, steps, workers and seed of the options below."""
     out: Path
     """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
@@ -31,8 +31,8 @@ class Args:
     vae: Path | None = None
     """Codec folder for the image stage; by default the one that ships."""
     start: Path | None = None
-    """Model folder whose weights to continue from (its optimiser starts afresh); another codec's are carried over. The
-    video stage starts from the shipped model by default."""
+    """Model folder whose weights to continue from (its optimiser starts afresh): by default the shipped one in the
+    video stage and none in the others. Another codec's weights are carried over."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "warp"], ...] = ()
