@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention
 
 ReferenceKV = tuple[Tensor, Tensor]
 """Keys and values of the reference at one attention site, each `[batch, tokens, channels]`."""
@@ -113,7 +113,10 @@ class Gate(nn.Module):
         self.proj = nn.Linear(c_in, 2 * c_out)
 
     def forward(self, x: Float[Tensor, "*n c_in"]) -> Float[Tensor, "*n c_out"]:
-        value, gate = self.proj(x).chunk(2, -1)
+        # As two products: halves of one are strided, and torch's gelu is slow on those (CPU, bf16: 22.7 ms in all
+        # against 8.4 at 16384 × 96).
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2), strict=True)
+        value, gate = (linear(x, weight, bias) for weight, bias in halves)
         return value * gelu(gate)
 
 
