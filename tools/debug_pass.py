@@ -46,6 +46,14 @@ def broken_picture(folder: Path) -> None:
     (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
 
 
+def photograph(folder: Path) -> None:
+    """Somebody before a background, large enough to be tracked."""
+    from geodiff4d.core.images import write_image
+    from geodiff4d.evaluate.tracking import make_case
+
+    write_image(folder / "me.png", make_case(1, "val", size=256).image)
+
+
 def cut_picture(folder: Path) -> None:
     """A clip whose first picture ends in the middle, as an interrupted copy would."""
     shutil.copytree(folder / "world/train_0", folder / "cut")
@@ -131,6 +139,17 @@ RECIPES = [
     Recipe(
         "train perception --preset debug --data people --workers 1 --out runs/perception",
         ("runs/perception/perception/model.safetensors", "people/val/people.json"),
+    ),
+    Recipe(
+        "track me.png --size 128 --out runs/me",
+        ("runs/me/transforms.json", "runs/me/overlay.png", "runs/me/normals/*.png"),
+        says="1 frame",
+        prepare=photograph,
+    ),
+    Recipe(
+        "evaluate tracking --count 1 --split val --size 128 --out runs/tracking",
+        ("runs/tracking/metrics.json", "runs/tracking/embedded.png"),
+        says="rotation_deg",
     ),
     Recipe(
         f"demo {MODEL} --out runs/demo",
