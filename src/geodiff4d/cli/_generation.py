@@ -33,6 +33,9 @@ class GenerationArgs:
     guidance: float | None = None
     """Classifier-free guidance on the expression; by default the preset's."""
     sampler: Literal["ddim", "unipc", "dpm++"] | None = None
+    memory: Literal["fast", "offload"] = "fast"
+    """offload: what a stage does not need waits in the host's memory, guidance takes two passes and frames are decoded
+    one by one."""
     seed: int = 0
 
 
@@ -69,4 +72,6 @@ def prepare(args: GenerationArgs, progress: "Track", limit: int | None = None, t
     crop = model.config.expression.size if model else DEFAULT_CROP
     driving = load_driving(tracked(args.driving, head, size, limit, progress), head, crop, limit, progress)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
+    if args.memory == "offload":
+        wanted |= {"offload": True, "together": False, "chunk": 1}
     return Job(p, head, model, portrait, driving, replace(p.sample, seed=args.seed, **wanted))

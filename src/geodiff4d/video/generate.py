@@ -16,6 +16,7 @@ from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize, render_normals
 from geodiff4d.render.warp import CompletedHead, complete, sample_completed
 from geodiff4d.video.detail import restore_detail
+from geodiff4d.video.memory import alone
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
 from geodiff4d.video.sample import SampleConfig, sample
 from geodiff4d.video.windows import runs_of
@@ -141,18 +142,23 @@ def generate(
     own = condition_images(head, texture, HeadParams.stack([portrait.params]), Camera.stack([portrait.camera]))
     own_pose = model.pose_planes(own.pose)
     image_latent = model.codec.encode(portrait.on_grey[None])
-    kv = model.reference_kv(image_latent, own_pose[:, :, 0])
+    words = model.words(portrait.on_grey[None])
+    kv = model.reference_kv(image_latent, own_pose[:, :, 0], words)
 
-    latents = _encode(model, crops.to(device))
+    latents = model.encode_expressions(crops.to(device))
     null = torch.zeros_like(latents)
     start = None
-    if config.start != "noise":
-        start = _start(model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, config)
+    # A schedule that ends in plain noise shows nothing of its start.
+    if config.start != "noise" and not model.config.diffusion.zero_terminal:
+        start = _start(
+            model, head, portrait, image_latent, model.conditions(own, pose_planes=own_pose), kv, words, config
+        )
     driven = null if drop_expression else latents
     moved = moved_by(model, head, params, driven)
     conditions = _conditions(model, head, texture, params, cameras, moved, config.chunk)
-    z = sample(model, conditions, driven, kv, start, config, progress, runs_of(cameras))
-    images = _decode(model, z, head, texture, params, cameras, moved, config)
+    z = sample(model, conditions, driven, kv, start, config, progress, runs_of(cameras), words)
+    with alone(model, "codec", offload=config.offload):
+        images = _decode(model, z, head, texture, params, cameras, moved, config)
     rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
     if not model.config.normals:
         mask = torch.ones_like(rgb[:, :1])
@@ -174,10 +180,6 @@ def foreground(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) ->
     side = 2 * round(gap * normals.shape[-1]) + 1
     grown = max_pool2d(mask, side, 1, side // 2)
     return -max_pool2d(-grown, side, 1, side // 2)
-
-
-def _encode(model: VideoModel, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
-    return torch.cat([model.expression(part) for part in crops.split(64)])[None]
 
 
 def _conditions(
@@ -231,6 +233,7 @@ def _start(
     image_latent: Tensor,
     conditions: Conditions,
     kv: list,
+    words: Tensor | None,
     config: SampleConfig,
 ) -> Float[Tensor, "1 d c h w"]:
     """Latents of the reference image and its normals, the clean part of the first noisy latent (S-A.1)."""
@@ -240,6 +243,8 @@ def _start(
         normal = model.codec.encode(encode_normals(portrait.normal, portrait.mask)[None].to(image_latent))
     else:
         crop = driving_crop(portrait.on_grey, head, portrait.params, portrait.camera, model.config.expression.size)
-        alone = replace(config, start="noise")
-        normal = sample(model, conditions, _encode(model, crop[None]), kv, None, alone)[:, 1, :, 0]
+        plain = replace(config, start="noise")
+        normal = sample(model, conditions, model.encode_expressions(crop[None]), kv, None, plain, words=words)[
+            :, 1, :, 0
+        ]
     return torch.stack([image_latent, normal], 1)
