@@ -20,7 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera, pinhole
-from geodiff4d.core.geometry import matrix_to_quat, rigid
+from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_quat, rigid
+from geodiff4d.data.crops import head_region
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
@@ -73,6 +74,8 @@ def fit(
     pose = layout.fill(0.0, rotation=1.0, translation=1.0)
     pose_only = replace(everything, free_frame=pose, free_shared=torch.zeros_like(everything.free_shared))
     x = weak_perspective(small, layout, seen, K)
+    if seen.turn is not None:
+        seen = replace(seen, centre=head_centres(head, layout, x, K))
     x = minimise(Problem(small, layout, seen, K, config, pose_only), x, pose_only, steps=10, tolerance=1e-2)
     problem = Problem(small, layout, seen, K, config, everything)
     x = minimise(problem, x, everything, steps=config.steps, tolerance=config.tolerance)
@@ -116,6 +119,16 @@ def weak_perspective(head: Head, layout: Layout, seen: Observed, K: Float[Tensor
     frame[:, layout.slices["rotation"]], frame[:, layout.slices["translation"]] = rotation, translation
     fill_gaps(frame, seen.seen)
     return Unknowns(frame, torch.zeros(layout.shapes + 1, dtype=torch.float64))
+
+
+def head_centres(
+    head: Head, layout: Layout, x: Unknowns, K: Float[Tensor, "3 3"]
+) -> Float[Tensor, "frames 2"]:  # fmt: skip
+    """Project the middle of each frame's head, through which its first guess of the rotation is seen [px]."""
+    middle = head.template[head_region(head)].mean(0).double()
+    world = axis_angle_to_matrix(x.frame[:, layout.slices["rotation"]]) @ middle
+    cam = (world + x.frame[:, layout.slices["translation"]]) @ FRONT.double().T + camera_offset()
+    return cam[:, :2] / cam[:, 2:] * K[0, 0] + K[:2, 2]
 
 
 def fill_gaps(frame: Float[Tensor, "frames unknowns"], seen: Bool[Tensor, " frames"]) -> None:

@@ -34,7 +34,7 @@ class FitConfig:
     focal_sigma: float = 0.0
     """Relative uncertainty of the focal length; 0 keeps it as it is."""
     weighting: Weighting = Weighting()
-    turn_sigma_rad: float = 0.0
+    turn_sigma_rad: float = 0.03
     """How far the detector's first guess of the rotation may be off; 0 does not use it."""
     guess_sigma: float = 0.0
     """How far its first guess of the identity may be off; 0 does not use it."""
