@@ -105,13 +105,12 @@ PRESETS: dict[str, Preset] = {
         codec=CodecTraining(EMBEDDED_CODEC),
         image=ImageTraining(
             steps=4000, pairs=PairConfig(references=4, targets=6, moved=0.8), lr=5e-4, warm_start=600,
-            expression_lr=0.5,
-            timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
+            expression_lr=0.5, timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
         ),
         store=StoreConfig(subjects=600, instants=10, views=3),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
-        sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=6, detail=0.06),
+        sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=1, detail=0.05),
         views=8, frames=96,
         video=ImageTraining(
             steps=500, pairs=PairConfig(references=2, targets=16, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
