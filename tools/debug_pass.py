@@ -152,6 +152,11 @@ RECIPES = [
         says="rotation_deg",
     ),
     Recipe(
+        f"evaluate video {MODEL} --count 1 --out runs/video_figures",
+        ("runs/video_figures/metrics.json",),
+        says="expression_top3",
+    ),
+    Recipe(
         f"demo {MODEL} --out runs/demo",
         tuple(f"runs/demo/{name}" for name in ("report.html", "metrics.json", "generated.mp4", "avatar.mp4")),
     ),
