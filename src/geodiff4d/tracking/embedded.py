@@ -22,6 +22,8 @@ FINDER_SIDES = (192, 384, 768)
 """Longer side of the pictures that the finder sees; the last one is looked at only where the others show nobody."""
 FINDER_LOGIT, CANDIDATES = -2.5, 6
 """Every cell above that logit may be a head, and so many of the best are looked at: the looker is the judge."""
+LOOKS = 3
+"""How often candidates are looked at, each time as the last look corrects them, before there is no face among them."""
 FACE_LOGIT, DOUBT = 3.0, 0.045
 """A crop shows a face if its logit is above, and if the points' median uncertainty over the head's side is below: where
 there is none, the points are anywhere."""
@@ -77,10 +79,12 @@ class EmbeddedDetector:
         """Find all faces, the largest first."""
         for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
             candidates = distinct([s for side in sides for s in self._find(image, side)])[:CANDIDATES]
-            looked = self._looks(image, candidates, 1.5)
-            faces = distinct([square for square, look in looked if self._sees_face(look)])
-            if faces:
-                return sorted(faces, key=lambda s: -s.side)
+            for _ in range(LOOKS):
+                looked = self._looks(image, candidates, 1.5)
+                faces = distinct([square for square, look in looked if self._sees_face(look)])
+                if faces:
+                    return sorted(faces, key=lambda s: -s.side)
+                candidates = [square for square, _ in looked]
         return []
 
     def _sees_face(self, look: Look) -> bool:
