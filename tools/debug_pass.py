@@ -54,6 +54,20 @@ def photograph(folder: Path) -> None:
     write_image(folder / "me.png", make_case(1, "val", size=256).image)
 
 
+def film(folder: Path) -> None:
+    """The photograph ten times over, in a container that can be read while it is written."""
+    import av
+    from geodiff4d.core.images import read_image, to_uint8
+
+    picture = to_uint8(read_image(folder / "me.png"))
+    with av.open(str(folder / "me.ts"), "w", format="mpegts") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+        for _ in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
 def cut_picture(folder: Path) -> None:
     """A clip whose first picture ends in the middle, as an interrupted copy would."""
     shutil.copytree(folder / "world/train_0", folder / "cut")
@@ -177,6 +191,12 @@ RECIPES = [
         "fit runs/warp --preset debug --out runs/avatar", ("runs/avatar/avatar.safetensors", "runs/avatar/preview.png")
     ),
     Recipe("render runs/avatar --driving world/train_1 --out runs/avatar.mp4", ("runs/avatar.mp4",)),
+    Recipe(
+        "live me.ts --avatar runs/avatar --frames 8 --size 64 --out runs/live",
+        ("runs/live/live.mp4", "runs/live/params.npz"),
+        says="8 frames",
+        prepare=film,
+    ),
     Recipe("render runs/avatar --normals --frames 3 --camera front --out runs/normals.mp4", ("runs/normals.mp4",)),
     Recipe(
         f"reconstruct {PEOPLE} {MODEL} --out runs/one",
@@ -225,6 +245,7 @@ RECIPES = [
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png --detector mediapipe", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
+    bad("live nobody.ts --out bad/out", says="nobody.ts does not exist"),
     bad("track broken.png --out bad/out", says="broken.png", prepare=broken_picture),
     bad("track world --out bad/out", says="directory"),
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),

@@ -29,8 +29,13 @@ def driving_params(avatar: Avatar, clip: Clip, pose: Literal["fixed", "driver"] 
     Raises:
         UserError: the clip has no parameters, or another head's.
     """
-    n = len(clip.timesteps)
-    params = replace(read_sequence(clip, avatar.head), shape=avatar.shape.expand(n, -1), static_offset=None)
+    return retargeted(avatar, read_sequence(clip, avatar.head), pose)
+
+
+def retargeted(avatar: Avatar, driver: HeadParams, pose: Literal["fixed", "driver"] = "fixed") -> HeadParams:
+    """Give a driver's parameters [frames, …] the avatar's identity; `pose` is `driving_params`'s."""
+    n = driver.batch[0]
+    params = replace(driver, shape=avatar.shape.expand(n, -1), static_offset=None)
     if pose == "fixed":
         home = avatar.sequence[0]
         params = replace(params, rotation=home.rotation.expand(n, 3), translation=home.translation.expand(n, 3))

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "animate": ("geodiff4d.cli.animate", "animate a portrait by the video model alone"),
     "fit": ("geodiff4d.cli.fit", "fit an avatar to a clip"),
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
+    "live": ("geodiff4d.cli.live", "track a webcam or a growing video as it comes, and drive an avatar by it"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "import": ("geodiff4d.cli.imports", "read a data set or a tracker's result into clips"),
     "export": ("geodiff4d.cli.export", "write a clip on FLAME as VHAP does, for GaussianAvatars and others"),

@@ -1,0 +1,109 @@
+"""Track pictures as they come, from a webcam or a video that is still being written, and drive an avatar by them."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from geodiff4d.avatar.model import Avatar
+    from geodiff4d.heads import Head
+    from geodiff4d.heads.rig import HeadParams
+    from geodiff4d.tracking.live import LiveFrame
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d live`. It ends with its source, after --frames, or at Ctrl-C; what came so far is kept."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """Webcam (/dev/video0), or a video file that is being written (MPEG-TS, Matroska, WebM, fragmented MP4)."""
+    out: Path
+    """Folder for live.mp4 (the tracked head over the picture, and the avatar beside it) and params.npz."""
+    avatar: Path | None = None
+    """Avatar folder to drive; without it tracking alone is shown."""
+    head: str = "openhead"
+    """openhead, your FLAME file (.pkl; docs/FLAME.md) or an .npz head; with an avatar, the avatar's."""
+    frames: int | None = None
+    """Stop after so many tracked frames."""
+    size: int = 256
+    """Side of the panels [px]."""
+    fps: float = 24.0
+    """Rate that live.mp4 is played at."""
+
+
+def run(args: Args) -> None:
+    import time
+
+    from geodiff4d.avatar.model import Avatar
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.core.video import write_video
+    from geodiff4d.heads import load_head
+    from geodiff4d.heads.rig import HeadParams
+    from geodiff4d.tracking.live import live_frames, track_live
+
+    if args.frames is not None and args.frames < 1:
+        raise UserError(f"--frames is {args.frames}: expected at least 1")
+    if not 16 <= args.size <= 2048:
+        raise UserError(f"--size is {args.size}: expected 16 to 2048")
+    avatar = None if args.avatar is None else Avatar.load(args.avatar)
+    head = load_head(args.head) if avatar is None else avatar.head
+    tracked: list[HeadParams] = []
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    frames = _until_interrupted(track_live(live_frames(args.source), head), args.frames)
+    write_video(args.out / "live.mp4", _panels(frames, head, avatar, args.size, tracked), args.fps)
+    HeadParams.stack(tracked).save(args.out / "params.npz")
+    seconds = time.monotonic() - began
+    print(f"\n{args.out / 'live.mp4'}: {len(tracked)} frames in {seconds:.1f} s; params.npz beside it")
+
+
+def _until_interrupted(frames: "Iterator[LiveFrame]", limit: int | None) -> "Iterator[LiveFrame]":
+    """Pass frames on; Ctrl-C and the limit end the film as its source's end would."""
+    try:
+        for i, frame in enumerate(frames):
+            yield frame
+            if limit is not None and i + 1 >= limit:
+                return
+    except KeyboardInterrupt:
+        return
+
+
+def _panels(
+    frames: "Iterable[LiveFrame]", head: "Head", avatar: "Avatar | None", size: int, tracked: "list[HeadParams]"
+) -> "Iterator[Tensor]":
+    """Yield what each frame looks like, keep its parameters, and tell the speed."""
+    import sys
+    import time
+
+    import torch
+
+    from geodiff4d.avatar.drive import retargeted
+    from geodiff4d.core.images import encode_normals
+    from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
+    from geodiff4d.heads.rig import HeadParams
+    from geodiff4d.render.meshes import rasterize, render_normals
+
+    box, last = None, time.monotonic()
+    for frame in frames:
+        tracked.append(frame.params)
+        mesh = head.pose(HeadParams.stack([frame.params]))
+        box = box or canonical_crop_box(frame.camera, mesh.vertices[:, head_region(head)])
+        camera = frame.camera.cropped(*box, size)
+        normals, seen = render_normals(mesh, camera[None], rasterize(mesh.vertices, head.faces, camera[None]))
+        crop = crop_image(frame.image, box, size, fill=0.5)
+        over = torch.where(seen[0] > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen)[0], crop)
+        panels = [crop, over if frame.seen else crop]
+        if avatar is not None:
+            with torch.no_grad():
+                own = retargeted(avatar, HeadParams.stack([frame.params]))[0]
+                panels.append(avatar.render(own, avatar.camera.resized(size, size)).rgb.clamp(0, 1).cpu())
+        now = time.monotonic()
+        state = f"{frame.error_px:.1f} px off" if frame.seen else "no face"
+        print(f"\rframe {len(tracked)}: {state}, {1 / max(now - last, 1e-3):.1f} frames/s ", end="", file=sys.stderr)
+        last = now
+        yield torch.cat(panels, -1)
