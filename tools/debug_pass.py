@@ -57,6 +57,7 @@ def photograph(folder: Path) -> None:
 def film(folder: Path) -> None:
     """The photograph ten times over, in a container that can be read while it is written."""
     import av
+
     from geodiff4d.core.images import read_image, to_uint8
 
     picture = to_uint8(read_image(folder / "me.png"))

@@ -83,6 +83,7 @@ def _panels(
     import torch
 
     from geodiff4d.avatar.drive import retargeted
+    from geodiff4d.core.camera import Camera
     from geodiff4d.core.images import encode_normals
     from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
     from geodiff4d.heads.rig import HeadParams
@@ -93,8 +94,8 @@ def _panels(
         tracked.append(frame.params)
         mesh = head.pose(HeadParams.stack([frame.params]))
         box = box or canonical_crop_box(frame.camera, mesh.vertices[:, head_region(head)])
-        camera = frame.camera.cropped(*box, size)
-        normals, seen = render_normals(mesh, camera[None], rasterize(mesh.vertices, head.faces, camera[None]))
+        camera = Camera.stack([frame.camera.cropped(*box, size)])
+        normals, seen = render_normals(mesh, camera, rasterize(mesh.vertices, head.faces, camera))
         crop = crop_image(frame.image, box, size, fill=0.5)
         over = torch.where(seen[0] > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen)[0], crop)
         panels = [crop, over if frame.seen else crop]
