@@ -38,13 +38,14 @@ class Args:
 
 def run(args: Args) -> None:
     import time
+    from itertools import chain
 
     from geodiff4d.avatar.model import Avatar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.video import write_video
     from geodiff4d.heads import load_head
     from geodiff4d.heads.rig import HeadParams
-    from geodiff4d.tracking.live import live_frames, track_live
+    from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
@@ -53,10 +54,14 @@ def run(args: Args) -> None:
     avatar = None if args.avatar is None else Avatar.load(args.avatar)
     head = load_head(args.head) if avatar is None else avatar.head
     tracked: list[HeadParams] = []
-    args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     frames = _until_interrupted(track_live(live_frames(args.source), head), args.frames)
-    write_video(args.out / "live.mp4", _panels(frames, head, avatar, args.size, tracked), args.fps)
+    # Nothing is written before there is a face.
+    if (first := next(frames, None)) is None:
+        raise UserError(f"{args.source} ended without a face: expected one, large and for {LiveConfig().warmup} frames")
+    args.out.mkdir(parents=True, exist_ok=True)
+    panels = _panels(chain([first], frames), head, avatar, args.size, tracked)
+    write_video(args.out / "live.mp4", panels, args.fps)
     HeadParams.stack(tracked).save(args.out / "params.npz")
     seconds = time.monotonic() - began
     print(f"\n{args.out / 'live.mp4'}: {len(tracked)} frames in {seconds:.1f} s; params.npz beside it")
