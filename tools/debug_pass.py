@@ -246,9 +246,9 @@ RECIPES = [
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png --detector mediapipe", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
-    bad("live nobody.ts --out bad/out", says="nobody.ts does not exist"),
-    bad("track broken.png --out bad/out", says="broken.png", prepare=broken_picture),
-    bad("track world --out bad/out", says="directory"),
+    bad("live nobody.ts", says="nobody.ts does not exist"),
+    bad("track broken.png", says="broken.png", prepare=broken_picture),
+    bad("track world", says="directory"),
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
