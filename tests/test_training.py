@@ -138,6 +138,7 @@ def test_flicker_is_what_changes_otherwise_than_the_truth():
     jitter = torch.tensor([0.0, 0.1, 0.0, 0.1])[:, None, None, None]
     assert flicker(truth + jitter, truth, inside) == pytest.approx(25.5, rel=1e-4)
     assert flicker(truth + jitter * (1 - inside), truth, inside) == pytest.approx(0, abs=1e-4)
+    assert flicker(truth[:1].expand_as(truth), truth, inside) > 10, "a frozen film misses the motion"
 
 
 def test_some_clips_start_where_a_sampler_does(codec, clips):

@@ -110,17 +110,6 @@ def ssim(pred: Float[Tensor, "n 3 height width"], truth: Float[Tensor, "n 3 heig
     return torch.stack(values)
 
 
-def flicker(pred: Float[Tensor, "t 3 height width"], truth: Float[Tensor, "t 3 height width"],
-            mask: Float[Tensor, "t 1 height width"]) -> Float[Tensor, ""]:  # fmt: skip
-    """Mean |change from frame to frame that the truth does not have|, where both frames are foreground.
-
-    A constant error costs nothing; a frozen video pays for the motion it misses. Frames are consecutive, of one view.
-    """
-    change = (pred[1:] - pred[:-1]) - (truth[1:] - truth[:-1])
-    both = torch.minimum(mask[1:], mask[:-1])
-    return (change.abs() * both).sum() / (3 * both.sum()).clamp(min=1e-12)
-
-
 @dataclass(frozen=True, eq=False)
 class Truth:
     """The frames a pair is scored against."""

@@ -9,12 +9,12 @@ import torch
 
 from geodiff4d.core.files import write_json
 from geodiff4d.data.synthetic.seeds import Split
-from geodiff4d.evaluate.metrics import flicker, score
+from geodiff4d.evaluate.metrics import score
 from geodiff4d.evaluate.pairs import Pair, make_pair, track_pair, truth_frames
 from geodiff4d.evaluate.retrieval import expression_ranks, identity_ranks
 from geodiff4d.heads import Head
 from geodiff4d.pipeline import Track, animate, clip_cameras, still_head, unchanged
-from geodiff4d.video.flicker import without_temporal_modules
+from geodiff4d.video.flicker import flicker, without_temporal_modules
 from geodiff4d.video.generate import with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
@@ -77,8 +77,8 @@ def _film(pair: Pair, head: Head, model: VideoModel, sample: SampleConfig, windo
         found = score(truth, made.rgb, made.normal)
         return {
             f"psnr_fg{suffix}": found["psnr_fg"], f"psnr_face{suffix}": found["psnr_face"],
-            f"flicker{suffix}": 255 * flicker(made.rgb, truth.rgb, truth.mask).item(),
-            f"flicker_normal{suffix}": 255 * flicker(made.normal / 2, truth.normal / 2, truth.mask).item(),
+            f"flicker{suffix}": flicker(made.rgb, truth.rgb, truth.mask),
+            f"flicker_normal{suffix}": flicker(made.normal / 2, truth.normal / 2, truth.mask),
         }  # fmt: skip
 
     out = measure("")
