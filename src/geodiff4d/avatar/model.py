@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +33,17 @@ class AvatarFrame:
 
 
 @dataclass(frozen=True)
+class PosedSplats:
+    """An avatar's Gaussians in the world under one expression: all that rendering and export need to know."""
+
+    gaussians: Gaussians
+    colors: Float[Tensor, "n 3"]
+    """sRGB, 0 to 1."""
+    face_index: Int[Tensor, " n"]
+    """The head's face that each rides on."""
+
+
+@dataclass(frozen=True)
 class Avatar:
     """One person: Gaussians on a head, the identity they were fitted with, and the sequence they were fitted to.
 
@@ -52,14 +63,27 @@ class Avatar:
     """The clip's most frontal camera: the default view."""
     fps: float = 24.0
 
-    def gaussians(self, params: HeadParams) -> Gaussians:
-        """Pose the splats. Differentiable in the Gaussians and in the parameters (no batch axis)."""
-        mesh = self.head.pose(replace(params, shape=self.shape))
-        return bind(self.local, face_frames(mesh.vertices, mesh.faces))
+    def posed(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> PosedSplats:
+        """Pose the splats (no batch axis). Differentiable in the Gaussians and in the parameters.
 
-    def render(self, params: HeadParams, camera: Camera, background: float | Tensor = 0.5) -> AvatarFrame:
+        `tokens` are the frame's expression tokens, as the driver's encoder gives them; without, the avatar makes them
+        out of the parameters.
+        """
+        mesh = self.head.pose(replace(params, shape=self.shape))
+        splats = bind(self.local, face_frames(mesh.vertices, mesh.faces))
+        return PosedSplats(splats, self.local.color_logits.sigmoid(), self.local.face_index)
+
+    def gaussians(self, params: HeadParams) -> Gaussians:
+        """Pose the splats without their colours."""
+        return self.posed(params).gaussians
+
+    def render(
+        self, params: HeadParams, camera: Camera, background: float | Tensor = 0.5,
+        tokens: Float[Tensor, "tokens channels"] | None = None,
+    ) -> AvatarFrame:  # fmt: skip
         """Render RGB, normals and alpha in one pass; `background` is a grey level or an RGB triple."""
-        return render_splats(self.gaussians(params), self.local.color_logits.sigmoid(), camera, background)
+        posed = self.posed(params, tokens)
+        return render_splats(posed.gaussians, posed.colors, camera, background)
 
     def to(self, device: torch.device | str) -> "Avatar":
         moved = {name: getattr(self, name).to(device) for name in ("head", "local", "shape", "sequence", "camera")}
