@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from geodiff4d.core import camera as cameras
-from geodiff4d.core import files, geometry, images, topology, video
+from geodiff4d.core import files, geometry, images, packing, topology, video
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
 
@@ -445,6 +445,23 @@ def test_a_missing_shard_is_a_user_error(tmp_path, monkeypatch):
     (tmp_path / "m" / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="has 1 of 2 weight files"):
         files.load_model(tmp_path / "m")
+
+
+def test_packed_weights_are_off_by_half_a_step_and_unpacked_by_loading(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    rows = torch.tensor([1e-3, 1.0, 50.0, 0.0]).repeat(16)[:, None, None, None]
+    conv, norm = torch.randn(64, 16, 3, 3, generator=g) * rows, torch.randn(64, generator=g)
+    state = packing.packed({"conv.weight": conv, "norm.weight": norm})
+    assert state["conv.weight"].dtype == torch.int8 and state["norm.weight"].dtype == torch.float16
+    files.save_model(tmp_path / "m", {}, state)
+    _, loaded = files.load_model(tmp_path / "m")
+    assert sorted(loaded) == ["conv.weight", "norm.weight"]
+    half_step = conv.abs().amax((1, 2, 3), keepdim=True) / 254
+    assert ((loaded["conv.weight"] - conv).abs() <= half_step * 1.001).all()
+    # Packing again rounds to the same numbers: a model can be loaded and packed any number of times.
+    again = packing.packed(loaded)
+    assert torch.equal(again["conv.weight"], state["conv.weight"])
+    assert sum(t.numel() * t.element_size() for t in state.values()) < 0.3 * 4 * conv.numel()
 
 
 def test_a_missing_model_folder_is_a_user_error(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.packing import unpacked
 
 SHARD_BYTES = 15_000_000
 MAX_ARRAYS_BYTES = 256 * 1024**2
@@ -121,7 +122,7 @@ def save_model(folder: Path, config: Any, state: dict[str, Tensor]) -> None:
 
 
 def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a model folder: (config, tensors by name, as stored).
+    """Read a model folder: (config, tensors by name, as stored but for what is packed in eight bits).
 
     Raises:
         UserError: the folder, its config or its weights are missing or damaged.
@@ -142,4 +143,4 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state |= load_file(file)
     except SafetensorError as error:
         raise UserError(f"{folder} has damaged weights ({error}): copy the folder again") from None
-    return config, state
+    return config, unpacked(state)
