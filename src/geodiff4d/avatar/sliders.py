@@ -1,0 +1,98 @@
+"""From head expression to expression tokens: what moves an avatar where there is no picture to encode.
+
+Sliders, ARKit streams and clips of other trackers say how a face moves by head parameters; the avatar's networks want
+the video model's tokens. A ridge regression, fitted on the avatar's own clip, guesses them and stays within what the
+clip has shown.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.heads.rig import HeadParams
+
+BLOCKS = 5
+"""Held-out blocks: runs of consecutive timesteps, since neighbours are nearly the same picture."""
+STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
+"""Ridges tried, in units of a feature's variance summed over the rows."""
+FLAT = 1e-6
+"""A feature that varies less in the clip says nothing."""
+MINIMUM = 2 * BLOCKS
+
+
+@dataclass(frozen=True)
+class TokenRegressor:
+    """A linear map from expression, jaw, eyes and lids to tokens, clamped to the clip's range."""
+
+    weight: Float[Tensor, "features outputs"]
+    mean: Float[Tensor, " features"]
+    bias: Float[Tensor, " outputs"]
+    low: Float[Tensor, "tokens channels"]
+    high: Float[Tensor, "tokens channels"]
+    """The smallest and the largest value of each that the clip has."""
+
+    def __call__(self, params: HeadParams) -> Float[Tensor, "*batch tokens channels"]:
+        """Guess the tokens of each row of `params`."""
+        return self.clamp(((features(params) - self.mean) @ self.weight + self.bias).unflatten(-1, self.low.shape))
+
+    def clamp(self, tokens: Float[Tensor, "*batch tokens channels"]) -> Float[Tensor, "*batch tokens channels"]:
+        """Keep tokens within what the avatar was fitted with."""
+        return torch.minimum(torch.maximum(tokens, self.low), self.high)
+
+    def to(self, device: torch.device | str) -> "TokenRegressor":
+        return TokenRegressor(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def features(params: HeadParams) -> Float[Tensor, "*batch features"]:
+    """Everything expression-related, side by side; where the head stands is left out."""
+    parts = (params.expr, params.jaw_pose, params.eyes_pose, params.eyelids)
+    return torch.cat([p for p in parts if p is not None], -1)
+
+
+def fit_regressor(
+    params: HeadParams, tokens: Float[Tensor, "timesteps tokens channels"]
+) -> tuple[TokenRegressor, dict[str, float | int | None]]:
+    """Fit the map on a clip, a row per timestep, and say how well it does where it was not fitted.
+
+    Returns the map and `explained`, the share of the tokens' variance that it predicts on held-out blocks of timesteps
+    (1 is all, 0 no more than their mean), `rms`, its error there, and `timesteps`. Both errors are None for a clip too
+    short to hold anything out.
+    """
+    x, y = features(params).double(), tokens.flatten(1).double()
+    if len(x) < MINIMUM:
+        best, errors = STRENGTHS[-1], {"explained": None, "rms": None}
+    else:
+        losses = {s: _held_out(x, y, s) for s in STRENGTHS}
+        best = min(losses, key=lambda s: losses[s][0])
+        loss, spread = losses[best]
+        errors = {"explained": 1 - loss / max(spread, 1e-12), "rms": (loss / y.numel()) ** 0.5}
+    weight, mean, bias = _solve(x, y, best)
+    low, high = tokens.amin(0).float(), tokens.amax(0).float()
+    return TokenRegressor(weight.float(), mean.float(), bias.float(), low, high), {**errors, "timesteps": len(x)}
+
+
+def _held_out(x: Tensor, y: Tensor, strength: float) -> tuple[float, float]:
+    """Return the summed squared error over all held-out blocks, and that of the mean of the others."""
+    loss = spread = 0.0
+    for held in torch.arange(len(x)).tensor_split(BLOCKS):
+        rest = torch.ones(len(x), dtype=torch.bool)
+        rest[held] = False
+        weight, mean, bias = _solve(x[rest], y[rest], strength)
+        loss += float((y[held] - ((x[held] - mean) @ weight + bias)).square().sum())
+        spread += float((y[held] - bias).square().sum())
+    return loss, spread
+
+
+def _solve(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Solve the ridge regression with every feature in units of its own spread; returns (weight, mean, bias)."""
+    mean, bias = x.mean(0), y.mean(0)
+    spread = (x - mean).square().mean(0).sqrt()
+    known = spread > FLAT
+    weight = x.new_zeros(x.shape[1], y.shape[1])
+    if known.any():
+        scaled = (x - mean)[:, known] / spread[known]
+        gram = scaled.mT @ scaled / len(x) + strength / len(x) * torch.eye(int(known.sum()), dtype=x.dtype)
+        weight[known] = torch.linalg.solve(gram, scaled.mT @ (y - bias) / len(x)) / spread[known, None]
+    return weight, mean, bias
