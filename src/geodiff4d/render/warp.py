@@ -62,12 +62,13 @@ def carry(
     faces: Int[Tensor, "faces 3"],
     camera: Camera,
     mask: Float[Tensor, "*batch 1 height width"] | None = None,
+    facing: tuple[float, float] = FACING,
 ) -> Carried:
     """Find the place and visibility of the reference's vertices in its image.
 
-    A vertex is seen when it faces the camera (`FACING`), lies in the image and in its foreground `mask` if one is
-    given, and is not behind the nearest of the four pixels around it by more than `DEPTH_TOLERANCE_M`, plus what the
-    surface's slope adds over one pixel. Not differentiable in visibility.
+    A vertex is seen when it faces the camera (`facing`: cosines as `FACING`), lies in the image and in its foreground
+    `mask` if one is given, and is not behind the nearest of the four pixels around it by more than `DEPTH_TOLERANCE_M`,
+    plus what the surface's slope adds over one pixel. Not differentiable in visibility.
     """
     xy, z = camera.project(vertices)
     size = xy.new_tensor([camera.width, camera.height])
@@ -75,14 +76,14 @@ def carry(
     with torch.no_grad():
         to_camera = normalize(camera.position[..., None, :] - vertices, dim=-1)
         cosine = (vertex_normals(vertices, faces) * to_camera).sum(-1)
-        facing = ((cosine - FACING[0]) / (FACING[1] - FACING[0])).clamp(0, 1)
-        slope = (1 - cosine.square()).clamp(min=0).sqrt() / cosine.clamp(min=FACING[0])
+        fully = ((cosine - facing[0]) / (facing[1] - facing[0])).clamp(0, 1)
+        slope = (1 - cosine.square()).clamp(min=0).sqrt() / cosine.clamp(min=facing[0])
         pixel_m = z / camera.K[..., 0, 0, None]
         nearest = _nearest_depth(rasterize(vertices, faces, camera).depth, xy)
         seen = (z > 0) & (grid.abs() < 1).all(-1) & (z - nearest < DEPTH_TOLERANCE_M + pixel_m * slope)
-        visibility = facing * seen
+        visibility = fully * seen
         if mask is not None:
-            visibility = visibility * (_sample(mask, grid.unsqueeze(-2))[..., 0, :, 0] > 0.9)
+            visibility = visibility * (sample(mask, grid.unsqueeze(-2))[..., 0, :, 0] > 0.9)
     return Carried(grid.nan_to_num(), visibility.to(grid.dtype))
 
 
@@ -99,7 +100,7 @@ def warp(
     A pixel is visible only where all three corners of its face are; `warped` is zero where it is not.
     """
     grid, visibility = _spread(carried, fragments, faces)
-    return _sample(image, grid) * (visibility > 0), visibility
+    return sample(image, grid) * (visibility > 0), visibility
 
 
 def mirror_vertices(head: Head) -> Int[Tensor, " verts"]:
@@ -139,10 +140,10 @@ def complete(
     weight = own_weight + (1 - own_weight) * other_weight
     # What nobody saw continues the mean of both sides, so that the back of the head has no middle seam.
     mean = (own * own_weight + other * other_weight) / (own_weight + other_weight).clamp(min=1e-6)
-    hidden = _push_pull(mean * weight, weight)
+    hidden = push_pull(mean * weight, weight)
     # Light differs between the sides: hide the seam by what the two disagree by where both are seen, fading out.
     both = own_weight * other_weight
-    other = (other + _push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
+    other = (other + push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
     texture = own_weight * own + (weight - own_weight) * other + (1 - weight) * hidden
     for name, colour in UNSEEN_COLOURS.items():
         if name in head.regions:
@@ -178,7 +179,7 @@ def sample_completed(
     head = portrait.head
     batch = fragments.face_index.shape[:-2]
     uv = uv_map(fragments, head.uv, head.uv_faces).movedim(-3, -1) * 2 - 1
-    texture = _sample(portrait.texture.expand(*batch, -1, -1, -1), uv)
+    texture = sample(portrait.texture.expand(*batch, -1, -1, -1), uv)
     carried = Carried(portrait.carried.grid.expand(*batch, -1, -1), portrait.carried.visibility.expand(*batch, -1))
     own, visibility = warp(portrait.image.expand(*batch, -1, -1, -1), carried, fragments, head.faces)
     return texture + visibility * (own - texture), visibility
@@ -193,7 +194,7 @@ def _spread(
     return values[..., :2, :, :].movedim(-3, -1), values[..., 2:3, :, :] * whole
 
 
-def _sample(
+def sample(
     image: Float[Tensor, "*batch channels height width"], grid: Float[Tensor, "*batch rows columns 2"]
 ) -> Float[Tensor, "*batch channels rows columns"]:
     out = grid_sample(
@@ -220,7 +221,7 @@ def _nearest_depth(
     return torch.stack(values).amin(0)
 
 
-def _push_pull(
+def push_pull(
     premultiplied: Float[Tensor, "channels height width"], weight: Float[Tensor, "1 height width"], levels: int = 99
 ) -> Float[Tensor, "channels height width"]:
     """Fill holes smoothly: average down until nothing is empty, then let each level cover the coarser where it knows.
