@@ -43,7 +43,7 @@ class Film(Footage):
     def driving(self, take, view, instants, size):
         return self._pictures(view, instants, size)
 
-    def warped(self, reference, take, view, instants, size):
+    def warped(self, reference, take, view, instants, size, surroundings=False):
         return self._pictures(view, instants, size), torch.ones(len(instants), 2, size, size)
 
 

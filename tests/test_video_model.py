@@ -26,7 +26,7 @@ from geodiff4d.heads import load_head
 from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
-from geodiff4d.video.generate import Portrait, complete_portrait, condition_images, generate, moved_by
+from geodiff4d.video.generate import Portrait, condition_images, generate, lifted, moved_by
 from geodiff4d.video.model import (
     ConditionImages,
     Conditions,
@@ -462,7 +462,7 @@ def test_the_warped_portrait_moves_as_the_latents_say(codec):
     assert null.expr.abs().max() == 0 == null.jaw_pose.abs().max()
     g = torch.Generator().manual_seed(0)
     portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), views[0], head.neutral())
-    texture = complete_portrait(head, portrait)
+    texture = lifted(head, portrait, surroundings=False)
     still, open_mouth, same = (condition_images(head, texture, neutral, views, m) for m in (None, moved, null))
     assert torch.equal(still.pose, open_mouth.pose) and torch.equal(still.warp, same.warp)
     assert (still.warp - open_mouth.warp).abs().max() > 0.05

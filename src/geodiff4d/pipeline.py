@@ -18,8 +18,8 @@ from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, rig
 from geodiff4d.data.synthetic.world import chosen_views
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.render.warp import render_completed
-from geodiff4d.video.generate import Generated, Portrait, complete_portrait, driving_crop, generate, with_identity_of
+from geodiff4d.render.relief import render_lifted
+from geodiff4d.video.generate import Generated, Portrait, driving_crop, generate, lifted, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.sample import SampleConfig
 
@@ -202,12 +202,15 @@ def animate(
 def warp_frames(
     portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged
 ) -> Generated:
-    """Mesh warp as a generator (design §8): the portrait's texture on the tracked head, in the driver's expression."""
-    completed = complete_portrait(head, portrait)
-    parts = []
-    for i in progress(range(params.batch[0]), "warping"):
-        with torch.no_grad():
-            parts.append(render_completed(completed, head.pose(params[i : i + 1]), cameras[i : i + 1]))
+    """Mesh warp as a generator (design §8): the portrait's texture on the tracked head, in the driver's expression.
+
+    Hair and shoulders come along on a sheet (`render/relief.py`).
+    """
+    with torch.no_grad():
+        portrait_off = lifted(head, portrait, surroundings=True)
+        parts = []
+        for i in progress(range(params.batch[0]), "warping"):
+            parts.append(render_lifted(portrait_off, head.pose(params[i : i + 1]), cameras[i : i + 1]))
     rgb, normal, mask = (torch.cat([p[k] for p in parts]) for k in range(3))
     tokens = torch.zeros(len(rgb), 1, 1)
     return Generated(rgb, normal, mask, tokens)

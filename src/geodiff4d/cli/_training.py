@@ -91,7 +91,9 @@ def video(args: Args) -> None:
             stores = rendered_tracks(_world(args), p, like, args.workers)
             latents = _encoded(stores, first.codec, args.out)
         train, val = (
-            TrackBatches(stores[k], latents[k], pairs, seed, augment, config.weights, model.pose == "codec")
+            TrackBatches(
+                stores[k], latents[k], pairs, seed, augment, config.weights, model.pose == "codec", model.surroundings
+            )
             for k, seed, augment in (("train", args.seed, p.clip_augment), ("val", 1, None))
         )
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
@@ -152,7 +154,16 @@ def _store_batches(
         stores = rendered_stores(_world(args), p, args.workers)
         latents = _encoded(stores, codec, args.out)
     train, val = (
-        Batches(stores[k], latents[k], config.pairs, seed, augment, config.weights, model.pose == "codec")
+        Batches(
+            stores[k],
+            latents[k],
+            config.pairs,
+            seed,
+            augment,
+            config.weights,
+            model.pose == "codec",
+            model.surroundings,
+        )
         for k, seed, augment in (("train", args.seed, p.augment), ("val", 1, None))
     )
     return train, val
@@ -177,7 +188,8 @@ def _mixtures(
         drawn = MixtureConfig(
             targets="clip" if config.parts == "temporal" else "images", frames=pairs.targets, size=model.size,
             crop=model.expression.size, cross_view=pairs.cross_view, frontal_reference=pairs.frontal_reference,
-            warp=model.warp, augment=augment, importance=args.importance if weigh else (),
+            warp=model.warp, surroundings=model.surroundings, augment=augment,
+            importance=args.importance if weigh else (),
         )  # fmt: skip
         head = None if args.head is None else str(args.head)
         mixture = Mixture(folders, drawn, seed, head)

@@ -28,7 +28,7 @@ from geodiff4d.data.store import FOCUS_REGIONS
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
-from geodiff4d.render.warp import complete, sample_completed
+from geodiff4d.render.relief import lift_portrait
 
 REFERENCE_DEG = 60.0
 """A view this far from the face's front can still serve as the portrait."""
@@ -238,21 +238,19 @@ class ClipFootage:
         return torch.stack(cut)
 
     def warped(
-        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int
+        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int, surroundings: bool = False
     ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:
         head = self._head(take)
         (frame,), box, camera = self._cut(reference.take, reference.view, [reference.instant], size)
         image = _sampled(composite(frame.image, frame.mask), box, size, 0.5)
         mask = _sampled(frame.mask, box, size, 0.0)
-        vertices = head.pose(self._params(reference.take, [reference.instant])).vertices[0]
-        portrait = complete(head, image, vertices, camera[0], mask, size)
+        mesh = head.pose(self._params(reference.take, [reference.instant])[0])
+        portrait = lift_portrait(head, image, mask, mesh, camera[0], size, surroundings)
         box = self._box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
         cameras = self._cameras(take, view, instants).cropped(*box, size)
         still = head.pose(self._params(take, instants).without_expression())
         fragments = rasterize(still.vertices, still.faces, cameras)
-        rgb, visible = sample_completed(portrait, fragments)
-        inside = fragments.mask[:, None].float()
-        return rgb * inside + 0.5 * (1 - inside), torch.cat([visible, inside], 1)
+        return portrait.shown(fragments, still.T_world_joint, cameras)
 
 
 def _sampled(

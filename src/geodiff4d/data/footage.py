@@ -92,9 +92,12 @@ class Footage(Protocol):
         ...
 
     def warped(
-        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int
+        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int, surroundings: bool = False
     ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:
-        """Carry a reference to frames' expressionless heads: the picture; what the portrait shows, and the head."""
+        """Carry a reference to frames' expressionless heads: the picture; what the portrait shows, and the head.
+
+        With `surroundings`, hair and shoulders beside the mesh too.
+        """
         ...
 
 
@@ -156,12 +159,12 @@ class StoreFootage:
         return _at(self._rows("crop", take, view, instants), size)
 
     def warped(
-        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int
+        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int, surroundings: bool = False
     ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:
         n = len(instants)
         target = (np.full((1, n), take), np.array(instants)[None], np.full((1, n), view))
         ref = tuple(np.array([i]) for i in reference)
-        warp, visibility = carried_pixels(self.store, ref, target)
+        warp, visibility = carried_pixels(self.store, ref, target, surroundings=surroundings)
         return _at(warp[0].transpose(0, 1), size), _at(visibility[0].transpose(0, 1), size)
 
 

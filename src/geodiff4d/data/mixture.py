@@ -58,6 +58,8 @@ class MixtureConfig:
     """No source is drawn less often than this (or than evenly, where there are many)."""
     warp: bool = False
     """Decode the portrait carried to each target's pose as well."""
+    surroundings: bool = False
+    """With hair and shoulders around it."""
     augment: AugmentConfig | None = AugmentConfig()
     """Of driving crops, and of nothing else."""
 
@@ -217,7 +219,7 @@ class Mixture(Dataset):
             k: torch.cat([getattr(f, k) for f in decoded]) for k in ("rgb", "mask", "normal", "pose", "focus", "expr")
         }
         if c.warp:
-            carried = [footage.warped(s.reference, k.take, k.view, at, c.size) for k, at in targets]
+            carried = [footage.warped(s.reference, k.take, k.view, at, c.size, c.surroundings) for k, at in targets]
             out["warp"], out["visibility"] = (torch.cat([x[j] for x in carried]) for j in (0, 1))
         pad = torch.arange(c.frames).clamp(max=n - 1)
         padded = {k: v[pad] for k, v in out.items()}

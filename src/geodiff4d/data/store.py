@@ -29,8 +29,9 @@ from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhe
 from geodiff4d.data.synthetic.expressions import random_expression
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.world import WORLD_VERSION, SyntheticSubject, disturbed
-from geodiff4d.heads.rig import HeadParams
+from geodiff4d.heads.rig import HeadParams, PosedHead
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
+from geodiff4d.render.relief import CELL_PX, Relief, carry_relief, lift
 from geodiff4d.render.warp import complete
 
 FOCUS_REGIONS = ("lips", "mouth", "teeth", "tongue", "lids", "eyes", "brows")
@@ -66,12 +67,15 @@ class StoreConfig:
         """Shape and type of every array, by name."""
         n, half = self.shape, self.size // 2
         image = (*n, 3, self.size, self.size)
+        portraits, points = (*n[:2], self.reference_views), (self.size // CELL_PX) ** 2
         return {
             "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
             "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),
             "moved_face": ((*n, half, half), "i2"), "moved_bary": ((*n, 2, half, half), "u1"),
-            "carried": ((*n[:2], self.reference_views, verts, 3), "f2"),
-            "texture": ((*n[:2], self.reference_views, 3, self.texels, self.texels), "u1"),
+            "carried": ((*portraits, verts, 3), "f2"),
+            "texture": ((*portraits, 3, self.texels, self.texels), "u1"),
+            "relief": ((*portraits, 2, points, 3), "f2"), "follows": ((*portraits, points), "f2"),
+            "T_world_joint": ((*n[:2], 2, 4, 4), "f4"), "T_cam_world": ((*n, 4, 4), "f4"), "K": ((*n, 3, 3), "f4"),
             "crop": ((*n, 3, self.crop, self.crop), "u1"),
             "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
             "expr": ((*n[:2], 52), "f4"), "joints": ((*n[:2], 9), "f4"), "done": ((n[0],), "u1"),
@@ -97,6 +101,13 @@ class Store:
     moved_bary: np.ndarray
     carried: np.ndarray
     texture: np.ndarray
+    relief: np.ndarray
+    """Sheets of what surrounds the portraits' heads (`render/relief.py`), at rest."""
+    follows: np.ndarray
+    T_world_joint: np.ndarray
+    """Of the tracked head's root and neck."""
+    T_cam_world: np.ndarray
+    K: np.ndarray
     crop: np.ndarray
     cover: np.ndarray
     focus: np.ndarray
@@ -217,18 +228,24 @@ def _render_subject(folder: Path, s: int) -> None:
     for i in range(c.instants):
         cameras = draw_cameras(c, (c.seed * 100_000 + s) * 100 + i)
         cameras = canonical_crop(cameras, still.vertices[i][head_region()])
-        heads = posed.vertices[i], still.vertices[i], moved.vertices[i]
-        render_instant(store, s, i, subject, truth[i], *heads, cameras)
+        render_instant(store, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved.vertices[i], cameras)
     store.done[s] = 1
+
+
+def one_of(heads: PosedHead, i: int) -> PosedHead:
+    """Take one head out of a batch."""
+    return replace(heads, vertices=heads.vertices[i], T_world_joint=heads.T_world_joint[i])
 
 
 def render_instant(
     store: Store, s: int, i: int, subject: SyntheticSubject, truth: HeadParams,
-    posed: Float[Tensor, "verts 3"], still: Float[Tensor, "verts 3"], moved: Float[Tensor, "verts 3"], cameras: Camera,
+    posed: PosedHead, standing: PosedHead, moved: Float[Tensor, "verts 3"], cameras: Camera,
 ) -> None:  # fmt: skip
     """Render one instant from all its views and write the rows of the store."""
-    head, c = openhead(), store.config
+    head, c, still = openhead(), store.config, standing.vertices
     v = c.views
+    store.T_world_joint[s, i] = standing.T_world_joint[:2].numpy()
+    store.T_cam_world[s, i], store.K[s, i] = cameras.T_cam_world.numpy(), cameras.K.numpy()
     frames = subject.render(truth.map(lambda x: x.expand(v, *x.shape)), cameras, c.supersample)
     rgb = composite(frames.rgb, frames.mask)
     fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
@@ -256,10 +273,12 @@ def render_instant(
         box = face_crop_box(cameras[k].project(points)[0])
         store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))
     for k in range(c.reference_views):
-        portrait = complete(head, rgb[k], posed, cameras[k], frames.mask[k], c.texels)
+        portrait = complete(head, rgb[k], posed.vertices, cameras[k], frames.mask[k], c.texels)
         seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
         store.carried[s, i, k] = seen.half().numpy()
         store.texture[s, i, k] = u8(portrait.texture)
+        sheet = lift(head, posed, cameras[k], (frames.mask[k] > 0.5).float())
+        store.relief[s, i, k], store.follows[s, i, k] = sheet.points.half().numpy(), sheet.follows.half().numpy()
 
 
 def _as_read(tracked: HeadParams, motion: HeadParams, seed: int) -> HeadParams:
@@ -283,14 +302,14 @@ def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
 
 
 def carried_pixels(
-    store: Store, ref: tuple, tgt: tuple, moved: Bool[np.ndarray, "b t"] | None = None
+    store: Store, ref: tuple, tgt: tuple, moved: Bool[np.ndarray, "b t"] | None = None, surroundings: bool = False
 ) -> tuple[Float[Tensor, "b 3 t size size"], Float[Tensor, "b 2 t size size"]]:
     """Carry references' pixels to their targets' heads; the texture fills what the portrait hides.
 
     `ref` indexes subject, instant and view, [b] each; `tgt` likewise, [b, t]. Heads are without expression, but where
     `moved` is set: there they move as the expression latent would say. Returns the picture, and what the
     portrait itself shows beside where the head is at all. Fragments are stored at half size: their coordinates are
-    resampled, not the colours.
+    resampled, not the colours. `surroundings` shows hair and shoulders around the head too.
     """
     size = store.config.size
     faces, uv_atlas, uv_faces = (torch.from_numpy(np.array(x)) for x in (store.faces, store.uv, store.uv_faces))
@@ -323,5 +342,23 @@ def carried_pixels(
     colour = colour + visible * (look(rgb, maps[:, :2]) - colour)
     mask = (maps[:, 6:] > 0.5).float()
     warp = colour * mask + 0.5 * (1 - mask)
+    if surroundings:
+        under, alpha = _surroundings(store, ref, tgt)
+        alpha = alpha * (1 - mask)
+        warp, visible = warp + alpha * (under - warp), visible + alpha
     split = "(b t) c h w -> b c t h w"
     return rearrange(warp, split, b=b), rearrange(torch.cat([visible, mask], 1), split, b=b)
+
+
+def _surroundings(
+    store: Store, ref: tuple, tgt: tuple
+) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 1 size size"]]:
+    """Carry what surrounds the references' heads to their targets: (rgb, alpha), a row for each target."""
+    t = tgt[0].shape[1]
+    size = store.config.size
+    normal = take(store.normal, ref, 255.0) * 2 - 1
+    picture = torch.cat([take(store.rgb, ref, 255.0), (normal.square().sum(1, keepdim=True) > 0.25).float()], 1)
+    sheet = Relief(*(take(x, ref).repeat_interleave(t, 0) for x in (store.relief, store.follows)))
+    joints = take(store.T_world_joint, tgt[:2]).flatten(0, 1)
+    cameras = Camera(take(store.T_cam_world, tgt).flatten(0, 1), take(store.K, tgt).flatten(0, 1), size, size)
+    return carry_relief(sheet, picture.repeat_interleave(t, 0), joints, cameras)

@@ -18,7 +18,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.pairs import PairConfig, Pairs
-from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, random_motion, render_instant
+from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, one_of, random_motion, render_instant
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead
 from geodiff4d.data.synthetic.expressions import TRACK_KINDS, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
@@ -134,15 +134,15 @@ def render_track(folder: Path, s: int) -> None:
         drifting = replace(drifting, **first)
     tracked = HeadParams.stack([*(drifting[i] for i in range(n)), *alone])
     head = openhead()
-    posed, still = head.pose(tracked).vertices, head.pose(tracked.without_expression()).vertices
+    posed, still = head.pose(tracked), head.pose(tracked.without_expression())
     moved = head.pose(_read_over_time(tracked, m, who)).vertices
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
-    standing = canonical_crop(draw_cameras(c, who * 100), still[:n][:, head_region()].flatten(0, 1))
+    standing = canonical_crop(draw_cameras(c, who * 100), still.vertices[:n][:, head_region()].flatten(0, 1))
     bare = TrackStore(folder, writable=True)
     bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
     for i in range(c.instants):
-        rows, cameras = (bare, standing) if i < n else (store, _portrait_cameras(c, who * 100 + i, still[i]))
-        render_instant(rows, s, i, subject, truth[i], posed[i], still[i], moved[i], cameras)
+        rows, cameras = (bare, standing) if i < n else (store, _portrait_cameras(c, who * 100 + i, still.vertices[i]))
+        render_instant(rows, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved[i], cameras)
     store.done[s] = 1
 
 

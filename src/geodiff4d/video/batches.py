@@ -102,11 +102,13 @@ class Batches:
     def __init__(
         self, store: Store, latents: np.ndarray, pairs: PairConfig, seed: int = 0,
         augment: AugmentConfig | None = AugmentConfig(), weights: WeightConfig = WeightConfig(),
-        encoded_pose: bool = True,
+        encoded_pose: bool = True, surroundings: bool = False,
     ):  # fmt: skip
-        """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2)."""
+        """`encoded_pose` gives pose maps as latents; off, they are resized to the latent grid (Sec. 3.2).
+        `surroundings` is the model's."""
         self.store, self.latents, self.pairs, self.seed = store, latents, pairs, seed
         self.augment, self.weights, self.encoded_pose = augment, weights, encoded_pose
+        self.surroundings = surroundings
 
     @property
     def targets(self) -> int:
@@ -120,7 +122,7 @@ class Batches:
         ref = (p.subject, p.reference[:, 0], p.reference[:, 1])
         tgt = (s, p.target[..., 0], p.target[..., 1])
         z_ref, z = take(self.latents, ref), take(self.latents, tgt)
-        warp, visibility = carried_pixels(self.store, ref, tgt, p.moved)
+        warp, visibility = carried_pixels(self.store, ref, tgt, p.moved, self.surroundings)
         crops = take(self.store.crop, (s, p.target[..., 0], p.driving_view), 255.0)
         if self.augment is not None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)

@@ -14,7 +14,7 @@ from geodiff4d.core.images import composite, decode_normals, encode_normals
 from geodiff4d.data.crops import crop_image, face_crop_box
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize, render_normals
-from geodiff4d.render.warp import CompletedHead, complete, sample_completed
+from geodiff4d.render.relief import LiftedPortrait, lift_portrait
 from geodiff4d.video.detail import restore_detail
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
@@ -76,14 +76,14 @@ def driving_crop(
     return crop_image(image, face_crop_box(camera.project(points)[0]), size)
 
 
-def complete_portrait(head: Head, portrait: Portrait) -> CompletedHead:
-    """Turn the portrait into a texture without holes, once for all targets."""
-    vertices = head.pose(portrait.params).vertices
-    return complete(head, portrait.on_grey, vertices, portrait.camera, portrait.mask, TEXELS)
+def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait:
+    """Lift the portrait off its picture, once for all targets."""
+    mesh = head.pose(portrait.params)
+    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings)
 
 
 def condition_images(
-    head: Head, portrait: CompletedHead, params: HeadParams, cameras: Camera, moved: HeadParams | None = None
+    head: Head, portrait: LiftedPortrait, params: HeadParams, cameras: Camera, moved: HeadParams | None = None
 ) -> ConditionImages:
     """Draw pose map, warped portrait and its visibility for every target frame.
 
@@ -92,16 +92,13 @@ def condition_images(
     still = head.pose(params.without_expression())
     fragments = rasterize(still.vertices, head.faces, cameras)
     normals, mask = render_normals(still, cameras, fragments)
-    shown = mask
     if moved is not None:
         fragments = rasterize(head.pose(moved).vertices, head.faces, cameras)
-        shown = (fragments.face_index >= 0)[:, None].float()
-    colour, visible = sample_completed(portrait, fragments)
-    warp = composite(colour, shown)
+    warp, visibility = portrait.shown(fragments, still.T_world_joint, cameras)
     to_clip = "t c h w -> 1 c t h w"
     return ConditionImages(
         rearrange(encode_normals(normals, mask), to_clip), rearrange(warp, to_clip),
-        rearrange(torch.cat([visible, shown], 1), to_clip),
+        rearrange(visibility, to_clip),
     )  # fmt: skip
 
 
@@ -138,7 +135,7 @@ def generate(
                        camera=portrait.camera.to(device), params=portrait.params.to(device),
                        normal=None if portrait.normal is None else portrait.normal.to(device))  # fmt: skip
     head, params, cameras = head.to(device), params.to(device), cameras.to(device)
-    texture = complete_portrait(head, portrait)
+    texture = lifted(head, portrait, model.config.surroundings)
     own = condition_images(head, texture, HeadParams.stack([portrait.params]), Camera.stack([portrait.camera]))
     own_pose = model.pose_planes(own.pose)
     image_latent = model.codec.encode(portrait.on_grey[None])
@@ -183,7 +180,7 @@ def foreground(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) ->
 
 
 def _conditions(
-    model: VideoModel, head: Head, texture: CompletedHead, params: HeadParams, cameras: Camera,
+    model: VideoModel, head: Head, texture: LiftedPortrait, params: HeadParams, cameras: Camera,
     moved: HeadParams | None, chunk: int,
 ) -> Conditions:  # fmt: skip
     """Draw and encode the conditions chunk by chunk, so that full-size images never exist for the whole clip."""
@@ -199,7 +196,7 @@ def _decode(
     model: VideoModel,
     z: Tensor,
     head: Head,
-    texture: CompletedHead,
+    texture: LiftedPortrait,
     params: HeadParams,
     cameras: Camera,
     moved: HeadParams | None,

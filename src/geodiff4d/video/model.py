@@ -38,6 +38,8 @@ class VideoModelConfig:
     """How the pose map reaches the latent grid: resized (Sec. 3.2) or encoded like an image (embedded)."""
     warp: bool = False
     """Give the denoiser the portrait carried to the target pose (ours, beyond the paper)."""
+    surroundings: bool = False
+    """Let the carried portrait show hair and shoulders beside the head's mesh (`render/relief.py`)."""
     joint_attention: bool = True
     """Whether the domains attend to each other (Table 2, "w/o domain attn.")."""
     normals: bool = True

@@ -1,0 +1,185 @@
+"""What a portrait shows beside the head's mesh (hair, shoulders), lifted to a sheet and carried into other views.
+
+The mesh knows no hair. The sheet continues its outline: a grid over the portrait takes the mesh's depth where there is
+a mesh and, outside, the depth of the nearest outline, and every point follows the joints that the nearest outline
+follows. Seen from the portrait's own view it reproduces the portrait; turned away from it, it foreshortens as a
+cardboard would, and what lies behind it stays unknown. Beyond the paper; measured in docs/LOG.md.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import grid_sample, max_pool2d
+from torch.nn.functional import interpolate as resize
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.geometry import transform
+from geodiff4d.core.images import composite
+from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
+from geodiff4d.render.warp import CompletedHead, complete, push_pull, sample_completed
+
+CELL_PX = 4
+"""Pixels of the portrait per cell of the sheet."""
+OUTLINE_CELLS = 2
+"""How far in from the mesh's outline the depth that its surroundings continue is taken from."""
+
+
+@dataclass(frozen=True)
+class Relief:
+    """A sheet of `rows × columns` points over a portrait, at rest."""
+
+    points: Float[Tensor, "*batch 2 points 3"]
+    """As the root has them, then as the neck does, both in the head's rest pose [m]; row by row."""
+    follows: Float[Tensor, "*batch points"]
+    """How much a point follows the neck (and what hangs on it), 0 to 1; −1 where the portrait shows nothing."""
+
+    def pose(self, T_world_joint: Float[Tensor, "*batch joints 4 4"]) -> Float[Tensor, "*batch points 3"]:
+        """Move the sheet with a head of the same shape; points that show nothing are NaN."""
+        root, neck = (transform(T_world_joint[..., k, :, :], self.points[..., k, :, :]) for k in (0, 1))
+        share = torch.where(self.follows < 0, torch.nan, self.follows)[..., None]
+        return root + share * (neck - root)
+
+
+def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 height width"]) -> Relief:
+    """Lift one portrait's foreground off its picture.
+
+    Args:
+        mesh: the tracked head, without a batch axis.
+        mask: the portrait's foreground.
+    """
+    rows, columns = mask.shape[-2] // CELL_PX, mask.shape[-1] // CELL_PX
+    small = camera.resized(columns, rows)
+    fragments = rasterize(mesh.vertices, mesh.faces, small)
+    inside = fragments.mask[None].float()
+    hangs = interpolate(fragments, mesh.faces, head.skin_weights[:, 1:].sum(1, keepdim=True))
+    known = torch.cat([torch.where(inside > 0, fragments.depth, 0.0), hangs]) * inside
+    # The outline lies halfway through the head; the face before it would pull its surroundings to the front.
+    side = 2 * OUTLINE_CELLS + 1
+    edge = inside * max_pool2d(1 - inside[None], side, 1, OUTLINE_CELLS)[0]
+    filled = known + (1 - inside) * push_pull(known * edge, edge)
+    depth, follows = filled[0].flatten(), filled[1].flatten().clamp(0, 1)
+    world = _unproject(_centres(rows, columns, mask.device), depth, small)
+    rest = torch.stack([transform(mesh.T_world_joint[k].inverse(), world) for k in (0, 1)])
+    # One cell more than the foreground, so that its soft border is the mask's and not the grid's.
+    shown = max_pool2d(resize(mask[None], (rows, columns), mode="area"), 3, 1, 1)[0].flatten() > 0.1
+    return Relief(rest, torch.where(shown & bool(inside.any()), follows, -1.0))
+
+
+def carry_relief(
+    relief: Relief,
+    picture: Float[Tensor, "*batch 4 height width"],
+    T_world_joint: Float[Tensor, "*batch joints 4 4"],
+    camera: Camera,
+    coarse: int = 2,
+) -> tuple[Float[Tensor, "*batch 3 target_height target_width"], Float[Tensor, "*batch 1 target_height target_width"]]:
+    """Show the sheet in other views: (rgb, alpha), rgb not multiplied by alpha.
+
+    Args:
+        picture: the portrait and its mask.
+        camera: the target views; the sheet is drawn at `1 / coarse` of their size and its coordinates resampled.
+    """
+    height, width = picture.shape[-2] // CELL_PX, picture.shape[-1] // CELL_PX
+    target = camera.resized(camera.width // coarse, camera.height // coarse)
+    faces = _faces(height, width, picture.device)
+    fragments = rasterize(relief.pose(T_world_joint), faces, target, cull_backfaces=False)
+    grid = _centres(height, width, picture.device) / picture.new_tensor([width, height]) * 2 - 1
+    ones = torch.ones_like(grid[:, :1])
+    maps = interpolate(fragments, faces, torch.cat([grid, ones], 1))
+    batch = maps.shape[:-3]
+    maps = resize(maps.flatten(0, -4) if batch else maps[None], (camera.height, camera.width), mode="bilinear")
+    inside = maps[:, 2:].clamp(min=1e-3)
+    flat = picture.expand(*batch, *picture.shape[-3:]).reshape(-1, *picture.shape[-3:])
+    look = grid_sample(flat, (maps[:, :2] / inside).movedim(1, -1), padding_mode="border", align_corners=False)
+    alpha = look[:, 3:] * (maps[:, 2:] > 0.5)
+    return look[:, :3].view(*batch, 3, *look.shape[-2:]), alpha.view(*batch, 1, *look.shape[-2:])
+
+
+@dataclass(frozen=True)
+class LiftedPortrait:
+    """A portrait off its picture: the texture that the head's mesh carries, and what surrounds the head."""
+
+    head: CompletedHead
+    picture: Float[Tensor, "4 height width"]
+    """On grey, with its foreground as ones and zeros."""
+    relief: Relief | None = None
+
+    def shown(
+        self, fragments: Fragments, T_world_joint: Float[Tensor, "t joints 4 4"], cameras: Camera
+    ) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 2 height width"]]:
+        """Show the portrait in other poses and views, on grey.
+
+        Args:
+            fragments: of the portrait's head there.
+            T_world_joint: where its joints are.
+
+        Returns:
+            (rgb; what the portrait itself shows, beside where the head's mesh is).
+        """
+        colour, visible = sample_completed(self.head, fragments)
+        inside = fragments.mask[:, None].to(colour.dtype)
+        rgb = composite(colour, inside)
+        if self.relief is not None:
+            n = len(T_world_joint)
+            sheet = Relief(self.relief.points.expand(n, -1, -1, -1), self.relief.follows.expand(n, -1))
+            under, alpha = carry_relief(sheet, self.picture.expand(n, -1, -1, -1), T_world_joint, cameras)
+            alpha = alpha * (1 - inside)
+            rgb, visible = rgb + alpha * (under - rgb), visible + alpha
+        return rgb, torch.cat([visible, inside], 1)
+
+
+def lift_portrait(
+    head: Head, image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"], mesh: PosedHead,
+    camera: Camera, texels: int, surroundings: bool = True,
+) -> LiftedPortrait:  # fmt: skip
+    """Lift a portrait, on grey, off its picture, given its tracked head; with `surroundings`, beyond its mesh too."""
+    texture = complete(head, image, mesh.vertices, camera, mask, texels)
+    foreground = (mask > 0.5).to(image.dtype)
+    relief = lift(head, mesh, camera, foreground) if surroundings else None
+    return LiftedPortrait(texture, torch.cat([image, foreground]), relief)
+
+
+def render_lifted(
+    portrait: LiftedPortrait, mesh: PosedHead, cameras: Camera
+) -> tuple[
+    Float[Tensor, "t 3 height width"], Float[Tensor, "t 3 height width"], Float[Tensor, "t 1 height width"]
+]:  # fmt: skip
+    """Draw a lifted portrait in any pose, expression and view: (rgb on grey, camera-space normals, mask).
+
+    Beside the mesh, normals continue those of its outline.
+    """
+    fragments = rasterize(mesh.vertices, mesh.faces, cameras)
+    rgb, visibility = portrait.shown(fragments, mesh.T_world_joint, cameras)
+    normals, inside = render_normals(mesh, cameras, fragments)
+    mask = torch.maximum(inside, visibility[:, :1] * (1 - inside))
+    around = torch.stack([push_pull(n * m, m) for n, m in zip(normals, inside, strict=True)])
+    around = around * (around.square().sum(1, keepdim=True) + 1e-12).rsqrt()
+    return rgb, torch.where(inside > 0, normals, around * (mask > 0)), mask
+
+
+def _centres(rows: int, columns: int, device: torch.device) -> Float[Tensor, "points 2"]:
+    """Return x, y of the sheet's points in cells: their centres, but the outermost lie on the border."""
+    axes = []
+    for n in (rows, columns):
+        x = torch.arange(n, device=device) + 0.5
+        x[0], x[-1] = 0.0, float(n)
+        axes.append(x)
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def _faces(rows: int, columns: int, device: torch.device) -> Int[Tensor, "faces 3"]:
+    """Return two triangles for every square of neighbouring points."""
+    index = torch.arange(rows * columns, device=device).view(rows, columns)
+    a, b, c, d = index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]
+    return torch.cat([torch.stack([a, c, b], -1).view(-1, 3), torch.stack([b, c, d], -1).view(-1, 3)])
+
+
+def _unproject(
+    xy: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], camera: Camera
+) -> Float[Tensor, "points 3"]:
+    """Find the world points at pixel positions and camera depths."""
+    rays = torch.cat([xy, torch.ones_like(xy[:, :1])], 1) @ camera.K.inverse().mT
+    return transform(camera.T_cam_world.inverse(), rays * depth[:, None])
