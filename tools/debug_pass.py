@@ -82,6 +82,18 @@ def empty_clip(folder: Path) -> None:
     (folder / "empty/transforms.json").write_text(json.dumps(meta | {"frames": []}))
 
 
+def weights(folder: Path) -> None:
+    """A stream of expression weights, and one with a slip in its second line."""
+    (folder / "weights.jsonl").write_text('{"jawOpen": 0.2}\n{"jawOpen": 0.8, "eyeBlinkLeft": 1}\n')
+    (folder / "slip.jsonl").write_text('{"jawOpen": 0.2}\n{"jawOpne": 0.8}\n')
+
+
+def cut_compact(folder: Path) -> None:
+    """Half a compact avatar."""
+    whole = (folder / "exported.g4d").read_bytes()
+    (folder / "cut.g4d").write_bytes(whole[: len(whole) // 2])
+
+
 def data_sets(folder: Path) -> None:
     """Small data sets and tracks in the formats of the real ones, and their damaged twins (tests/mini_*.py)."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -122,9 +134,9 @@ def bad(line: str, says: str, prepare: Callable[[Path], None] | None = None) -> 
     return Recipe(f"{line} --out bad/out", says=says, code=2, absent=("bad/out", "bad/.*"), prepare=prepare)
 
 
-def bad_import(line: str, says: str) -> Recipe:
+def bad_import(line: str, says: str, prepare: Callable[[Path], None] | None = None) -> Recipe:
     """An import that must end in one line and leave nothing."""
-    return Recipe(line, says=says, code=2, absent=("bad/out", "bad/.*"))
+    return Recipe(line, says=says, code=2, absent=("bad/out", "bad/.*"), prepare=prepare)
 
 
 RECIPES = [
@@ -192,6 +204,15 @@ RECIPES = [
         "fit runs/warp --preset debug --out runs/avatar", ("runs/avatar/avatar.safetensors", "runs/avatar/preview.png")
     ),
     Recipe("render runs/avatar --driving world/train_1 --out runs/avatar.mp4", ("runs/avatar.mp4",)),
+    Recipe("render runs/avatar --driving weights.jsonl --out runs/weights.mp4", ("runs/weights.mp4",), prepare=weights),
+    Recipe("export runs/avatar exported.ply --set jawOpen=0.7 mouthSmileLeft=1", ("exported.ply",), says="Gaussians"),
+    Recipe(
+        "export runs/avatar exported_frames --to ply-sequence --driving weights.jsonl",
+        ("exported_frames/frame_00001.ply", "exported_frames/sequence.json"),
+    ),
+    Recipe("export runs/avatar exported.g4d --to compact", ("exported.g4d",), says="MB"),
+    Recipe("import compact exported.g4d imported/avatar", ("imported/avatar/avatar.safetensors",)),
+    Recipe("view exported.g4d --port 0 --size 64 --seconds 1", says="http://127.0.0.1:"),
     Recipe(
         "live me.ts --avatar runs/avatar --frames 8 --size 64 --out runs/live",
         ("runs/live/live.mp4", "runs/live/params.npz"),
@@ -234,6 +255,16 @@ RECIPES = [
     Recipe("import cap4d sets/cap4d imported/cap4d", says="give the same --head as before", code=2),
     Recipe("export imported/vhap exported --to vhap", ("exported/transforms.json", "exported/flame_param/00002.npz")),
     Recipe("import vhap exported imported/again", ("imported/again/images/00002_08.png",), says="6 frames"),
+    bad_import("export runs/avatar bad/out --to gaussian-avatars", says="needs FLAME with teeth"),
+    bad_import("import compact cut.g4d bad/out", says="truncated", prepare=cut_compact),
+    bad_import("import gaussian-avatars runs/avatar bad/out", says="needs --head"),
+    bad("render runs/avatar --driving slip.jsonl", says="bad/out is not a video"),
+    Recipe(
+        "render runs/avatar --driving slip.jsonl --out bad/out.mp4",
+        says="line 2: names 'jawOpne'",
+        code=2,
+        absent=("bad/out.mp4", "bad/.*"),
+    ),  # fmt: skip
     bad_import("export world/train_0 bad/out", says="VHAP's layout is FLAME's"),
     bad_import("import vhap sets/mirrored bad/out", says="mirrored"),
     bad_import("import pixel3dmm sets/pixel3dmm/tracking bad/out --head sets/models/flame2023.pkl", says="do not mix"),

@@ -1,16 +1,23 @@
-"""Drive an avatar by another clip's expressions and look at it from where you like."""
+"""Drive an avatar by somebody's performance and look at it from where you like.
+
+A performance is head parameters, a row per frame, with expression tokens where an encoder saw pictures. It comes from a
+clip or a tracked video (`performed`), from named weights (`held`), or line by line from a stream (`avatar.stream`).
+"""
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.frames import read_sequence
 from geodiff4d.avatar.model import Avatar, AvatarFrame
+from geodiff4d.avatar.relative import Rest, transferred, transferred_tokens
+from geodiff4d.avatar.sliders import TokenRegressor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
@@ -19,8 +26,88 @@ from geodiff4d.heads.rig import HeadParams
 
 ORBIT_DEG = 60.0
 
+Pose = Literal["fixed", "driver"]
 
-def driving_params(avatar: Avatar, clip: Clip, pose: Literal["fixed", "driver"] = "fixed") -> HeadParams:
+
+@dataclass(frozen=True)
+class Performance:
+    """What an avatar does: head parameters in its own identity, and expression tokens if there are any."""
+
+    params: HeadParams
+    """[frames, …]."""
+    tokens: Float[Tensor, "frames tokens channels"] | None = None
+    fps: float = 24.0
+
+    def __len__(self) -> int:
+        return self.params.batch[0]
+
+    def __getitem__(self, index: Tensor) -> "Performance":
+        return replace(self, params=self.params[index], tokens=None if self.tokens is None else self.tokens[index])
+
+    def turned(self, neck: Float[Tensor, "frames 3"]) -> "Performance":
+        """Turn the neck [rad] besides."""
+        return replace(self, params=replace(self.params, neck_pose=self.params.neck_pose + neck))
+
+    def looped(self, frames: int) -> "Performance":
+        """Repeat or cut it to so many frames."""
+        return self[torch.arange(frames) % len(self)]
+
+    def frame(self, index: int) -> tuple[HeadParams, Float[Tensor, "tokens channels"] | None]:
+        """Return what `Avatar.posed` takes."""
+        return self.params[index], None if self.tokens is None else self.tokens[index]
+
+
+def own_performance(avatar: Avatar) -> Performance:
+    """Return the sequence that the avatar was fitted to."""
+    return Performance(avatar.sequence, own_tokens(avatar), avatar.fps)
+
+
+def own_tokens(avatar: Avatar) -> Float[Tensor, "frames tokens channels"] | None:
+    """Return the tokens of that sequence, if its clip had any."""
+    return getattr(avatar, "tokens", None)
+
+
+def wants_tokens(avatar: Avatar) -> bool:
+    """Whether expression tokens change how the avatar looks: it was fitted to a generated clip, with networks."""
+    return regressor_of(avatar) is not None
+
+
+def regressor_of(avatar: Avatar) -> TokenRegressor | None:
+    """Return the avatar's map from parameters to tokens, if it has tokens at all."""
+    body = getattr(avatar, "parts", None)
+    return None if body is None or not body.networks() or body.code is None else body.code.regressor
+
+
+def own_rest(avatar: Avatar) -> Rest:
+    """Estimate how the avatar looks doing nothing, out of the sequence that it was fitted to."""
+    return Rest.of(avatar.head, avatar.sequence, own_tokens(avatar))
+
+
+def performed(
+    avatar: Avatar, driver: HeadParams, tokens: Float[Tensor, "frames tokens channels"] | None = None,
+    fps: float = 24.0, pose: Pose = "fixed", relative: bool = True,
+) -> Performance:  # fmt: skip
+    """Let the avatar do what a driver does [frames, …].
+
+    `relative` takes over how far expressions are from the driver's rest, not the rest itself (`avatar.relative`).
+    `pose` is `driving_params`'s.
+    """
+    if relative:
+        rest, own = Rest.of(avatar.head, driver, tokens), own_rest(avatar)
+        driver = transferred(avatar.head, driver, rest, own)
+        tokens = None if tokens is None else transferred_tokens(tokens, rest, own)
+    return Performance(retargeted(avatar, driver, pose), tokens, fps)
+
+
+def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24.0) -> Performance:
+    """Let the avatar's head, where it was fitted and at rest, show expressions by their weights."""
+    head = avatar.head
+    zero, own = Rest.of(head, head.neutral(1)), own_rest(avatar)
+    asked = replace(head.neutral(len(weights)), expr=weights)
+    return Performance(retargeted(avatar, transferred(head, asked, zero, own)), None, fps)
+
+
+def driving_params(avatar: Avatar, clip: Clip, pose: Pose = "fixed") -> HeadParams:
     """Return a clip's parameters with the avatar's identity, a row per timestep.
 
     `fixed` keeps the head where the avatar was fitted, turned only by the driver's neck: the driver's own place belongs
@@ -32,7 +119,7 @@ def driving_params(avatar: Avatar, clip: Clip, pose: Literal["fixed", "driver"] 
     return retargeted(avatar, read_sequence(clip, avatar.head), pose)
 
 
-def retargeted(avatar: Avatar, driver: HeadParams, pose: Literal["fixed", "driver"] = "fixed") -> HeadParams:
+def retargeted(avatar: Avatar, driver: HeadParams, pose: Pose = "fixed") -> HeadParams:
     """Give a driver's parameters [frames, …] the avatar's identity; `pose` is `driving_params`'s."""
     n = driver.batch[0]
     params = replace(driver, shape=avatar.shape.expand(n, -1), static_offset=None)
@@ -93,10 +180,12 @@ def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) ->
 
 
 @torch.no_grad()
-def render_sequence(avatar: Avatar, params: HeadParams, views: Iterable[Camera]) -> Iterator[AvatarFrame]:
-    """Render one frame per row of `params` and camera."""
+def render_sequence(avatar: Avatar, params: HeadParams | Performance, views: Iterable[Camera]) -> Iterator[AvatarFrame]:
+    """Render one frame per row of a performance, or of bare parameters, and camera."""
+    performance = params if isinstance(params, Performance) else Performance(params)
     for i, camera in enumerate(views):
-        yield avatar.render(params[i], camera.to(avatar.shape.device))
+        row, tokens = performance.frame(i)
+        yield avatar.render(row, camera.to(avatar.shape.device), tokens=tokens)
 
 
 def normal_image(frame: AvatarFrame) -> Tensor:

@@ -22,12 +22,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "animate": ("geodiff4d.cli.animate", "animate a portrait by the video model alone"),
     "fit": ("geodiff4d.cli.fit", "fit an avatar to a clip"),
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
+    "view": ("geodiff4d.cli.view", "look at an avatar in the browser, with sliders"),
     "live": ("geodiff4d.cli.live", "track a webcam or a growing video as it comes, and drive an avatar by it"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
-    "import": ("geodiff4d.cli.imports", "read a data set or a tracker's result into clips"),
-    "export": ("geodiff4d.cli.export", "write a clip on FLAME as VHAP does, for GaussianAvatars and others"),
+    "import": ("geodiff4d.cli.imports", "read data sets or trackers' results into clips, or avatars of others"),
+    "export": (
+        "geodiff4d.cli.export",
+        "write an avatar or a clip for other programs: 3DGS .ply and more",
+    ),
     "train": ("geodiff4d.cli.train", "train the codec, the video model (two stages) or the perception network"),
-    "evaluate": ("geodiff4d.cli.evaluate", "measure tracking beside the truth of the open world"),
+    "evaluate": (
+        "geodiff4d.cli.evaluate",
+        "the paper's protocols (self, cross, cross-view) and tracking, measured beside a truth",
+    ),
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
 }

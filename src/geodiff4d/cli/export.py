@@ -1,4 +1,4 @@
-"""Write a clip in another program's layout: vhap, the NeRF-style folder on FLAME that GaussianAvatars trains on."""
+"""Write an avatar or a clip for other programs: 3DGS .ply, GaussianAvatars, one small file, or VHAP's layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,34 +6,81 @@ from typing import Annotated, Literal
 
 import tyro
 
+from geodiff4d.cli._driving import DrivingArgs
+
 
 @dataclass(frozen=True)
-class Args:
-    """Options of `geodiff4d export`; docs/DATA.md says what is in the result."""
+class Args(DrivingArgs):
+    """Options of `geodiff4d export`; docs/AVATAR.md and docs/DATA.md say what is in the result."""
 
-    clip: Annotated[Path, tyro.conf.Positional]
-    """Clip folder with FLAME parameters, from import or track --head."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """Avatar folder from fit, or (for vhap) clip folder with FLAME parameters, from import or track --head."""
     out: Annotated[Path, tyro.conf.Positional]
-    """Folder to write; it must not exist."""
-    to: Literal["vhap"] = "vhap"
-    """What to write: vhap, as VHAP's export_as_nerf_dataset.py does."""
+    """File (ply, compact) or folder (the others) to write; it must not exist."""
+    to: Literal["ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
+    """ply: the avatar at one instant, for any splat viewer. ply-sequence: one such file a frame. gaussian-avatars: its
+    folder (FLAME). compact: everything in one small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it.
+    By default ply for an avatar and vhap for a clip."""
+    frame: int = 0
+    """Which frame of the performance ply shows."""
     background: float = 1.0
-    """Grey behind the person, 0 to 1; VHAP's own is white."""
+    """Grey behind the person in vhap's pictures, 0 to 1; VHAP's own is white."""
 
 
 def run(args: Args) -> None:
-    import sys
-
-    from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
-    from geodiff4d.data.clip import Clip
-    from geodiff4d.data.vhap import write_vhap
 
     if not 0 <= args.background <= 1:
         raise UserError(f"--background is {args.background:g}: expected 0 (black) to 1 (white)")
     if args.out.exists():
-        raise UserError(f"{args.out} exists: expected a new folder; choose another name, or delete it")
-    left = write_vhap(Clip(args.clip), args.out, args.background, progress.track)
+        raise UserError(f"{args.out} exists: expected a new name; choose another, or delete it")
+    is_clip = (args.source / "transforms.json").is_file()
+    to = args.to or ("vhap" if is_clip else "ply")
+    if is_clip != (to == "vhap"):
+        kind, expected = ("a clip", "an avatar's folder") if is_clip else ("no clip", "a folder with transforms.json")
+        raise UserError(f"{args.source} is {kind}: --to {to} expected {expected}")
+    suffix = {"ply": ".ply", "compact": ".g4d"}.get(to)
+    if suffix and args.out.suffix.lower() != suffix:
+        raise UserError(f"{args.out}: --to {to} writes one file, expected a name ending in {suffix}")
+    (_vhap if is_clip else _avatar)(args, to)
+
+
+def _avatar(args: Args, to: str) -> None:
+    from geodiff4d.avatar.compact import open_avatar, write_compact
+    from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars
+    from geodiff4d.avatar.export_ply import export_ply, export_sequence
+    from geodiff4d.cli import progress
+    from geodiff4d.cli._driving import performance
+    from geodiff4d.core.errors import UserError
+
+    if to == "compact":
+        if not args.source.is_dir():
+            raise UserError(f"{args.source} is not an avatar's folder: expected one, from fit")
+        size = write_compact(args.source, args.out)
+        print(f"{args.out}: {size / 1e6:.2f} MB; render, view and import compact read it")
+        return
+    avatar = open_avatar(args.source)
+    if to == "gaussian-avatars":
+        count = export_gaussian_avatars(avatar, args.out, args.source)
+        print(f"{args.out}: {len(avatar.local)} Gaussians, {count} timesteps, for GaussianAvatars")
+        return
+    show = performance(avatar, args)
+    if to == "ply":
+        count = export_ply(avatar, show, args.out, args.frame)
+        print(f"{args.out}: {count} Gaussians at frame {args.frame}")
+    else:
+        count = export_sequence(avatar, show, args.out, progress.track)
+        print(f"{args.out}: {len(show)} frames of {count} Gaussians")
+
+
+def _vhap(args: Args, to: str) -> None:
+    import sys
+
+    from geodiff4d.cli import progress
+    from geodiff4d.data.clip import Clip
+    from geodiff4d.data.vhap import write_vhap
+
+    left = write_vhap(Clip(args.source), args.out, args.background, progress.track)
     if left:
         print(f"warning: {len(left)} timesteps have no head parameters and were left out", file=sys.stderr)
     written = Clip(args.out)

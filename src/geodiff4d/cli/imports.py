@@ -1,4 +1,5 @@
-"""Import a data set or a tracker's result as clips: NeRSemble v2, RenderMe-360, SynthHuman, VHAP, Pixel3DMM, CAP4D."""
+"""Import data sets or trackers' results as clips (NeRSemble v2, RenderMe-360, SynthHuman, VHAP, Pixel3DMM, CAP4D), or
+avatars (GaussianAvatars, compact)."""
 
 import sys
 from dataclasses import dataclass
@@ -7,7 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-Dataset = Literal["nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d"]
+Dataset = Literal[
+    "nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d", "gaussian-avatars", "compact"
+]  # fmt: skip
 
 SHOWN_WARNINGS = 20
 
@@ -58,6 +61,9 @@ def run(args: Args) -> None:
         raise UserError(f"{args.src} does not exist: expected the folder or file of {args.dataset}; see docs/DATA.md")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
+    if args.dataset in ("gaussian-avatars", "compact"):
+        _avatar(args)
+        return
     choice = Choice(args.limit, args.every, args.cameras, args.only)
     if args.params is not None and args.head is None:
         raise UserError("--params needs --head: whose parameters are they? Pass your FLAME file, or openhead")
@@ -84,3 +90,23 @@ def run(args: Args) -> None:
         print(f"warning: {line}", file=sys.stderr)
     warned = f"; all {len(report)} warnings: {args.out}/import_report.json" if len(report) else ""
     print(f"look at {clips[0]}/sheet.png{warned}")
+
+
+def _avatar(args: Args) -> None:
+    """Read an avatar of another program, or a packed one of ours."""
+    from geodiff4d.avatar.compact import open_avatar, unpack
+    from geodiff4d.avatar.export_gaussian_avatars import import_gaussian_avatars
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.heads import load_head
+
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: expected a new name for the avatar; choose another, or delete it")
+    if args.dataset == "compact":
+        open_avatar(args.src)
+        unpack(args.src, args.out)
+        print(f"{args.out}: an avatar; render, view and export read it")
+        return
+    if args.head is None:
+        raise UserError("import gaussian-avatars needs --head: pass the FLAME file that the avatar was made with")
+    avatar = import_gaussian_avatars(args.src, load_head(args.head), args.out)
+    print(f"{args.out}: {len(avatar.local)} Gaussians on {avatar.head.name}, {avatar.sequence.batch[0]} timesteps")

@@ -1,0 +1,189 @@
+"""A small form of an avatar: one file with everything in it, quantised, for sending and for the web.
+
+A zip with `config.json`, `compact.json` (what each tensor was) and the numbers: per-Gaussian columns in 8 to 16 bits
+between their smallest and largest value, colours and opacities as 8-bit shares, matrices of networks in 8 bits with a
+scale per row. Whatever an avatar's folder holds is packed by these rules, so networks that come with newer avatars are
+carried too. Reading it gives an ordinary avatar; `geodiff4d import compact` writes that as a folder.
+"""
+
+import io
+import json
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, from_numpy
+
+from geodiff4d.avatar.model import Avatar
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_file, fresh_folder, read_arrays
+from geodiff4d.core.packing import SMALLEST, packed, unpacked
+
+FORMAT, VERSION = "geodiff4d compact avatar", 1
+SUFFIX = ".g4d"
+MAX_BYTES = 256 * 1024**2
+"""What a file may unpack to."""
+BITS = {"means": 14, "quats": 8, "log_scales": 8}
+"""Of per-Gaussian columns by name; others have 12."""
+OTHER_BITS = 12
+SEQUENCE_BITS = 16
+SHARES = 256
+FEW = 2
+"""Fewer rows are not worth a range."""
+TEXT = ("config.json", "metrics.json")
+
+
+def write_compact(folder: Path, path: Path) -> int:
+    """Pack an avatar's folder into one file, which appears whole or not at all; returns its bytes.
+
+    Raises:
+        UserError: the folder is not an avatar, or is damaged.
+    """
+    Avatar.load(folder)
+    members: dict[str, bytes] = {name: (folder / name).read_bytes() for name in TEXT if (folder / name).is_file()}
+    about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "tensors": {}, "arrays": {}}
+    for file in sorted(folder.glob("*.safetensors")):
+        state = load_file(file)
+        splats = {k: v for k, v in state.items() if "." not in k and len(v) == len(state.get("face_index", ()))}
+        for name, tensor in splats.items():
+            key = f"{file.name}/{name}"
+            about["tensors"][key], members[key] = _code(tensor.numpy(), BITS.get(name, OTHER_BITS), name)
+        others = {k: v for k, v in state.items() if k not in splats}
+        large = {k: v for k, v in others.items() if v.dim() > 1 and v.numel() >= SMALLEST and v.is_floating_point()}
+        for name, tensor in {**others, **packed(large)}.items():
+            key = f"{file.name}/{name}"
+            about["tensors"][key], members[key] = _raw(tensor.numpy())
+    for file in sorted(folder.glob("*.npz")):
+        for name, array in read_arrays(file).items():
+            key = f"{file.name}/{name}"
+            about["arrays"][key], members[key] = _code(array, SEQUENCE_BITS, "")
+    members["compact.json"] = json.dumps(about).encode()
+    with fresh_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return path.stat().st_size
+
+
+def unpack(path: Path, out: Path) -> None:
+    """Write the avatar's folder that a compact file holds; it appears whole or not at all.
+
+    Raises:
+        UserError: missing, truncated, too large, of a newer version, or not a compact avatar.
+    """
+    members = _members(path)
+    try:
+        about = json.loads(members["compact.json"])
+        if about["format"] != FORMAT:
+            raise KeyError("format")
+        if about["version"] > VERSION:
+            raise UserError(f"{path} is of a newer version ({about['version']}, expected {VERSION}): update geodiff4d")
+        with fresh_folder(out) as folder:
+            for name in TEXT:
+                if name in members:
+                    (folder / name).write_bytes(members[name])
+            for file, values in _files(about["tensors"], members).items():
+                tensors: dict[str, Tensor] = {k: from_numpy(v) for k, v in values.items()}
+                save_file(unpacked(tensors), folder / file)
+            for file, values in _files(about["arrays"], members).items():
+                arrays: dict[str, Any] = dict(values)
+                np.savez(folder / file, **arrays)
+    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not a compact avatar, or is damaged ({error}): export it again") from None
+
+
+def open_avatar(path: Path) -> Avatar:
+    """Load an avatar from its folder or its compact file.
+
+    Raises:
+        UserError: it is neither, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return Avatar.load(path)
+    with tempfile.TemporaryDirectory(prefix="geodiff4d-") as name:
+        unpack(path, Path(name) / "avatar")
+        return Avatar.load(Path(name) / "avatar")
+
+
+def _code(array: np.ndarray, bits: int, name: str) -> tuple[dict[str, Any], bytes]:
+    """Quantise numbers along the first axis; returns what it takes to read them, and their bytes."""
+    shape = {"shape": list(array.shape)}
+    if array.dtype.kind == "i":
+        return shape | {"kind": "index"}, _planes(np.diff(array, prepend=0).astype(np.int32))
+    if array.ndim < 1 or len(array) < FEW:
+        return _raw(array)
+    if name.endswith("_logits"):
+        return shape | {"kind": "shares"}, _planes(np.floor(_sigmoid(array) * SHARES).clip(0, SHARES - 1).astype("u1"))
+    rows = array.reshape(len(array), -1).astype(np.float64)
+    low, high = rows.min(0), rows.max(0)
+    step = np.where(high > low, (high - low) / (2**bits - 1), 1)
+    range_ = np.stack([low, step]).astype(np.float32)
+    about = shape | {"kind": "columns", "columns": rows.shape[1]}
+    return about, range_.tobytes() + _planes(np.rint((rows - range_[0]) / range_[1]).clip(0, 65535).astype("<u2"))
+
+
+def _raw(array: np.ndarray) -> tuple[dict[str, Any], bytes]:
+    return {"shape": list(array.shape), "kind": "raw", "dtype": array.dtype.str}, _planes(array)
+
+
+def _decode(about: dict[str, Any], data: bytes) -> np.ndarray:
+    shape, kind = tuple(about["shape"]), about["kind"]
+    if kind == "raw":
+        return _merge(data, np.dtype(about["dtype"]), shape)
+    if kind == "index":
+        return np.cumsum(_merge(data, np.dtype(np.int32), shape), dtype=np.int64)
+    if kind == "shares":
+        shares = (_merge(data, np.dtype(np.uint8), shape).astype(np.float32) + 0.5) / SHARES
+        return np.log(shares / (1 - shares))
+    columns = int(about["columns"])
+    low, step = np.frombuffer(data[: 8 * columns], np.float32).reshape(2, columns)
+    return (low + _merge(data[8 * columns :], np.dtype("<u2"), (shape[0], columns)) * step).reshape(shape)
+
+
+def _planes(array: np.ndarray) -> bytes:
+    """Lay numbers out column by column, all low bytes before all high ones: likes beside likes pack better."""
+    columns = np.ascontiguousarray(np.moveaxis(array, 0, -1)) if array.ndim > 1 else np.ascontiguousarray(array)
+    return columns.reshape(-1).view(np.uint8).reshape(-1, array.dtype.itemsize).T.tobytes()
+
+
+def _merge(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
+    flat = np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+    turned = flat.reshape(*shape[1:], shape[0]) if len(shape) > 1 else flat.reshape(shape)
+    return np.ascontiguousarray(np.moveaxis(turned, -1, 0)) if len(shape) > 1 else turned
+
+
+def _files(tensors: dict[str, Any], members: dict[str, bytes]) -> dict[str, dict[str, np.ndarray]]:
+    """Decode tensors, by the file each belongs to."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for key, about in tensors.items():
+        file, _, name = key.partition("/")
+        if Path(file).name != file or file.startswith("."):
+            raise ValueError(f"a member called {file!r}")
+        out.setdefault(file, {})[name] = _decode(about, members[key])
+    return out
+
+
+def _members(path: Path) -> dict[str, bytes]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > MAX_BYTES:
+                raise UserError(f"{path} unpacks to {size:,} bytes: at most {MAX_BYTES:,} are read")
+            return {name: archive.read(name) for name in archive.namelist()}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: expected a compact avatar ({SUFFIX})") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} is truncated or not a compact avatar ({error}): export it again") from None
+
+
+def _sigmoid(x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    return 1 / (1 + np.exp(-x.astype(np.float64)))

@@ -1,0 +1,102 @@
+"""Posed splats as other programs want them: one standard 3DGS .ply, or a numbered sequence.
+
+GaussianAvatars and others export what they optimise, which is local to triangles and looks like mist elsewhere; these
+files hold splats in the world, at one instant.
+
+Axes are those of the scenes that the format grew up with (OpenCV, COLMAP): x right, y **down**, z away. The face looks
+to -z, and the units stay metres. Viewers that turn such scenes upright show the head upright.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.avatar.drive import Performance
+from geodiff4d.avatar.model import Avatar
+from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns, write_ply
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_folder, write_json
+from geodiff4d.core.geometry import quat_multiply
+from geodiff4d.render.gaussians import Gaussians
+
+FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
+"""Half a turn about x, from the head's axes (y up, face to +z) to the file's, and back."""
+HALF_TURN = torch.tensor([0.0, 1.0, 0.0, 0.0])
+SMALLEST_M = 1e-9
+FAINTEST = 1e-6
+
+Track = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Splats:
+    """Splats and their colours, in the head's axes."""
+
+    gaussians: Gaussians
+    colors: Float[Tensor, "n 3"]
+    """sRGB."""
+
+
+def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns:
+    """Code splats as the file has them: turned into its axes, logarithms of scales, logits of opacities."""
+    quats = torch.nn.functional.normalize(gaussians.quats, dim=-1)
+    turned = quat_multiply(HALF_TURN.to(quats).expand_as(quats), quats)
+    arrays = (
+        gaussians.means * FILE_FROM_WORLD.to(gaussians.means), (colors - 0.5) / SH_C0,
+        torch.logit(gaussians.opacities.clamp(FAINTEST, 1 - FAINTEST)), gaussians.scales.clamp(min=SMALLEST_M).log(),
+        turned,
+    )  # fmt: skip
+    return splat_columns(*(a.detach().cpu().float().numpy() for a in arrays))
+
+
+def read_splats(path: Path) -> Splats:
+    """Read a posed .ply back; what depends on the view (degrees 1 to 3) is left out.
+
+    Raises:
+        UserError: missing, truncated, or not splats.
+    """
+    columns = read_ply(path)
+    means, f_dc, scales, quats = (
+        torch.from_numpy(gather(columns, name, n, path)) for name, n in (("", 3), ("f_dc", 3), ("scale", 3), ("rot", 4))
+    )
+    if "opacity" not in columns:
+        raise UserError(f"{path} has no column 'opacity': expected 3D Gaussian splats; is it a mesh?")
+    opacity = torch.from_numpy(columns["opacity"].astype(np.float32)).sigmoid()
+    quats = quat_multiply(HALF_TURN.expand_as(quats), torch.nn.functional.normalize(quats, dim=-1))
+    return Splats(Gaussians(means * FILE_FROM_WORLD, quats, scales.exp(), opacity), 0.5 + SH_C0 * f_dc)
+
+
+@torch.no_grad()
+def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int = 0) -> int:
+    """Write the avatar at one frame of a performance; returns the number of splats.
+
+    Raises:
+        UserError: the performance has no such frame.
+    """
+    if not 0 <= frame < len(performance):
+        raise UserError(f"frame {frame} does not exist: expected 0 to {len(performance) - 1}")
+    posed = avatar.posed(*performance.frame(frame))
+    write_ply(path, posed_columns(posed.gaussians, posed.colors))
+    return len(posed.gaussians)
+
+
+@torch.no_grad()
+def export_sequence(
+    avatar: Avatar, performance: Performance, folder: Path, track: Track = lambda items, *_: items
+) -> int:
+    """Write `frame_00000.ply …` and `sequence.json` into a new folder, which appears whole or not at all."""
+    with fresh_folder(folder) as temporary:
+        for i in track(range(len(performance)), "exporting"):
+            count = export_ply(avatar, performance, temporary / f"frame_{i:05d}.ply", i)
+        about = {
+            "format": "3D Gaussian splats, one .ply a frame", "frames": len(performance), "fps": performance.fps,
+            "gaussians": count, "axes": "x right, y down, z away; the face looks to -z; metres",
+        }  # fmt: skip
+        write_json(temporary / "sequence.json", about)
+    return count

@@ -1,0 +1,69 @@
+"""Look at an avatar in the browser: drag to orbit, sliders for its expressions, rendered by this machine."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from geodiff4d.cli._driving import DrivingArgs
+
+
+@dataclass(frozen=True)
+class Args(DrivingArgs):
+    """Options of `geodiff4d view`; it runs until Ctrl-C. Lines from --driving - move the face as they come."""
+
+    avatar: Annotated[Path, tyro.conf.Positional]
+    """Avatar folder, from fit, or a compact avatar (.g4d)."""
+    port: int = 8080
+    """0 takes any free one."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The default is reached from this machine alone; there is no password."""
+    size: int = 384
+    """Height of the picture [px]."""
+    seconds: float | None = None
+    """Stop after so long."""
+
+
+def run(args: Args) -> None:
+    import sys
+    import threading
+
+    from geodiff4d.avatar.compact import open_avatar
+    from geodiff4d.avatar.drive import own_performance
+    from geodiff4d.avatar.stream import read_stream, require_names
+    from geodiff4d.cli._driving import performance
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.viewer.server import Server
+    from geodiff4d.viewer.studio import Studio
+
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port is {args.port}: expected 0 to 65535")
+    if not 64 <= args.size <= 2048:
+        raise UserError(f"--size is {args.size}: expected 64 to 2048")
+    avatar = open_avatar(args.avatar)
+    names, live = avatar.head.expression_names, str(args.driving) == "-"
+    if live:
+        require_names(names, "standard input")
+    show = own_performance(avatar) if live else performance(avatar, args)
+    failures: list[UserError] = []
+
+    def follow() -> None:
+        try:
+            studio.follow(read_stream(sys.stdin, names, "standard input"))
+        except UserError as error:
+            failures.append(error)
+            server.shutdown()
+
+    with Studio(avatar, show, args.size) as studio, Server(studio, args.host, args.port) as server:
+        print(f"http://{args.host}:{server.server_port}/ shows {args.avatar}; Ctrl-C ends it", flush=True)
+        if live:
+            threading.Thread(target=follow, daemon=True).start()
+        if args.seconds is not None:
+            threading.Timer(args.seconds, server.shutdown).start()
+        try:
+            server.serve_forever(0.2)
+        except KeyboardInterrupt:
+            print()
+    if failures:
+        raise failures[0]

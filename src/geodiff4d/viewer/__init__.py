@@ -1,0 +1,1 @@
+"""An avatar in the browser: rendered here, steered there."""

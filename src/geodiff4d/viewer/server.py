@@ -1,0 +1,152 @@
+"""A small web server for the viewer: one page, a stream of pictures (MJPEG), and a place to send changed views to.
+
+It binds to this machine alone unless told otherwise, and answers only to its own names, so that no web page elsewhere
+can reach it through a browser (DNS rebinding, cross-site requests).
+"""
+
+import json
+import math
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.viewer.studio import MAX_PITCH_DEG, ZOOM, Studio, View
+
+PAGE = Path(__file__).parents[1] / "assets" / "viewer.html"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MAX_BODY = 16 * 1024
+BOUNDARY = "picture"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one studio."""
+
+    daemon_threads = True
+
+    def __init__(self, studio: Studio, host: str, port: int):
+        """Open the port.
+
+        Raises:
+            UserError: it is taken, or the address is not this machine's.
+        """
+        self.studio = studio
+        self.names = {*LOOPBACK, host} if host in LOOPBACK else None
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port or --host") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of a picture is no error."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one browser."""
+
+    server: Server
+    timeout = 60
+
+    def do_GET(self) -> None:
+        studio = self.server.studio
+        if not self._welcome():
+            return
+        path = self.path.partition("?")[0]
+        if path == "/":
+            self._send("text/html; charset=utf-8", PAGE.read_bytes())
+        elif path == "/about":
+            self._send("application/json", json.dumps(about(studio)).encode())
+        elif path == "/picture.jpg":
+            self._send("image/jpeg", studio.wait(0)[0])
+        elif path == "/stream":
+            self._stream(studio)
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        if not self._welcome():
+            return
+        length = self.headers.get("Content-Length", "")
+        if self.path != "/view" or self.headers.get_content_type() != "application/json":
+            self.send_error(404 if self.path != "/view" else 415)
+        elif not length.isdigit() or int(length) > MAX_BODY:
+            self.send_error(413)
+        else:
+            try:
+                self.server.studio.show(view_from(json.loads(self.rfile.read(int(length))), self.server.studio))
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                self.send_error(400, " ".join(str(error).split())[:100])
+            else:
+                self.send_response(204)
+                self.end_headers()
+
+    def _welcome(self) -> bool:
+        """Refuse requests that were meant for somebody else, or sent by another page."""
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        known = self.server.names is None or name.strip("[]") in self.server.names
+        if known and origin in (None, f"http://{host}"):
+            return True
+        self.send_error(403)
+        return False
+
+    def _send(self, kind: str, data: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _stream(self, studio: Studio) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", f"multipart/x-mixed-replace; boundary={BOUNDARY}")
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        seen = 0
+        while not studio.stopped:
+            picture, seen = studio.wait(seen)
+            head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+            self.wfile.write(head.encode() + picture + b"\r\n")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
+        """Keep the terminal quiet."""
+
+
+def about(studio: Studio) -> dict[str, Any]:
+    """Say what the page needs to know."""
+    low, high = studio.range
+    return {
+        "sliders": list(studio.sliders), "low": low, "high": high, "frames": len(studio.performance),
+        "width": studio.camera.width, "height": studio.camera.height, "gaussians": len(studio.avatar.local),
+        "rate": round(studio.rate, 1), "play": studio.view.play,
+    }  # fmt: skip
+
+
+def view_from(value: Any, studio: Studio) -> View:
+    """Read a view that a page sent; everything is brought within its limits.
+
+    Raises:
+        ValueError: something that no page of ours sends.
+    """
+
+    def number(item: Any, low: float, high: float) -> float:
+        if isinstance(item, bool) or not isinstance(item, int | float) or not math.isfinite(item):
+            raise ValueError(f"expected a number, got {str(item)[:40]}")
+        return min(max(float(item), low), high)
+
+    expressions = {}
+    for name, weight in value.get("expressions", {}).items():
+        if name not in studio.sliders:
+            raise ValueError(f"no expression {name[:40]!r}")
+        expressions[name] = number(weight, *studio.range)
+    return View(
+        yaw_deg=number(value.get("yaw", 0), -1e6, 1e6),
+        pitch_deg=number(value.get("pitch", 0), -MAX_PITCH_DEG, MAX_PITCH_DEG),
+        zoom=number(value.get("zoom", 1), *ZOOM),
+        expressions=expressions,
+        play=bool(value.get("play", False)),
+        normals=bool(value.get("normals", False)),
+    )

@@ -1,0 +1,192 @@
+"""Files that other tools open: posed .ply, GaussianAvatars both ways to the bit, the compact form; damaged ones."""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+import flame_files
+from avatars import painted_avatar, talking
+from geodiff4d.avatar.compact import open_avatar, unpack, write_compact
+from geodiff4d.avatar.drive import own_performance
+from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars, import_gaussian_avatars
+from geodiff4d.avatar.export_ply import export_ply, export_sequence, read_splats
+from geodiff4d.avatar.model import Avatar, render_splats
+from geodiff4d.avatar.ply import read_ply, write_ply
+from geodiff4d.cli import main
+from geodiff4d.core.errors import UserError
+from geodiff4d.heads import flame, load_head
+
+
+@pytest.fixture(scope="module")
+def avatar() -> Avatar:
+    head = load_head()
+    return painted_avatar(head, talking(head, 3))
+
+
+@pytest.fixture(scope="module")
+def folder(avatar, tmp_path_factory):
+    path = tmp_path_factory.mktemp("avatar") / "a"
+    path.mkdir()
+    avatar.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def on_flame(tmp_path_factory) -> Avatar:
+    """An avatar on a random head with FLAME's counts and teeth."""
+    path = flame_files.write_model(tmp_path_factory.mktemp("flame") / "flame2023.pkl", flame_files.arrays())
+    head = flame.load(path)
+    return painted_avatar(head, talking(head, 3), gaussians=12_000)
+
+
+def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
+    """trimesh, which knows nothing of us, reads positions and columns; the axes are the documented ones."""
+    export_ply(avatar, own_performance(avatar), tmp_path / "a.ply", 1)
+    cloud: Any = trimesh.load(tmp_path / "a.ply", process=False)
+    table = cloud.metadata["_ply_raw"]["vertex"]["data"]
+    rest = [f"f_rest_{i}" for i in range(45)]
+    names = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", *rest, "opacity"]
+    assert list(table.dtype.names) == [*names, *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+    posed = avatar.posed(avatar.sequence[1])
+    np.testing.assert_allclose(cloud.vertices, posed.gaussians.means * torch.tensor([1.0, -1.0, -1.0]), atol=1e-6)
+    np.testing.assert_allclose(0.5 + 0.28209479 * table["f_dc_1"], posed.colors[:, 1], atol=1e-5)
+    np.testing.assert_allclose(np.exp(table["scale_2"]), posed.gaussians.scales[:, 2], rtol=1e-4)
+    np.testing.assert_allclose(1 / (1 + np.exp(-table["opacity"])), posed.gaussians.opacities, atol=1e-5)
+    # Rotations: the file's covariance is ours, turned.
+    q = np.stack([table[f"rot_{i}"] for i in range(4)], -1)[5]
+    R = trimesh.transformations.quaternion_matrix(q / np.linalg.norm(q))[:3, :3]
+    ours = trimesh.transformations.quaternion_matrix(posed.gaussians.quats[5].numpy())[:3, :3]
+    turn, scale = np.diag([1.0, -1.0, -1.0]), np.diag(posed.gaussians.scales[5].numpy() ** 2)
+    np.testing.assert_allclose(R @ scale @ R.T, turn @ ours @ scale @ ours.T @ turn, rtol=1e-3, atol=1e-9)
+
+
+def test_ply_reads_back_as_the_same_picture(avatar, tmp_path):
+    export_ply(avatar, own_performance(avatar), tmp_path / "a.ply")
+    splats = read_splats(tmp_path / "a.ply")
+    again = render_splats(splats.gaussians, splats.colors, avatar.camera).rgb
+    torch.testing.assert_close(again, avatar.render(avatar.sequence[0], avatar.camera).rgb, atol=2e-3, rtol=0)
+
+
+def test_sequence_is_whole_or_absent(avatar, tmp_path):
+    export_sequence(avatar, own_performance(avatar), tmp_path / "all")
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
+        *(f"frame_{i:05d}.ply" for i in range(3)), "sequence.json",
+    ]  # fmt: skip
+    about = json.loads((tmp_path / "all/sequence.json").read_text())
+    assert about["frames"] == 3 and about["fps"] == 12
+
+    def interrupted(items, *_):
+        yield 0
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_sequence(avatar, own_performance(avatar), tmp_path / "half", interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["all"]
+
+
+def same_tree(a, b) -> bool:
+    x, y = (np.load(p / "flame_param.npz") for p in (a, b))
+    arrays = set(x.files) == set(y.files) and all(x[k].tobytes() == y[k].tobytes() for k in x.files)
+    return arrays and (a / "point_cloud.ply").read_bytes() == (b / "point_cloud.ply").read_bytes()
+
+
+def test_gaussian_avatars_and_back_to_the_bit(on_flame, tmp_path):
+    export_gaussian_avatars(on_flame, tmp_path / "ga")
+    again = import_gaussian_avatars(tmp_path / "ga", on_flame.head, tmp_path / "again")
+    for name, value in on_flame.local.parameters.items():
+        assert torch.equal(getattr(again.local, name), value), name
+    for name, value in vars(on_flame.sequence).items():
+        if value is not None:
+            assert torch.equal(getattr(again.sequence, name), value), name
+    assert torch.equal(again.camera.K, on_flame.camera.K) and again.fps == 12 and again.camera.width == 64
+    loaded = Avatar.load(tmp_path / "again")
+    assert torch.equal(loaded.posed(loaded.sequence[2]).colors, on_flame.posed(on_flame.sequence[2]).colors)
+    export_gaussian_avatars(loaded, tmp_path / "ga2", tmp_path / "again")
+    assert same_tree(tmp_path / "ga", tmp_path / "ga2")
+
+
+def theirs(folder, head, n: int = 10_500, frames: int = 4) -> None:
+    """Write what GaussianAvatars itself would: harmonics of degree 3, offsets, colours out of range."""
+    rng = np.random.default_rng(0)
+
+    def real(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    names = ["x", "y", "z", "nx", "ny", "nz", *(f"f_dc_{i}" for i in range(3)), *(f"f_rest_{i}" for i in range(45))]
+    names += ["opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4))]
+    columns = {k: np.zeros(n, np.float32) if k[0] == "n" else real(n) for k in names}
+    columns["binding_0"] = rng.integers(0, len(head.faces), n).astype(np.float32)
+    write_ply(folder / "point_cloud.ply", columns)
+    arrays: dict[str, Any] = {k: 0.1 * real(frames, 3) for k in ("rotation", "neck_pose", "jaw_pose", "translation")}
+    arrays |= {"static_offset": 1e-3 * real(1, 5143, 3), "dynamic_offset": 1e-4 * real(frames, 5143, 3)}
+    arrays |= {"shape": real(300), "expr": real(frames, 100), "eyes_pose": real(frames, 6)}
+    np.savez(folder / "flame_param.npz", **arrays)
+
+
+def test_theirs_and_back_to_the_bit(on_flame, tmp_path):
+    (tmp_path / "ga").mkdir()
+    theirs(tmp_path / "ga", on_flame.head)
+    avatar = import_gaussian_avatars(tmp_path / "ga/point_cloud.ply", on_flame.head, tmp_path / "avatar")
+    assert avatar.sequence.batch == (4,) and avatar.render(avatar.sequence[0], avatar.camera).rgb.isfinite().all()
+    export_gaussian_avatars(Avatar.load(tmp_path / "avatar"), tmp_path / "ga2", tmp_path / "avatar")
+    assert same_tree(tmp_path / "ga", tmp_path / "ga2")
+    # Colours that were changed since are ours, not those that were kept.
+    moved = replace(avatar, local=replace(avatar.local, color_logits=avatar.local.color_logits + 0.1))
+    export_gaussian_avatars(moved, tmp_path / "ga3", tmp_path / "avatar")
+    assert read_ply(tmp_path / "ga3/point_cloud.ply")["f_rest_7"].any() == np.False_
+
+
+def test_compact_form(avatar, folder, tmp_path):
+    size = write_compact(folder, tmp_path / "a.g4d")
+    assert size < 2_000_000 and size < 0.4 * sum(p.stat().st_size for p in folder.iterdir())
+    packed = open_avatar(tmp_path / "a.g4d")
+    torch.testing.assert_close(packed.sequence.expr, avatar.sequence.expr, atol=1e-4, rtol=0)
+    assert torch.equal(packed.local.face_index, avatar.local.face_index) and torch.equal(packed.shape, avatar.shape)
+    for row in (0, 2):
+        a, b = (x.render(x.sequence[row], avatar.camera.resized(128, 128)) for x in (avatar, packed))
+        inside = a.alpha[0] > 0.5
+        assert -10 * math.log10(float((a.rgb - b.rgb)[:, inside].square().mean())) > 40
+    unpack(tmp_path / "a.g4d", tmp_path / "unpacked")
+    assert write_compact(tmp_path / "unpacked", tmp_path / "b.g4d") < 1.01 * size
+
+
+def test_damaged_files_and_other_heads(avatar, folder, on_flame, tmp_path, capsys):
+    ply = tmp_path / "a.ply"
+    export_ply(avatar, own_performance(avatar), ply)
+    whole = ply.read_bytes()
+    for data, says in (
+        (whole[:-100], "truncated"), (whole[:300], "header has no end"), (b"\x00" * 40, "not a .ply"),
+        (whole.replace(b"binary_little", b"binary_big___", 1), "not a binary little-endian"),
+        (whole.replace(b"property float x\n", b"property list uchar int x\n", 1), "is it a mesh"),
+    ):  # fmt: skip
+        ply.write_bytes(data)
+        with pytest.raises(UserError, match=says):
+            read_splats(ply)
+    with pytest.raises(UserError, match="FLAME with teeth"):
+        export_gaussian_avatars(avatar, tmp_path / "ga")
+    (tmp_path / "theirs").mkdir()
+    theirs(tmp_path / "theirs", on_flame.head, n=20)
+    with pytest.raises(UserError, match="openhead"):
+        import_gaussian_avatars(tmp_path / "theirs", avatar.head, tmp_path / "out")
+    cut = tmp_path / "theirs/point_cloud.ply"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(UserError, match="truncated"):
+        import_gaussian_avatars(tmp_path / "theirs", on_flame.head, tmp_path / "out")
+    write_compact(folder, tmp_path / "a.g4d")
+    data = (tmp_path / "a.g4d").read_bytes()
+    (tmp_path / "cut.g4d").write_bytes(data[: len(data) // 2])
+    for line in (
+        f"import compact {tmp_path}/cut.g4d {tmp_path}/out", f"render {tmp_path}/cut.g4d --out {tmp_path}/out.mp4",
+        f"export {folder} {tmp_path}/out --to gaussian-avatars", f"export {folder} {tmp_path}/out --to vhap",
+        f"export {folder} {tmp_path}/out.ply --frame 99", f"export {folder} {tmp_path}/out.txt --to ply",
+        f"export {folder} {tmp_path}/a.g4d --to compact", f"import gaussian-avatars {tmp_path}/theirs {tmp_path}/out",
+        f"export {tmp_path}/theirs {tmp_path}/out.ply",
+    ):  # fmt: skip
+        assert main(line.split()) == 2, line
+    assert capsys.readouterr().err.strip().count("\n") == 8 and not list(tmp_path.glob("out*"))

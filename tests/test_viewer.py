@@ -1,0 +1,116 @@
+"""The live viewer: pictures that follow the view, limits, and a server that strangers cannot reach."""
+
+import http.client
+import io
+import json
+import threading
+
+import pytest
+import torch
+from PIL import Image
+
+from avatars import painted_avatar, talking
+from geodiff4d.avatar.drive import own_performance
+from geodiff4d.avatar.stream import Line
+from geodiff4d.cli import main
+from geodiff4d.core.errors import UserError
+from geodiff4d.heads import load_head
+from geodiff4d.viewer.server import Server, view_from
+from geodiff4d.viewer.studio import Studio, View
+
+
+@pytest.fixture(scope="module")
+def avatar():
+    head = load_head()
+    return painted_avatar(head, talking(head), size=64)
+
+
+@pytest.fixture(scope="module")
+def server(avatar):
+    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "127.0.0.1", 0) as server:
+        studio.show(View(play=False))
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    data = answer.read()
+    connection.close()
+    return answer.status, data
+
+
+def test_page_and_pictures(server, avatar):
+    status, page = ask(server, "GET", "/")
+    assert status == 200 and b"/stream" in page and b"http" not in page.replace(b"http-equiv", b"")
+    about = json.loads(ask(server, "GET", "/about")[1])
+    assert about["sliders"] == list(avatar.head.expression_names) and (about["low"], about["high"]) == (0, 1)
+    status, first = ask(server, "GET", "/picture.jpg")
+    assert status == 200 and Image.open(io.BytesIO(first)).size == (64, 64)
+    seen = server.studio.number
+    change = json.dumps({"yaw": 40, "expressions": {"jawOpen": 1}})
+    assert ask(server, "POST", "/view", change, Content_Type="application/json")[0] == 204
+    assert server.studio.wait(seen, 60)[0] != first and server.studio.view.expressions == {"jawOpen": 1.0}
+
+
+def test_stream_sends_what_comes(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection.request("GET", "/stream")
+    answer = connection.getresponse()
+    assert "multipart/x-mixed-replace" in (answer.getheader("Content-Type") or "")
+    head = [answer.readline() for _ in range(4)]
+    length = int(head[2].split(b":")[1])
+    assert Image.open(io.BytesIO(answer.read(length))).format == "JPEG"
+    connection.close()
+
+
+def test_strangers_are_refused(server):
+    good = {"Content_Type": "application/json"}
+    assert ask(server, "GET", "/", Host="evil.example")[0] == 403
+    assert ask(server, "POST", "/view", "{}", Origin="http://evil.example", **good)[0] == 403
+    assert ask(server, "POST", "/view", "{}", Content_Type="text/plain")[0] == 415
+    assert ask(server, "POST", "/view", "x" * 20_000, **good)[0] == 413
+    assert ask(server, "GET", "/../server.py")[0] == 404
+    for body in ("{", "[]", '{"yaw": "a"}', '{"zoom": NaN}', '{"expressions": {"nose": 1}}'):
+        assert ask(server, "POST", "/view", body, **good)[0] == 400
+
+
+def test_views(server, avatar):
+    studio = server.studio
+    wild = view_from({"pitch": 1e9, "zoom": -4, "expressions": {"jawOpen": 7}}, studio)
+    assert (wild.pitch_deg, wild.zoom, wild.expressions["jawOpen"]) == (80, 0.3, 1)
+    front = studio.render(View(play=False), 0)
+    away = front.shape[1:] == (64, 64) and (front - 0.5).abs().amax(0) > 0.03
+    assert isinstance(away, torch.Tensor)
+    closer = (studio.render(View(play=False, zoom=0.7), 0) - 0.5).abs().amax(0) > 0.03
+    assert closer.sum() > 1.3 * away.sum()
+    # From above, more of the head's top: its highest point moves down in the picture less than its chin moves up.
+    tilted = studio._turned(View(pitch_deg=40))
+    below = studio._turned(View(pitch_deg=-40))
+    assert tilted.position[1] > studio.camera.position[1] > below.position[1]
+    pivot = torch.stack([c.project(studio._pivot[None])[0][0] for c in (tilted, below, studio.camera)])
+    assert (pivot - pivot[0]).abs().max() < 0.05
+    assert (studio.render(View(play=True), 5) - front).abs().max() > 0.05
+
+
+def test_lines_move_the_face(avatar):
+    studio = Studio(avatar, own_performance(avatar), 64)
+    before = studio.render(View(play=False), 0)
+    weights = torch.zeros(52)
+    weights[avatar.head.expression_names.index("jawOpen")] = 1
+    studio.follow([Line(weights, torch.zeros(3))])
+    assert (studio.render(View(play=True), 0) - before).abs().max() > 0.1
+
+
+def test_command(avatar, tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    avatar.save(tmp_path / "a")
+    assert main(["view", str(tmp_path / "a"), "--port", "0", "--size", "64", "--seconds", "0.3"]) == 0
+    assert "http://127.0.0.1:" in capsys.readouterr().out
+    studio = Studio(avatar, own_performance(avatar), 64)
+    with Server(studio, "127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot listen"):
+        Server(studio, "127.0.0.1", first.server_port)
+    assert main(["view", str(tmp_path / "a"), "--port", "99999"]) == 2
