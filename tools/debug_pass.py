@@ -264,7 +264,7 @@ RECIPES = [
         says="line 2: names 'jawOpne'",
         code=2,
         absent=("bad/out.mp4", "bad/.*"),
-    ),  # fmt: skip
+    ),
     bad_import("export world/train_0 bad/out", says="VHAP's layout is FLAME's"),
     bad_import("import vhap sets/mirrored bad/out", says="mirrored"),
     bad_import("import pixel3dmm sets/pixel3dmm/tracking bad/out --head sets/models/flame2023.pkl", says="do not mix"),
