@@ -50,7 +50,7 @@ def test_the_portraits_own_view_comes_back(head, portrait):
 
 
 def test_the_sheet_follows_the_head_and_reads_nothing_else(head, portrait):
-    image, mask, camera = portrait
+    _, mask, camera = portrait
     sheet = lift(head, head.pose(head.neutral()), camera, mask)
     turn = head.neutral()
     turn.rotation[1], turn.translation[0], turn.jaw_pose[0] = 0.4, 0.03, 0.3

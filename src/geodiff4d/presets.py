@@ -67,7 +67,7 @@ def _small(
         reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),
         expression=ExpressionConfig(size=crop, widths=encoder, motion=OPENHEAD_MOTION),
         diffusion=DiffusionConfig(prediction="residual", zero_terminal=True),
-        size=size, pose="codec", warp=True,
+        size=size, pose="codec", warp=True, surroundings=True,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairCo
         elif part == "warp":
             planes = model.unet.in_channels - model.unet.out_channels - 2
             model = replace(
-                model, warp=False, unet=replace(model.unet, in_channels=planes),
+                model, warp=False, surroundings=False, unet=replace(model.unet, in_channels=planes),
                 diffusion=replace(model.diffusion, prediction="v"),
             )  # fmt: skip
         else:

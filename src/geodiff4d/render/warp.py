@@ -16,8 +16,8 @@ from torch.nn.functional import interpolate as resize
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.topology import vertex_normals
-from geodiff4d.heads.rig import Head, PosedHead
-from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv, render_normals, uv_map
+from geodiff4d.heads.rig import Head
+from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv, uv_map
 
 DEPTH_TOLERANCE_M = 0.004
 """A vertex this far behind the z-buffer still counts as seen (more where the surface is steep)."""
@@ -130,7 +130,7 @@ def complete(
 
     Example:
         >>> portrait = complete(head, image, head.pose(params).vertices, camera)
-        >>> rgb, normals, mask = render_completed(portrait, head.pose(others), cameras)
+        >>> rgb, visibility = sample_completed(portrait, rasterize(posed.vertices, posed.faces, cameras))
     """
     carried = carry(vertices, head.faces, camera, mask)
     atlas = rasterize_uv(head.uv, head.uv_faces, texels)
@@ -150,26 +150,6 @@ def complete(
             inside = interpolate(atlas, head.faces, head.regions[name].float()[:, None]) * (1 - weight)
             texture = texture + inside * (texture.new_tensor(colour)[:, None, None] - texture)
     return CompletedHead(head, image, carried, texture.clamp(0, 1))
-
-
-def render_completed(
-    portrait: CompletedHead,
-    mesh: PosedHead,
-    camera: Camera,
-    background: tuple[float, float, float] = (0.5, 0.5, 0.5),
-) -> tuple[
-    Float[Tensor, "*batch 3 height width"],
-    Float[Tensor, "*batch 3 height width"],
-    Float[Tensor, "*batch 1 height width"],
-]:
-    """Draw the completed head in any pose, expression and view: (rgb, camera-space normals, mask).
-
-    Where the portrait shows a point, its own pixels are used, once resampled; the texture is for the rest.
-    """
-    fragments = rasterize(mesh.vertices, mesh.faces, camera)
-    rgb, _ = sample_completed(portrait, fragments)
-    normals, mask = render_normals(mesh, camera, fragments)
-    return torch.where(mask > 0, rgb, rgb.new_tensor(background)[:, None, None]), normals, mask
 
 
 def sample_completed(
