@@ -1,4 +1,4 @@
-"""The rasteriser against its oracle: values and vector-Jacobian products, odd sizes, scenes with nothing to draw."""
+"""The rasteriser against its oracle: values and vector-Jacobian products, odd sizes, broken scenes, threads."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import invert, look_at, matrix_to_quat, quat_multiply, transform
-from geodiff4d.render._torch import rasterize_oracle
-from geodiff4d.render.gaussians import Gaussians, rasterize
+from geodiff4d.render import _numba
+from geodiff4d.render.gaussians import Gaussians, rasterize, render
 
 
 def camera(width: int = 37, height: int = 29, distance: float = 0.6) -> Camera:
@@ -27,60 +27,78 @@ def scene(n: int = 60, channels: int = 4, seed: int = 0, opacity: float = 0.6) -
     return splats, torch.randn(n, channels, generator=g, dtype=torch.float64)
 
 
-def oracle(splats: Gaussians, cam: Camera, features: torch.Tensor) -> torch.Tensor:
-    return rasterize_oracle(*vars(splats).values(), features, cam.T_cam_world, cam.K, cam.width, cam.height)
+def single(splats: Gaussians) -> Gaussians:
+    return Gaussians(*(x.float() for x in vars(splats).values()))
 
 
-def vjp(render, splats: Gaussians, features: torch.Tensor, cotangent: torch.Tensor) -> list[torch.Tensor]:
+def assert_close(ours: torch.Tensor, oracle: torch.Tensor, tolerance: float = 1e-5) -> None:
+    error = (ours.double() - oracle).abs().max()
+    assert error <= tolerance * max(1, float(oracle.abs().max())), float(error)
+
+
+def vjp(splats: Gaussians, cam: Camera, features: torch.Tensor, cotangent: torch.Tensor) -> list[torch.Tensor]:
     leaves = [x.clone().requires_grad_() for x in (*vars(splats).values(), features)]
-    out = render(Gaussians(*leaves[:4]), leaves[4])
-    return list(torch.autograd.grad(out, leaves, cotangent))
+    out = torch.cat(rasterize(Gaussians(*leaves[:4]), cam, leaves[4]))
+    return list(torch.autograd.grad(out, leaves, cotangent.to(out)))
 
 
-def assert_same_vjp(cam: Camera, splats: Gaussians, features: torch.Tensor, cotangent: torch.Tensor) -> None:
-    ours = vjp(lambda s, f: torch.cat(rasterize(s, cam, f)), splats, features, cotangent)
-    theirs = vjp(lambda s, f: oracle(s, cam, f), splats, features, cotangent)
+def assert_same_vjp(cam: Camera, splats: Gaussians, features: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Kernels in float32 against the oracle in float64, along a random cotangent."""
+    shape = (features.shape[1] + 1, cam.height, cam.width)
+    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, theirs = vjp(single(splats), cam, features.float(), cotangent), vjp(splats, cam, features, cotangent)
     for name, a, b in zip(("means", "quats", "scales", "opacities", "features"), ours, theirs, strict=True):
-        assert (a - b).abs().max() <= 1e-6 * b.abs().max(), name
+        assert (a - b).abs().max() <= tolerance * b.abs().max(), name
 
 
-@pytest.mark.parametrize(("width", "height", "channels"), [(37, 29, 4), (16, 16, 1), (5, 40, 7)])
+@pytest.mark.parametrize(("width", "height", "channels"), [(37, 29, 4), (16, 16, 1), (5, 40, 7), (50, 20, 9)])
 def test_equals_oracle(width, height, channels):
     cam, (splats, features) = camera(width, height), scene(channels=channels)
-    expected = oracle(splats, cam, features)
-    torch.testing.assert_close(torch.cat(rasterize(splats, cam, features)), expected, atol=1e-9, rtol=1e-8)
-    cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert_same_vjp(cam, splats, features, cotangent)
+    image, alpha = rasterize(single(splats), cam, features.float())
+    assert image.dtype == torch.float32
+    assert_close(torch.cat([image, alpha]), torch.cat(rasterize(splats, cam, features)))
+    assert_same_vjp(cam, splats, features)
 
 
 def test_full_pixels_stop():
     """Opaque stacks end at T ≤ 1e-4, forward and backward."""
     cam, (splats, features) = camera(), scene(n=200, opacity=0.98)
-    expected = oracle(splats, cam, features)
-    assert expected[-1].max() > 0.9995
-    torch.testing.assert_close(torch.cat(rasterize(splats, cam, features)), expected, atol=1e-9, rtol=1e-8)
-    assert_same_vjp(cam, splats, features, torch.ones_like(expected))
-
-
-def test_float32_is_close():
-    cam, (splats, features) = camera(), scene()
-    single = Gaussians(*(x.float() for x in vars(splats).values()))
-    image, alpha = rasterize(single, cam, features.float())
-    assert image.dtype == torch.float32
-    error = (torch.cat([image, alpha]) - oracle(splats, cam, features)).abs()
-    assert error.quantile(0.99) < 1e-5 and error.max() < 1e-2  # a splat at α ≈ 1/255 may flip
+    image, alpha = rasterize(single(splats), cam, features.float())
+    expected = rasterize(splats, cam, features)
+    assert expected[1].max() > 0.9995
+    assert_close(torch.cat([image, alpha]), torch.cat(expected))
+    # Light that is nearly used up is divided back out of T: fewer digits are left.
+    assert_same_vjp(cam, splats, features, 2e-3)
 
 
 def test_wide_angles_are_clamped():
     """Splats far outside the picture use the clamped linearisation, with its true derivative."""
     cam, (splats, features) = camera(distance=0.15), scene(seed=3)
-    expected = oracle(splats, cam, features)
-    torch.testing.assert_close(torch.cat(rasterize(splats, cam, features)), expected, atol=1e-9, rtol=1e-8)
-    assert_same_vjp(cam, splats, features, torch.ones_like(expected))
+    assert_close(rasterize(single(splats), cam, features.float())[0], rasterize(splats, cam, features)[0], 1e-4)
+    assert_same_vjp(cam, splats, features, 1e-3)
+
+
+def test_needles_keep_their_width():
+    """Across a needle a hundred pixels long the covariance's entries cancel; its width must not."""
+    cam, (splats, features) = camera(64, 64), scene(n=20, seed=2)
+    scales = torch.tensor([0.5, 1e-5, 1e-5], dtype=torch.float64).expand(20, 3)
+    needles = Gaussians(splats.means, splats.quats, scales, splats.opacities)
+    assert_close(rasterize(single(needles), cam, features.float())[0], rasterize(needles, cam, features)[0], 2e-3)
+
+
+def test_same_bits_for_any_number_of_threads(monkeypatch):
+    cam, (splats, features) = camera(), scene(n=300)
+    cotangent = torch.ones(5, cam.height, cam.width)
+    ones = [*rasterize(single(splats), cam, features.float()), *vjp(single(splats), cam, features.float(), cotangent)]
+    monkeypatch.setattr(_numba, "BLOCK", 16)
+    monkeypatch.setattr(_numba.numba, "get_num_threads", lambda: 7)
+    more = [*rasterize(single(splats), cam, features.float()), *vjp(single(splats), cam, features.float(), cotangent)]
+    assert all(torch.equal(a, b) for a, b in zip(ones, more, strict=True))
 
 
 def test_order_does_not_matter():
     cam, (splats, features) = camera(), scene()
+    splats, features = single(splats), features.float()
     shuffled = torch.randperm(len(splats), generator=torch.Generator().manual_seed(0))
     a, b = rasterize(splats, cam, features)[0], rasterize(splats[shuffled], cam, features[shuffled])[0]
     assert torch.equal(a, b)
@@ -94,39 +112,82 @@ def test_rigid_motion_of_world_and_camera_changes_nothing():
     there = Camera(cam.T_cam_world @ invert(move), cam.K, cam.width, cam.height)
     expected = rasterize(splats, cam, features)
     torch.testing.assert_close(rasterize(moved, there, features), expected, atol=1e-9, rtol=1e-7)
+    assert_close(rasterize(single(moved), there, features.float())[0], expected[0], 1e-4)
 
 
-def test_nothing_to_draw():
+def test_batches_backgrounds_and_depth():
+    """A batch is its cameras one by one; a background shines through; depth is one more channel."""
+    cams = Camera.stack([camera(), camera(distance=0.5)])
+    splats, features = scene(channels=3)
+    splats, features = single(splats), features.float()
+    behind = torch.tensor([0.2, 0.5, 0.9])
+    out = render(splats, cams, features, behind, depth=True)
+    assert out.image.shape == (2, 3, 29, 37) and out.dropped == 0
+    for k in range(2):
+        image, alpha = rasterize(splats, cams[k], features)
+        torch.testing.assert_close(out.image[k], image + (1 - alpha) * behind[:, None, None])
+        z = transform(cams[k].T_cam_world.float(), splats.means)[:, 2:]
+        torch.testing.assert_close(out.depth[k], rasterize(splats, cams[k], z)[0])
+    own = render(splats, cams, torch.stack([features, 2 * features]))
+    torch.testing.assert_close(own.image[1], 2 * rasterize(splats, cams[1], features)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_broken_gaussians_are_dropped_and_counted(dtype):
+    cam, (splats, features) = camera(), scene(n=40)
+    splats, features = Gaussians(*(x.to(dtype) for x in vars(splats).values())), features.to(dtype)
+    clean = rasterize(splats[6:], cam, features[6:])
+    for x in (*vars(splats).values(), features):
+        x.requires_grad_()
+    with torch.no_grad():
+        splats.means[0, 1] = splats.scales[1, 0] = splats.opacities[2] = torch.nan
+        splats.quats[3], splats.scales[4], features[5, 2] = 0, torch.inf, -torch.inf
+    out = render(splats, cam, features)
+    assert out.dropped == 6 and out.broken[:6].all()
+    torch.testing.assert_close((out.image, out.alpha), clean)
+    (out.image.sum() + out.alpha.sum()).backward()
+    for x in (*vars(splats).values(), features):
+        assert x.grad.isfinite().all() and not x.grad[:6].any() and x.grad[6:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_to_draw(dtype):
     cam, (splats, features) = camera(), scene()
-    away = torch.tensor([0.0, 0.0, 100.0], dtype=torch.float64)
-    behind = Gaussians(splats.means + away, splats.quats, splats.scales, splats.opacities)
+    splats, features = Gaussians(*(x.to(dtype) for x in vars(splats).values())), features.to(dtype)
+    behind = Gaussians(splats.means + torch.tensor([0.0, 0.0, 100.0]), splats.quats, splats.scales, splats.opacities)
     broken = Gaussians(torch.full_like(splats.means, torch.nan), splats.quats, splats.scales, splats.opacities)
     for empty, f in ((splats[:0], features[:0]), (behind, features), (broken, features)):
         image, alpha = rasterize(empty, cam, f)
         assert image.shape == (4, cam.height, cam.width) and not image.any() and not alpha.any()
-    ones = torch.ones(5, cam.height, cam.width, dtype=torch.float64)
-    grads = vjp(lambda s, f: torch.cat(rasterize(s, cam, f)), behind, features, ones)
-    assert not any(g.any() for g in grads)
+    assert not any(g.any() for g in vjp(behind, cam, features, torch.ones(5, cam.height, cam.width)))
+
+
+def test_a_far_outlier_does_not_spoil_the_order():
+    """Depths that differ in all bits sort exactly, as do two that differ in the last."""
+    cam, (splats, features) = camera(), scene(n=40)
+    far = torch.cat([splats.means[:1] - 1e6 * cam.T_cam_world[2, :3] * -1, splats.means[1:]])
+    splats = Gaussians(far, splats.quats, splats.scales, splats.opacities)
+    assert_close(rasterize(single(splats), cam, features.float())[0], rasterize(splats, cam, features)[0])
 
 
 def test_bad_arguments():
     cam, (splats, features) = camera(), scene()
-    with pytest.raises(ValueError, match="one camera"):
-        rasterize(splats, Camera.stack([cam, cam]), features)
     with pytest.raises(ValueError, match="features must be"):
         rasterize(splats, cam, features[:3])
+    with pytest.raises(ValueError, match="use float32"):
+        rasterize(splats, Camera(cam.T_cam_world, cam.K, 4096, 4096), features)
 
 
 def test_oracle_gradcheck():
     cam, (splats, features) = camera(6, 5), scene(n=3, channels=2, opacity=0.4)
     leaves = [x.clone().requires_grad_() for x in (*vars(splats).values(), features)]
-    assert torch.autograd.gradcheck(lambda *x: oracle(Gaussians(*x[:4]), cam, x[4]), leaves)
+    assert torch.autograd.gradcheck(lambda *x: torch.cat(rasterize(Gaussians(*x[:4]), cam, x[4])), leaves)
 
 
 @pytest.mark.gpu
 def test_gsplat_equals_oracle():
     cam, (splats, features) = camera(), scene()
-    expected = oracle(splats, cam, features)
-    on_gpu = Gaussians(*(x.float().cuda() for x in vars(splats).values()))
+    expected = torch.cat(rasterize(splats, cam, features))
+    on_gpu = Gaussians(*(x.cuda() for x in vars(single(splats)).values()))
     error = (torch.cat(rasterize(on_gpu, cam, features.float().cuda())).cpu() - expected).abs()
     assert np.quantile(error, 0.99) < 1e-4

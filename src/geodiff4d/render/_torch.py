@@ -1,7 +1,7 @@
 """The oracle: what a rasteriser must return, written as plainly as torch allows. Memory grows as Gaussians × pixels."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.geometry import quat_to_matrix
@@ -17,8 +17,12 @@ def rasterize_oracle(
     means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
     opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
     T_cam_world: Float[Tensor, "4 4"], K: Float[Tensor, "3 3"], width: int, height: int,
-) -> Float[Tensor, "channels_and_alpha {height} {width}"]:  # fmt: skip
-    """Render [channels + 1, height, width], the last channel being alpha; any dtype, differentiable in every tensor."""
+) -> tuple[
+    Float[Tensor, "channels {height} {width}"], Float[Tensor, "1 {height} {width}"], Bool[Tensor, " n"]
+]:  # fmt: skip
+    """Render one camera; returns (image, alpha, the broken Gaussians). Any dtype, differentiable in every tensor."""
+    broken = find_broken(means, quats, scales, opacities, features)
+    means, quats, scales, opacities, features = without(broken, means, quats, scales, opacities, features)
     cam = means @ T_cam_world[:3, :3].mT + T_cam_world[:3, 3]
     near_to_far = cam[:, 2].detach().argsort(stable=True)
     order = near_to_far[cam[near_to_far, 2] > NEAR_M]
@@ -35,7 +39,30 @@ def rasterize_oracle(
     before = torch.cat([torch.ones_like(after[:1]), after[:-1]])
     # A pixel is full before the Gaussian that would leave less than T_MIN.
     weight = torch.where(after > T_MIN, alpha * before, 0.0)
-    return torch.einsum("nhw,nc->chw", weight, torch.cat([features, torch.ones_like(features[:, :1])], 1))
+    return torch.einsum("nhw,nc->chw", weight, features), weight.sum(0)[None], broken
+
+
+def find_broken(
+    means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
+    opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
+) -> Bool[Tensor, " n"]:  # fmt: skip
+    """Gaussians that cannot be drawn: something is infinite or no number, the quaternion is zero, the splat is vast."""
+    tensors = (means, quats, scales, opacities[:, None], features)
+    finite = torch.cat([x.detach() for x in tensors], -1).isfinite().all(-1)
+    return ~finite | (quats.detach().norm(dim=-1) <= 1e-12) | (scales.detach().abs().amax(-1) > 1e9)
+
+
+def without(
+    broken: Bool[Tensor, " n"], means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
+    opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Put invisible Gaussians in the place of broken ones, which then get no gradient. Nothing waits for CUDA."""
+    row = broken[:, None]
+    unit = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(quats)
+    return (
+        torch.where(row, 0.0, means), torch.where(row, unit, quats), torch.where(row, 1.0, scales),
+        torch.where(broken, 0.0, opacities), torch.where(row, 0.0, features),
+    )  # fmt: skip
 
 
 def _covariance(

@@ -2,16 +2,22 @@
 
 Semantics are gsplat's in all backends: covariances are blurred by 0.3 px², a splat counts where its alpha is at least
 1/255, alpha is at most 0.999, and a pixel is full before the splat that would leave less than 1e-4 of it uncovered.
+
+float32 runs on our kernels (CPU) or gsplat (CUDA); float64 on the oracle, which is exact, slow, and for small scenes.
 """
 
+import math
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.geometry import transform
 
-MAX_CHANNELS = 32
+ORACLE_LIMIT = 200_000_000
+"""Gaussians × pixels that the oracle may hold: a few gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -34,41 +40,104 @@ class Gaussians:
         return replace(self, **{name: value[index] for name, value in vars(self).items()})
 
 
-def rasterize(
-    gaussians: Gaussians, camera: Camera, features: Float[Tensor, "n channels"]
-) -> tuple[Float[Tensor, "channels height width"], Float[Tensor, "1 height width"]]:
-    """Blend features front to back; returns (image, alpha).
+@dataclass(frozen=True)
+class Rendering:
+    """What `render` returns; with a batch of cameras everything but `broken` has its axes."""
 
-    The image is premultiplied: Σ wᵢ fᵢ with Σ wᵢ = alpha, neither renormalised nor put on a background. Differentiable
-    in all tensors of `gaussians` and in `features`, not in the camera.
+    image: Float[Tensor, "*batch channels height width"]
+    """Premultiplied, Σ wᵢ fᵢ, unless a background was given."""
+    alpha: Float[Tensor, "*batch 1 height width"]
+    """Σ wᵢ, 0 to 1."""
+    depth: Float[Tensor, "*batch 1 height width"] | None
+    """Σ wᵢ zᵢ [m], zᵢ along the camera's axis: divide by alpha for the mean depth."""
+    broken: Bool[Tensor, " n"]
+    """Gaussians that were left out in at least one view, and got no gradient: something is infinite or no number, the
+    quaternion is zero, or the splat is astronomically large."""
+
+    @property
+    def dropped(self) -> int:
+        """How many are broken."""
+        return int(self.broken.sum())
+
+
+def render(
+    gaussians: Gaussians,
+    camera: Camera,
+    features: Float[Tensor, "*batch_or_none n channels"],
+    background: Float[Tensor, " channels"] | float | None = None,
+    depth: bool = False,
+) -> Rendering:
+    """Blend features front to back, for one camera or a batch.
+
+    Differentiable in all tensors of `gaussians`, in `features` and in `background`, not in the camera. On a CPU up to
+    seven channels, depth included, are one pass.
+
+    Args:
+        features: one row per Gaussian, shared by all cameras or with their batch axes in front.
+        background: per channel, put behind the image.
+        depth: also return depth.
 
     Raises:
-        ValueError: a camera batch, features that are not one row per Gaussian, or more than 32 channels.
+        ValueError: features that are not one row per Gaussian, or float64 on a scene too large for the oracle.
+
+    Example:
+        >>> out = render(splats, camera, colors, background=torch.ones(3), depth=True)  # doctest: +SKIP
+        >>> out.image, out.alpha, out.depth / out.alpha, out.dropped  # doctest: +SKIP
+    """
+    batch = camera.batch
+    if features.shape[-2] != len(gaussians) or features.shape[:-2] not in ((), batch):
+        raise ValueError(f"features must be [{len(gaussians)}, channels] per camera, got {list(features.shape)}")
+    backend = _backend(gaussians.means, camera)
+    flat = camera.to(gaussians.means.device)
+    flat = Camera(flat.T_cam_world.reshape(-1, 4, 4), flat.K.reshape(-1, 3, 3), camera.width, camera.height)
+    rows = features.expand(*batch, *features.shape[-2:]).reshape(math.prod(batch), *features.shape[-2:])
+    views = [_view(backend, gaussians, flat[k], rows[k], depth) for k in range(len(rows))]
+    images, alphas, depths, broken = zip(*views, strict=True)
+    image, alpha = (torch.stack(x).reshape(*batch, *x[0].shape) if batch else x[0] for x in (images, alphas))
+    if background is not None:
+        behind = background[:, None, None] if isinstance(background, Tensor) else background
+        image = image + (1 - alpha) * behind
+    far = (torch.stack(depths).reshape(*batch, *depths[0].shape) if batch else depths[0]) if depth else None
+    return Rendering(image, alpha, far, torch.stack(broken).any(0))
+
+
+def rasterize(
+    gaussians: Gaussians, camera: Camera, features: Float[Tensor, "*batch_or_none n channels"]
+) -> tuple[Float[Tensor, "*batch channels height width"], Float[Tensor, "*batch 1 height width"]]:
+    """Blend features front to back; returns (image, alpha), the image premultiplied: `render` for short.
 
     Example:
         >>> image, alpha = rasterize(splats, camera, colors)  # doctest: +SKIP
         >>> rgb = image + (1 - alpha) * background  # doctest: +SKIP
     """
-    if camera.batch:
-        raise ValueError(f"rasterize takes one camera, got a batch of {camera.batch}: index it first")
-    if len(features) != len(gaussians) or features.shape[1] > MAX_CHANNELS:
-        raise ValueError(f"features must be [{len(gaussians)}, ≤ {MAX_CHANNELS}], got {list(features.shape)}")
-    backend = _cuda if gaussians.means.is_cuda else _cpu
-    image = backend()(
+    out = render(gaussians, camera, features)
+    return out.image, out.alpha
+
+
+def _view(backend, gaussians: Gaussians, camera: Camera, features: Tensor, depth: bool):
+    """Render one camera; returns (image, alpha, depth, broken)."""
+    if depth:
+        z = transform(camera.T_cam_world.to(gaussians.means), gaussians.means)[:, 2:]
+        features = torch.cat([features, z], -1)
+    image, alpha, broken = backend(
         gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, features,
         camera.T_cam_world.to(gaussians.means), camera.K.to(gaussians.means), camera.width, camera.height,
     )  # fmt: skip
-    return image[:-1], image[-1:]
+    return (image[:-1], alpha, image[-1:], broken) if depth else (image, alpha, None, broken)
 
 
 # Imported where used: Numba takes half a second to load, gsplat is optional.
-def _cpu():
+def _backend(means: Tensor, camera: Camera):
+    if means.dtype == torch.float64:
+        if len(means) * camera.width * camera.height > ORACLE_LIMIT:
+            raise ValueError(f"{len(means)} Gaussians in float64 at {camera.width}×{camera.height}: use float32")
+        from geodiff4d.render._torch import rasterize_oracle
+
+        return rasterize_oracle
+    if means.is_cuda:
+        from geodiff4d.render._gsplat import rasterize_cuda
+
+        return rasterize_cuda
     from geodiff4d.render._numba import rasterize_cpu
 
     return rasterize_cpu
-
-
-def _cuda():
-    from geodiff4d.render._gsplat import rasterize_cuda
-
-    return rasterize_cuda
