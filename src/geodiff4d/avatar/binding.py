@@ -50,6 +50,8 @@ class LocalGaussians:
     opacity_logits: Float[Tensor, " n"]
     color_logits: Float[Tensor, "n 3"]
     """Logit of sRGB."""
+    features: Float[Tensor, "n features"] | None = None
+    """What the dynamics MLP knows each by (`avatar.dynamics`)."""
 
     def __len__(self) -> int:
         return len(self.face_index)
@@ -57,10 +59,15 @@ class LocalGaussians:
     @property
     def parameters(self) -> dict[str, Tensor]:
         """The tensors that an optimiser may change."""
-        return {name: value for name, value in vars(self).items() if name != "face_index"}
+        return {name: value for name, value in self.tensors.items() if name != "face_index"}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     def to(self, device: torch.device | str) -> "LocalGaussians":
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+        return replace(self, **{name: value.to(device) for name, value in self.tensors.items()})
 
 
 def face_frames(vertices: Float[Tensor, "verts 3"], faces: Int[Tensor, "faces 3"]) -> FaceFrames:

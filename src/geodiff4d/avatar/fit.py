@@ -1,31 +1,40 @@
-"""Fit an avatar to a clip: one frame a step, every Gaussian and every head parameter at once (Sec. 3.3, A.2)."""
+"""Fit an avatar to a clip: what is learned, for how long, and what is written (Sec. 3.3, 4.2, A.2)."""
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from geodiff4d.avatar.binding import LocalGaussians, bind, face_frames
-from geodiff4d.avatar.frames import Frames
-from geodiff4d.avatar.losses import LossConfig, binding_loss, image_loss, position_tolerance
-from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
-from geodiff4d.avatar.refine import RefineConfig, Refinement
+from geodiff4d.avatar.body import Body
+from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap
+from geodiff4d.avatar.densify import DensifyConfig
+from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig, first_features
+from geodiff4d.avatar.expression import fit_expression_code
+from geodiff4d.avatar.fitting import Fitting, Score, compare
+from geodiff4d.avatar.frames import Frames, HoldOut, NormalSource
+from geodiff4d.avatar.losses import LossConfig, position_tolerance
+from geodiff4d.avatar.refine import RefineConfig
 from geodiff4d.avatar.start import start
+from geodiff4d.avatar.surface import RemeshConfig, Surface, own_surface, remesh
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, fresh_folder, write_json
+from geodiff4d.core.files import fresh_folder, write_json
+from geodiff4d.core.images import write_image
+from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import Head
 
-Track = Callable[[Iterable[int], str], Iterable[int]]
+Track = Callable[..., Iterable[int]]
+Part = Literal["refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify"]
+PARTS: tuple[Part, ...] = ("refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify")
+STATUS_EVERY = 10
+SCORED = 16
+"""Training frames that the final score looks at."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class FitConfig:
 
     iterations: int = 1200
     gaussians: int = 20_000
-    """About; every face of the head gets at least one."""
+    """At most, at the start; every face of the surface gets at least one."""
     means_lr: float = 1e-2
     """In units of the face's size; decays to a twentieth, like all Gaussian rates."""
     quats_lr: float = 1e-2
@@ -44,30 +53,47 @@ class FitConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     refine: RefineConfig | None = field(default_factory=RefineConfig)
     """None trusts the clip's head parameters (`--ablate refine`)."""
-    held_out_every: int = 8
-    """One frame of this many is only scored; 0 trains on all."""
+    remesh: RemeshConfig | None = None
+    """None binds Gaussians to the head's own mesh."""
+    deformation: DeformationConfig | None = None
+    dynamics: DynamicsConfig | None = None
+    densify: DensifyConfig | None = None
+    normal_source: Literal["clip", "estimator"] = "clip"
+    """estimator: normals of a monocular estimator instead of the clip's, which the caller gives to `fit`."""
+    hold_out: HoldOut = field(default_factory=HoldOut)
     checkpoint_every: int = 500
+    """Steps between checkpoints; the live preview is written with each."""
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.iterations < 1 or self.gaussians < 1:
-            raise ValueError(f"iterations and gaussians must be positive, got {self.iterations} and {self.gaussians}")
+        if self.iterations < 1 or self.gaussians < 1 or self.checkpoint_every < 1:
+            raise ValueError(f"iterations, gaussians and checkpoint_every must be positive, got {self}")
 
-    def ablated(self, switch: str) -> "FitConfig":
-        """Switch a part off: refine or normals.
+    def ablated(self, part: str) -> "FitConfig":
+        """Switch a part off (Table 2, lower half, and each part of the hierarchy).
 
         Raises:
             UserError: an unknown part.
         """
-        if switch == "refine":
-            return replace(self, refine=None)
-        if switch == "normals":
+        if part not in PARTS:
+            raise UserError(f"--ablate {part} is not known: expected one of {', '.join(PARTS)}")
+        if part == "normals":
             return replace(self, loss=replace(self.loss, normals=0.0))
-        raise UserError(f"--ablate {switch} is not known: expected refine or normals")
+        if part == "normal-source":
+            return replace(self, normal_source="estimator")
+        without: dict[str, Any] = {part: None}
+        return replace(self, **without)
 
 
 PRESETS: dict[str, tuple[str, FitConfig]] = {
-    "debug": ("seconds: tests", FitConfig(iterations=20, gaussians=10_000, checkpoint_every=10)),
+    "debug": (
+        "seconds: tests",
+        FitConfig(
+            iterations=20, gaussians=10_000, checkpoint_every=10, remesh=RemeshConfig(48),
+            deformation=DeformationConfig(size=16, channels=4, levels=2), dynamics=DynamicsConfig(hidden=8),
+            densify=DensifyConfig(every=8),
+        ),
+    ),
     "embedded": ("two minutes on two cores at 256 px", FitConfig()),
     "paper": (
         "100K steps on a GPU (Sec. 4.2, A.2)",
@@ -75,20 +101,37 @@ PRESETS: dict[str, tuple[str, FitConfig]] = {
             iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
             color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
             refine=RefineConfig(expr=1e-4, pose=1e-5, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8),
+            remesh=RemeshConfig(128),
+            deformation=DeformationConfig(size=128, channels=64, levels=6, lr=1e-4),
+            dynamics=DynamicsConfig(features=16, hidden=64, lr=1e-4, feature_lr=2.5e-3),
+            densify=DensifyConfig(start=0.08, stop=0.7, every=2000, reset_every=20_000, limit=250_000),
         ),
     ),
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a repeated command must share with the run that it resumes."""
+
+    fit: FitConfig
+    clip: str
+    frames: int
+    seed: int
+
+
 def fit(
-    clip: Clip, out: Path | str, config: FitConfig | None = None, seed: int = 0, track: Track = lambda items, _: items
-) -> dict:
+    clip: Clip, out: Path | str, config: FitConfig | None = None, seed: int = 0,
+    track: Track = lambda items, *_: items, normals: NormalSource | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Fit an avatar to `clip`, write it to `out` and return its metrics.
 
-    The same call resumes from `OUT.checkpoint` after an interruption, to the same result.
+    Meanwhile `OUT.run` holds the log, the newest checkpoints and a live preview; the same call resumes from it, to the
+    same result. `track(items, description)` shows progress; the description is a function that says how far the fit is.
 
     Raises:
-        UserError: the clip lacks masks or parameters, or `out` holds something else.
+        UserError: the clip lacks masks or parameters, `out` holds something else, or no estimator's normals are given
+            to a configuration that asks for them.
 
     Example:
         >>> fit(Clip("runs/demo/clip"), "runs/demo/avatar")["held_out"]["psnr_fg"]  # doctest: +SKIP
@@ -96,163 +139,128 @@ def fit(
     config, out = config or FitConfig(), Path(out)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("this preset needs a CUDA device and none was found: use --preset embedded")
+    if (config.normal_source == "estimator") != (normals is not None):
+        raise UserError(
+            f"normals come from the {config.normal_source}, but an estimator was {'' if normals else 'not '}given"
+        )
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: expected a folder to write to, or a new name")
     head = load_head(clip.head_name)
-    frames = Frames(clip, head, config.held_out_every).to(config.device)
-    tolerance = position_tolerance(head)
-    local = start(frames.to("cpu"), head, config.gaussians, tolerance, seed).to(config.device)
-    frames, head = frames.to(config.device), head.to(config.device)
-    fitting = Fitting(head, local, frames.sequence.to(config.device), tolerance.to(config.device), config)
-
-    checkpoint = out.with_name(out.name + ".checkpoint")
-    # Loading the rasteriser's code is no part of the speed.
-    first, begun = fitting.load(checkpoint / "state.safetensors", seed), time.perf_counter()
-    for i in track(range(first, config.iterations), "fitting"):
-        if i == first + 1:
-            begun = time.perf_counter()
-        fitting.step(frames, i, seed)
-        if (i + 1) % config.checkpoint_every == 0 and i + 1 < config.iterations:
-            fitting.save(checkpoint / "state.safetensors", i + 1, seed)
-    seconds = time.perf_counter() - begun
+    frames = Frames(clip, head, config.hold_out, normals)
+    fitting, explained = prepare(frames, head, config, seed)
+    run = RunFolder(out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed))
+    saved = run.load(lambda line: run.log({"warning": line}))
+    first = 0
+    if saved is not None:
+        fitting.restore(saved[0])
+        first = saved[1]
+    seconds = _learn(fitting, run, first, seed, track)
     metrics = {
-        "train": fitting.score(frames, frames.train[:: max(1, len(frames.train) // 16)]),
-        "held_out": fitting.score(frames, frames.held_out),
+        "train": fitting.score(frames.train[:: max(1, len(frames.train) // SCORED)]),
+        "held_out": fitting.score(frames.held_out),
+        "held_out_views": fitting.score(frames.held_out_views),
+        "held_out_times": fitting.score(frames.held_out_times),
         "iterations_per_second": max(config.iterations - first - 1, 1) / seconds,
-        "gaussians": len(local),
+        "gaussians": len(fitting.local),
         "seconds": seconds,
+        "tokens_from_parameters": explained,
     }
     with fresh_folder(out) as folder:
-        fitting.avatar(frames, clip.fps).save(folder)
+        fitting.avatar(clip.fps).save(folder)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "fit.json", {"clip": str(clip.folder), "seed": seed, "config": asdict(config)})
-    shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.copy(run.path / "log.jsonl", folder / "log.jsonl")
+    shutil.rmtree(run.path, ignore_errors=True)
     return metrics
 
 
-class Fitting:
-    """The state of a fit: Gaussians, residuals and their optimiser."""
-
-    def __init__(
-        self,
-        head: Head,
-        local: LocalGaussians,
-        sequence: HeadParams,
-        tolerance: Float[Tensor, " faces"],
-        config: FitConfig,
-    ):
-        self.head, self.config, self.tolerance = head, config, tolerance
-        self.local = replace(local, **{n: v.clone().requires_grad_() for n, v in local.parameters.items()})
-        self.refinement = Refinement(sequence)
-        rates = {
-            "means": config.means_lr, "quats": config.quats_lr, "log_scales": config.log_scales_lr,
-            "opacity_logits": config.opacity_lr, "color_logits": config.color_lr,
-        }  # fmt: skip
-        gaussian_groups = [{"params": [v], "peak": rates[n], "lr": 0.0} for n, v in self.local.parameters.items()]
-        self.gaussian_groups = len(gaussian_groups)
-        refine_groups = self.refinement.groups(config.refine) if config.refine else []
-        self.adam = torch.optim.Adam(gaussian_groups + refine_groups, eps=1e-15, fused=True)
-        with torch.no_grad():
-            self.rest_scale = self._frames_of(0).scale
-            self.posed = None if config.refine else [self._frames_of(i) for i in range(sequence.batch[0])]
-
-    def _frames_of(self, row: int):
-        mesh = self.head.pose(self.refinement.params(row))
-        return face_frames(mesh.vertices, mesh.faces)
-
-    def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
-        """Render a timestep of the fitted sequence."""
-        splats = bind(self.local, self.posed[row] if self.posed else self._frames_of(row))
-        return render_splats(splats, self.local.color_logits.sigmoid(), camera, background)
-
-    def step(self, frames: Frames, iteration: int, seed: int) -> float:
-        """Take one optimiser step on one frame; a pure function of the state, the iteration and the seed."""
-        progress = iteration / self.config.iterations
-        for i, group in enumerate(self.adam.param_groups):
-            refine = self.config.refine if i >= self.gaussian_groups else None
-            group["lr"] = group["peak"] * (refine.schedule(progress) if refine else 0.05**progress)
-        epoch, place = divmod(iteration, len(frames.train))
-        order = torch.randperm(len(frames.train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        # A background that changes cannot be painted on splats.
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
-        background = torch.rand(3, generator=generator).to(self.config.device)
-        target = frames.target(frames.train[int(order[place])], background)
-        frame = self.render(target.row, target.camera, background)
-        loss = image_loss(frame, target.image, target.mask, target.normal, target.box, self.config.loss)
-        loss = loss + binding_loss(self.local, self.rest_scale, self.tolerance, self.config.loss)
-        self.adam.zero_grad(set_to_none=True)
-        loss.backward()
-        self.adam.step()
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def score(self, frames: Frames, indices: list[int]) -> dict[str, float | None]:
-        """Return the mean PSNR [dB] and normal error [deg] inside the foreground; None where there is nothing."""
-        psnr, degrees = [], []
-        for i in indices:
-            target = frames.target(i)
-            frame = self.render(target.row, target.camera)
-            inside = target.mask[0] > 0.5
-            error = (frame.rgb.clamp(0, 1) - target.image).square()[:, inside].mean()
-            psnr.append(-10 * math.log10(max(float(error), 1e-10)))
-            if target.normal is not None:
-                ours = torch.nn.functional.normalize(frame.normal, dim=0)
-                cosine = (ours * target.normal).sum(0)[inside].clamp(-1, 1)
-                degrees.append(float(cosine.acos().rad2deg().mean()))
-        return {"psnr_fg": _mean(psnr), "normal_deg": _mean(degrees)}
-
-    def avatar(self, frames: Frames, fps: float) -> Avatar:
-        """Return what was fitted, detached and on the CPU."""
-        local = replace(self.local, **{n: v.detach() for n, v in self.local.parameters.items()})
-        sequence = self.refinement.sequence()
-        camera = frames.camera(frontal(frames, self.head, sequence))
-        shape = self.refinement.shape.detach()
-        return Avatar(self.head, local, shape, sequence, camera, fps).to("cpu")
-
-    def save(self, path: Path, iteration: int, seed: int) -> None:
-        """Write a checkpoint; it appears whole or not at all."""
-        with fresh_file(path) as temporary:
-            save_file(self._tensors(), temporary, {"iteration": str(iteration), "run": self._run(seed)})
-
-    def load(self, path: Path, seed: int) -> int:
-        """Continue from a checkpoint of the same run, if there is one; returns the iteration to go on with."""
-        if not path.exists():
-            return 0
-        try:
-            with safe_open(path, "pt", device=self.config.device) as file:
-                if file.metadata()["run"] != self._run(seed):
-                    return 0
-                for i, group in enumerate(self.adam.param_groups):
-                    leaf = group["params"][0]
-                    leaf.data.copy_(file.get_tensor(f"{i}.value"))
-                    state = {k: file.get_tensor(f"{i}.{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-                    self.adam.state[leaf] = state
-                return int(file.metadata()["iteration"])
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            raise UserError(f"{path} is damaged ({error}): delete {path.parent} and start again") from None
-
-    def _run(self, seed: int) -> str:
-        """What a checkpoint must share with the run that resumes it."""
-        return f"{self.config} seed={seed} gaussians={len(self.local)} timesteps={self.refinement.base.batch[0]}"
-
-    def _tensors(self) -> dict[str, Tensor]:
-        out = {}
-        for i, group in enumerate(self.adam.param_groups):
-            leaf = group["params"][0]
-            out[f"{i}.value"] = leaf.detach().contiguous()
-            out |= {f"{i}.{k}": v.contiguous() for k, v in self.adam.state[leaf].items()}
-        return out
+def prepare(frames: Frames, head: Head, config: FitConfig, seed: int) -> tuple[Fitting, dict[str, Any] | None]:
+    """Set a fit up; also return what head parameters explain of the clip's tokens, if it has any."""
+    surface = own_surface(head) if config.remesh is None else remesh(head, config.remesh)
+    tolerance = position_tolerance(head)[surface.head_face]
+    local = start(frames.to("cpu"), head, surface, config.gaussians, tolerance, seed)
+    # Everything random is drawn on the CPU: the same numbers on every device.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body, explained = _body(frames, head, surface, config)
+    if config.dynamics:
+        features = first_features(len(local), config.dynamics, torch.Generator().manual_seed(seed))
+        local = replace(local, features=features)
+    frames.to(config.device)
+    made = Fitting(body.to(config.device), local.to(config.device), frames, tolerance.to(config.device), config)
+    return made, explained
 
 
-def frontal(frames: Frames, head: Head, sequence: HeadParams) -> int:
-    """Return the frame whose camera looks most squarely at the face."""
+def _body(frames: Frames, head: Head, surface: Surface, config: FitConfig) -> tuple[Body, dict[str, Any] | None]:
+    if config.deformation is None and config.dynamics is None:
+        return Body(head, surface), None
+    code, explained = fit_expression_code(frames.sequence, frames.tokens)
+    deformation = maps = None
+    if config.deformation:
+        deformation = Deformation(config.deformation, code.size)
+        maps = PositionMap.of(head, surface, config.deformation.size)
+    dynamics = Dynamics(config.dynamics, code.basis.shape[1]) if config.dynamics else None
+    return Body(head, surface, code, deformation, dynamics, maps), explained
 
-    def score(index: int) -> float:
-        T = head.pose(sequence[frames.row(index)]).T_world_joint[1].cpu()
-        face = T[:3, :3] @ torch.tensor([0.0, 0.0, 1.0])
-        centre = T[:3, :3] @ head.template.mean(0).cpu() + T[:3, 3]
-        return float(torch.nn.functional.normalize(frames.camera(index).position - centre, dim=0) @ face)
 
-    return max(range(len(frames)), key=score)
+def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, track: Track) -> float:
+    """Take all steps from `first` on; returns the seconds they took."""
+    config, status = fitting.config, Status()
+    begun = time.perf_counter()
+    for i in track(range(first, config.iterations), status.line):
+        if i == first + 1:
+            # Loading the rasteriser's code is no part of the speed.
+            begun = time.perf_counter()
+        frame, target = fitting.step(i, seed)
+        if i % STATUS_EVERY == 0:
+            status.add(compare(frame, target), i)
+        if (i + 1) % config.checkpoint_every == 0 or i + 1 == config.iterations:
+            run.log({"step": i + 1, **status.figures(), "gaussians": len(fitting.local)})
+            write_image(run.path / "preview.png", preview(fitting))
+        if (i + 1) % config.checkpoint_every == 0 and i + 1 < config.iterations:
+            run.save(fitting.tensors(), i + 1)
+    return time.perf_counter() - begun
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+class Status:
+    """How a fit is doing: smoothed figures of the frames it takes its steps on."""
+
+    def __init__(self) -> None:
+        self.psnr: float | None = None
+        self.degrees: float | None = None
+        self.began, self.first, self.last = time.perf_counter(), -1, -1
+
+    def add(self, score: Score, iteration: int) -> None:
+        if self.first < 0:
+            self.began, self.first = time.perf_counter(), iteration
+        self.last = iteration
+        self.psnr = _smoothed(self.psnr, score.psnr_fg)
+        if score.normal_deg is not None:
+            self.degrees = _smoothed(self.degrees, score.normal_deg)
+
+    def figures(self) -> dict[str, float | None]:
+        """Return PSNR [dB], normal error [deg] and steps per second."""
+        speed = (self.last - self.first) / max(time.perf_counter() - self.began, 1e-9)
+        rounded = {"psnr_fg": self.psnr, "normal_deg": self.degrees, "iterations_per_second": speed}
+        return {k: None if v is None else round(v, 3) for k, v in rounded.items()}
+
+    def line(self) -> str:
+        """Describe the fit for a progress bar."""
+        if self.psnr is None:
+            return "fitting"
+        normals = "" if self.degrees is None else f", normals {self.degrees:.1f}°"
+        return f"fitting: {self.psnr:.1f} dB{normals}, {self.figures()['iterations_per_second']:.1f} it/s"
+
+
+@torch.no_grad()
+def preview(fitting: Fitting) -> Tensor:
+    """Lay a frame of the clip beside what the avatar shows: colours, then normals."""
+    frames = fitting.frames
+    target = frames.target((frames.held_out or frames.train)[0])
+    frame = fitting.render(target.row, target.camera)
+    shown = [target.image, frame.rgb, frame.normal * 0.5 + 0.5]
+    return torch.cat(shown, -1).clamp(0, 1).cpu()
+
+
+def _smoothed(before: float | None, value: float) -> float:
+    return value if before is None else 0.9 * before + 0.1 * value

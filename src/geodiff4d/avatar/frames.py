@@ -1,5 +1,6 @@
 """A clip's frames held in memory as bytes, split into training and held-out ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite
-from geodiff4d.data.clip import Clip
+from geodiff4d.data.clip import Clip, ClipFrame
 from geodiff4d.heads.rig import Head, HeadParams
 
+NormalSource = Callable[[ClipFrame], Tensor]
+"""Gives a frame other normals than the clip's: camera-space, unit, zero on the background."""
 BOX_MARGIN = 0.06
 """Around the foreground's box, as a share of the picture: silhouettes need their outside."""
 
@@ -26,8 +29,27 @@ class Target:
     image: Float[Tensor, "3 height width"]
     mask: Float[Tensor, "1 height width"]
     normal: Float[Tensor, "3 height width"] | None
+    """What the loss compares with."""
+    clip_normal: Float[Tensor, "3 height width"] | None
+    """What scores compare with: the clip's own."""
     box: tuple[slice, slice]
     """Rows and columns that contain the foreground."""
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """Which frames are only scored."""
+
+    every: int = 8
+    """One frame of this many, so that every timestep and every view is seen in training; 0 for none."""
+    views: int = 0
+    """So many cameras, spread over the clip's."""
+    times: float = 0.0
+    """This share of the timesteps, the clip's last."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.views < 0 or not 0 <= self.times < 1:
+            raise ValueError(f"hold-out needs every >= 0, views >= 0 and 0 <= times < 1, got {self}")
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,7 @@ class _Stored:
     image: Tensor
     mask: Tensor
     normal: Tensor | None
+    clip_normal: Tensor | None
     box: tuple[slice, slice]
 
 
@@ -47,8 +70,8 @@ class Frames:
         UserError: frames without masks, parameters that are missing, not finite or another head's.
     """
 
-    def __init__(self, clip: Clip, head: Head, held_out_every: int):
-        self.clip, self.device = clip, torch.device("cpu")
+    def __init__(self, clip: Clip, head: Head, hold_out: HoldOut = HoldOut(), normals: NormalSource | None = None):
+        self.clip, self.device, self._normals = clip, torch.device("cpu"), normals
         self.sequence = read_sequence(clip, head)
         unmasked = next((r for r in clip.records if r.mask_path is None), None)
         if unmasked:
@@ -56,24 +79,48 @@ class Frames:
                 f"{clip.folder} has no foreground mask for {unmasked.image_path.name}: "
                 "an avatar needs them; run `geodiff4d track` on the pictures first"
             )
+        self.tokens = read_tokens(clip)
         rows = {t: i for i, t in enumerate(clip.timesteps)}
-        columns = {c: i for i, c in enumerate(clip.camera_indices)}
+        self._split(hold_out, rows)
         self._stored = [self._read(i, rows) for i in range(len(clip))]
-        places = [(rows[r.timestep], columns[r.camera_index]) for r in clip.records]
-        # Rotates through the cameras, so that every timestep and every view is seen in training.
-        held = [held_out_every > 0 and (3 * t + c) % held_out_every == 1 for t, c in places]
-        self.held_out = [i for i, out in enumerate(held) if out]
-        self.train = [i for i, out in enumerate(held) if not out] or self.held_out
+
+    def _split(self, hold_out: HoldOut, rows: dict[int, int]) -> None:
+        """Sort frames into `train`, `held_out_views`, `held_out_times` and `held_out` (all that are only scored)."""
+        columns = {c: i for i, c in enumerate(self.clip.camera_indices)}
+        views, times = len(columns), len(rows)
+        if hold_out.views >= views and hold_out.views:
+            raise UserError(
+                f"{self.clip.folder} has {views} camera(s), {hold_out.views} cannot be held out: at most {views - 1}"
+            )
+        kept_times = times - round(hold_out.times * times)
+        if kept_times < 1:
+            raise UserError(f"{self.clip.folder} has {times} timestep(s): too few to hold {hold_out.times:.0%} out")
+        held_views = {round((i + 1) * views / (hold_out.views + 1)) for i in range(hold_out.views)}
+        self.train, self.held_out, self.held_out_views, self.held_out_times = [], [], [], []
+        for i, record in enumerate(self.clip.records):
+            t, c = rows[record.timestep], columns[record.camera_index]
+            late, aside = t >= kept_times, c in held_views
+            # Rotates through the cameras.
+            now_and_then = hold_out.every > 0 and (3 * t + c) % hold_out.every == 1
+            (self.held_out if late or aside or now_and_then else self.train).append(i)
+            if aside and not late:
+                self.held_out_views.append(i)
+            if late and not aside:
+                self.held_out_times.append(i)
+        self.train = self.train or self.held_out
 
     def _read(self, index: int, rows: dict[int, int]) -> _Stored:
         frame = self.clip.frame(index)
         if frame.mask.max() < 0.5:
             name = self.clip.records[index].image_path.name
             raise UserError(f"{self.clip.folder}: the mask of {name} is empty: remove the frame or mask it again")
-        normal = None if frame.normal is None else (frame.normal * 127).round().to(torch.int8)
+        clip_normal = None if frame.normal is None else (frame.normal * 127).round().to(torch.int8)
+        normal = clip_normal
+        if self._normals is not None and index in self.train:
+            normal = (self._normals(frame) * frame.mask * 127).round().to(torch.int8)
         return _Stored(
             frame.camera, rows[frame.timestep], (frame.image * 255).round().to(torch.uint8),
-            (frame.mask * 255).round().to(torch.uint8), normal, foreground_box(frame.mask),
+            (frame.mask * 255).round().to(torch.uint8), normal, clip_normal, foreground_box(frame.mask),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -99,7 +146,27 @@ class Frames:
         else:
             image = composite(image, mask, background)
         normal = None if s.normal is None else s.normal.to(self.device).float() / 127
-        return Target(s.camera.to(self.device), s.row, image, mask, normal, s.box)
+        theirs = normal
+        if s.clip_normal is not s.normal:
+            theirs = None if s.clip_normal is None else s.clip_normal.to(self.device).float() / 127
+        return Target(s.camera.to(self.device), s.row, image, mask, normal, theirs, s.box)
+
+
+def read_tokens(clip: Clip) -> Float[Tensor, "timesteps tokens channels"] | None:
+    """Read the clip's expression tokens; None if it has none that tell expressions apart (mesh warp writes zeros).
+
+    Raises:
+        UserError: they are not one finite row per timestep.
+    """
+    tokens = clip.expression_tokens
+    if tokens is None or not tokens.numel() or bool((tokens == tokens[:1]).all()):
+        return None
+    if tokens.ndim != 3 or len(tokens) != len(clip.timesteps) or not tokens.isfinite().all():
+        raise UserError(
+            f"{clip.folder}/expression_tokens.safetensors: expected {len(clip.timesteps)} finite rows, one per "
+            f"timestep, got {list(tokens.shape)}: remove the file or synthesize the clip again"
+        )
+    return tokens
 
 
 def read_sequence(clip: Clip, head: Head) -> HeadParams:

@@ -1,6 +1,7 @@
 """The avatar: a head and the Gaussians bound to it, rendered as RGB, normals and alpha in one pass (Sec. 3.3)."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from geodiff4d.avatar.binding import LocalGaussians, bind, face_frames
+from geodiff4d.avatar.binding import LocalGaussians
+from geodiff4d.avatar.body import Body
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
@@ -18,7 +20,8 @@ from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.gaussians import Gaussians, rasterize
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had Gaussians on the head's own mesh alone."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class Avatar:
     camera: Camera
     """The clip's most frontal camera: the default view."""
     fps: float = 24.0
+    parts: Body | None = None
+    """Remeshed surface, deformation and dynamics; None for Gaussians on the head's own mesh alone."""
+    tokens: Float[Tensor, "timesteps _tokens _channels"] | None = None
+    """Expression tokens of the sequence, where the clip had them."""
+
+    @cached_property
+    def body(self) -> Body:
+        return self.parts or Body.plain(self.head)
 
     def posed(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> PosedSplats:
         """Pose the splats (no batch axis). Differentiable in the Gaussians and in the parameters.
@@ -69,9 +80,8 @@ class Avatar:
         `tokens` are the frame's expression tokens, as the driver's encoder gives them; without, the avatar makes them
         out of the parameters.
         """
-        mesh = self.head.pose(replace(params, shape=self.shape))
-        splats = bind(self.local, face_frames(mesh.vertices, mesh.faces))
-        return PosedSplats(splats, self.local.color_logits.sigmoid(), self.local.face_index)
+        posing = self.body.pose(self.local, replace(params, shape=self.shape), tokens)
+        return PosedSplats(posing.gaussians, posing.colors, self.body.surface.head_face[self.local.face_index])
 
     def gaussians(self, params: HeadParams) -> Gaussians:
         """Pose the splats without their colours."""
@@ -86,7 +96,9 @@ class Avatar:
         return render_splats(posed.gaussians, posed.colors, camera, background)
 
     def to(self, device: torch.device | str) -> "Avatar":
-        moved = {name: getattr(self, name).to(device) for name in ("head", "local", "shape", "sequence", "camera")}
+        """Copy to a device."""
+        names = ("head", "local", "shape", "sequence", "camera", "parts", "tokens")
+        moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, **moved)
 
     def save(self, folder: Path) -> None:
@@ -97,13 +109,19 @@ class Avatar:
         config = {
             "format": "geodiff4d avatar", "version": FORMAT_VERSION, "head": self.head.name, "fps": self.fps,
             "gaussians": len(self.local), "width": self.camera.width, "height": self.camera.height,
+            "parts": {} if self.parts is None else self.parts.described(),
         }  # fmt: skip
         write_json(folder / "config.json", config)
-        tensors = {**vars(self.local), "shape": self.shape, "T_cam_world": self.camera.T_cam_world, "K": self.camera.K}
+        camera = {"T_cam_world": self.camera.T_cam_world, "K": self.camera.K}
+        tensors = {**self.local.tensors, "shape": self.shape, **camera}
+        tensors |= {} if self.tokens is None else {"tokens": self.tokens}
+        tensors |= {} if self.parts is None else self.parts.tensors()
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "avatar.safetensors")
         self.sequence.save(folder / "params.npz")
         with torch.no_grad():
-            write_image(folder / "preview.png", self.render(self.sequence[0], self.camera).rgb.cpu())
+            tokens = None if self.tokens is None else self.tokens[0]
+            frame = self.render(self.sequence[0], self.camera, tokens=tokens)
+            write_image(folder / "preview.png", frame.rgb.cpu())
 
     @staticmethod
     def load(folder: Path | str) -> "Avatar":
@@ -117,17 +135,24 @@ class Avatar:
         if missing:
             raise UserError(f"{folder} is not an avatar: {missing[0]} is missing; make one with `geodiff4d fit`")
         config = read_json(folder / "config.json")
+        version = config.get("version") if isinstance(config, dict) else None
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise UserError(
+                f"{folder} is an avatar of version {version}: this geodiff4d reads up to {FORMAT_VERSION}; update it"
+            )
         try:
             tensors = load_file(folder / "avatar.safetensors")
             camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
             shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
-            local = LocalGaussians(**tensors)
-            avatar = Avatar(load_head(config["head"]), local, shape, sequence, camera, float(config["fps"]))
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            tokens, head, described = tensors.pop("tokens", None), load_head(config["head"]), config.get("parts") or {}
+            parts = Body.restored(head, described, tensors) if described else None
+            local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
+            avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{folder} is a damaged avatar ({error}): fit or copy it again") from None
-        if len(local) and int(local.face_index.max()) >= len(avatar.head.faces):
+        if len(local) and int(local.face_index.max()) >= len(avatar.body.surface.faces):
             raise UserError(f"{folder} was made for another version of the head {config['head']!r}: fit it again")
         return avatar
 

@@ -63,4 +63,4 @@ class Refinement:
     def groups(self, config: RefineConfig) -> list[dict]:
         """Return Adam's parameter groups at their peak rates."""
         rates = {"expr": config.expr, "eyelids": config.expr, "translation": config.translation, "shape": config.shape}
-        return [{"params": [r], "peak": rates.get(n, config.pose), "lr": 0.0} for n, r in self.residuals.items()]
+        return [{"params": [r], "peak": rates.get(n, config.pose), "name": n} for n, r in self.residuals.items()]

@@ -3,15 +3,16 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn.functional import grid_sample, normalize
 
 from geodiff4d.avatar.binding import NORMAL_AXIS, FaceFrames, LocalGaussians, bind, face_frames, sample_surface
 from geodiff4d.avatar.frames import Frames
+from geodiff4d.avatar.surface import Surface
 from geodiff4d.core.camera import Camera
-from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.heads.rig import Head
 from geodiff4d.render.meshes import rasterize
 
 DENSITY = {"scalp": 1.5, "neck": 1.0, "mouth": 0.3, "sockets": 0.2, "teeth": 0.5, "tongue": 0.5}
@@ -28,20 +29,23 @@ INSIDE = 0.97
 OCCLUDED_M = 0.006
 
 
-def start(frames: Frames, head: Head, count: int, tolerance: Float[Tensor, " faces"], seed: int) -> LocalGaussians:
-    """Place and colour the first Gaussians."""
+def start(
+    frames: Frames, head: Head, surface: Surface, count: int, tolerance: Float[Tensor, " faces"], seed: int
+) -> LocalGaussians:
+    """Place and colour the first Gaussians on the surface; `tolerance` is that of its triangles."""
     generator = torch.Generator().manual_seed(seed)
     density = torch.ones(len(head.template))
     for name, value in DENSITY.items():
         if name in head.regions:
             density[head.regions[name]] = value
-    meshes = head.pose(frames.sequence)
+    meshes = surface.on(head.pose(frames.sequence).vertices)
     shaped = head.pose(replace(frames.sequence[0], **vars(head.neutral()) | {"shape": frames.sequence.shape[0]}))
-    local = sample_surface(shaped.vertices, head.faces, density[head.faces].mean(-1), count, generator)
+    per_face = surface.on(density[:, None])[:, 0][surface.faces].mean(-1)
+    local = sample_surface(surface.on(shaped.vertices), surface.faces, per_face, count, generator)
     picked = [frames.train[i] for i in torch.linspace(0, len(frames.train) - 1, VIEWS).round().long().unique()]
-    posed = {row: face_frames(meshes.vertices[row], head.faces) for row in {frames.row(i) for i in picked}}
-    local = grow(local, frames, posed, picked, hair_reach(head, tolerance), generator)
-    return paint(local, frames, posed, meshes, picked)
+    posed = {row: face_frames(meshes[row], surface.faces) for row in {frames.row(i) for i in picked}}
+    local = grow(local, frames, posed, picked, hair_reach(head, surface, tolerance), generator)
+    return paint(local, frames, posed, meshes, surface.faces, picked)
 
 
 def grow(
@@ -81,18 +85,19 @@ def grow(
     return replace(local, means=lifted)
 
 
-def hair_reach(head: Head, tolerance: Float[Tensor, " faces"]) -> Float[Tensor, " faces"]:
+def hair_reach(head: Head, surface: Surface, tolerance: Float[Tensor, " faces"]) -> Float[Tensor, " faces"]:
     """How far [m] splats may start above each face: their tolerance, but none on the neck.
 
     Silhouettes leave the hollow under the chin open, and what starts there is left behind as debris.
     """
     neck = head.regions.get("neck")
-    return tolerance if neck is None else torch.where(neck[head.faces].any(-1), 0.0, tolerance)
+    return tolerance if neck is None else torch.where(neck[head.faces].any(-1)[surface.head_face], 0.0, tolerance)
 
 
 def paint(
-    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames], meshes: PosedHead, picked: list[int]
-) -> LocalGaussians:
+    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames],
+    meshes: Float[Tensor, "timesteps verts 3"], faces: Int[Tensor, "faces 3"], picked: list[int],
+) -> LocalGaussians:  # fmt: skip
     """Take each splat's colour from the views that see its face, the squarer the more; the unseen ask a neighbour."""
     total, weight = torch.zeros(len(local), 3), torch.zeros(len(local), 1)
     for i in picked:
@@ -101,7 +106,7 @@ def paint(
         means = bind(local, f).means
         view = normalize(target.camera.position - means, dim=-1)
         facing = (f.R[local.face_index][..., NORMAL_AXIS] * view).sum(-1, keepdim=True).clamp(min=0)
-        depth = rasterize(meshes.vertices[row], meshes.faces, target.camera).depth[None]
+        depth = rasterize(meshes[row], faces, target.camera).depth[None]
         surface = sample(depth.clamp(max=1e3), target.camera, means, outside=0.0, nearest=True)
         _, z = target.camera.project(means)
         seen = (z[:, None] < surface + OCCLUDED_M) * (sample(target.mask, target.camera, means, outside=0.0) > 0.9)

@@ -17,18 +17,27 @@ class Args:
     """Avatar folder to write; the same command resumes an interrupted fit."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """debug: seconds. embedded: two minutes on two cores. paper: 100K steps on a GPU."""
-    ablate: tuple[Literal["refine", "normals"], ...] = ()
-    """Switch parts off: refine (trust the clip's head parameters), normals (no normal loss)."""
+    ablate: tuple[
+        Literal["refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify"], ...
+    ] = ()
+    """Switch parts off: refine (trust the clip's head parameters), normals (no normal loss), normal-source (normals as
+    a network sees them in single frames, not the clip's); and remesh, deformation, dynamics, densify."""
     iterations: int | None = None
     """Take so many steps instead of the preset's."""
+    hold_out_views: int = 0
+    """Only score so many cameras; with this or the next, no other frames are held out."""
+    hold_out_times: float = 0.0
+    """Only score this share of the timesteps, the clip's last."""
     seed: int = 0
 
 
 def run(args: Args) -> None:
     from geodiff4d.avatar.fit import PRESETS, fit
+    from geodiff4d.avatar.frames import HoldOut
     from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
     from geodiff4d.data.clip import Clip
+    from geodiff4d.tracking.normals import normal_estimator
 
     config = PRESETS[args.preset][1]
     for part in args.ablate:
@@ -37,9 +46,20 @@ def run(args: Args) -> None:
         if args.iterations < 1:
             raise UserError(f"--iterations is {args.iterations}: expected at least 1")
         config = replace(config, iterations=args.iterations)
-    metrics = fit(Clip(args.clip), args.out, config, args.seed, progress.track)
-    held_out = metrics["held_out"]
-    shown = ", ".join(f"{k} {v:.2f}" for k, v in held_out.items() if v is not None) or "none"
-    print(
-        f"{args.out}: {metrics['gaussians']} Gaussians, {metrics['iterations_per_second']:.1f} it/s, held out: {shown}"
-    )
+    if args.hold_out_views < 0 or not 0 <= args.hold_out_times < 1:
+        raise UserError("--hold-out-views must not be negative, and --hold-out-times be at least 0 and below 1")
+    if args.hold_out_views or args.hold_out_times:
+        config = replace(config, hold_out=HoldOut(0, args.hold_out_views, args.hold_out_times))
+    clip = Clip(args.clip)
+    normals = normal_estimator() if config.normal_source == "estimator" else None
+    metrics = fit(clip, args.out, config, args.seed, progress.track, normals)
+    speed = f"{metrics['gaussians']} Gaussians, {metrics['iterations_per_second']:.1f} it/s"
+    print(f"{args.out}: {speed}, held out: {shown(metrics['held_out'])}")
+    for name in ("views", "times"):
+        if metrics[f"held_out_{name}"]["psnr_fg"] is not None:
+            print(f"held-out {name}: {shown(metrics[f'held_out_{name}'])}")
+
+
+def shown(score: dict[str, float | None]) -> str:
+    """Write a score out, or "none" where nothing was held out."""
+    return ", ".join(f"{k} {v:.2f}" for k, v in score.items() if v is not None) or "none"

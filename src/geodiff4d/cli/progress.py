@@ -2,17 +2,19 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Item = TypeVar("Item")
+Description = str | Callable[[], str]
+"""A function says how far the work is, each time it is asked."""
 LINE_SECONDS = 10.0
 
 
-def track(iterable: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
+def track(iterable: Iterable[Item], description: Description, total: int | None = None) -> Iterator[Item]:
     """Pass items through and show on stderr how far they are.
 
     `total` defaults to the length of `iterable` where it has one. Away from a terminal (logs, CI), work shorter than
@@ -28,7 +30,7 @@ def track(iterable: Iterable[Item], description: str, total: int | None = None) 
     return _bar(iterable, description, total, console) if console.is_terminal else _lines(iterable, description, total)
 
 
-def _bar(iterable: Iterable[Item], description: str, total: int | None, console: Console) -> Iterator[Item]:
+def _bar(iterable: Iterable[Item], description: Description, total: int | None, console: Console) -> Iterator[Item]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,10 +39,13 @@ def _bar(iterable: Iterable[Item], description: str, total: int | None, console:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield from progress.track(iterable, total=total, description=description)
+        task = progress.add_task(_said(description), total=total)
+        for item in iterable:
+            yield item
+            progress.update(task, advance=1, description=_said(description))
 
 
-def _lines(iterable: Iterable[Item], description: str, total: int | None) -> Iterator[Item]:
+def _lines(iterable: Iterable[Item], description: Description, total: int | None) -> Iterator[Item]:
     start = last = time.monotonic()
     done, printed = 0, False
     for item in iterable:
@@ -54,6 +59,10 @@ def _lines(iterable: Iterable[Item], description: str, total: int | None) -> Ite
         _line(description, done, done, time.monotonic() - start)
 
 
-def _line(description: str, done: int, total: int | None, seconds: float) -> None:
+def _said(description: Description) -> str:
+    return description if isinstance(description, str) else description()
+
+
+def _line(description: Description, done: int, total: int | None, seconds: float) -> None:
     of = "" if total is None else f"/{total}"
-    print(f"{description}: {done}{of} in {seconds:.0f} s", file=sys.stderr, flush=True)
+    print(f"{_said(description)}: {done}{of} in {seconds:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,139 @@
+"""From head parameters and an expression to Gaussians in the world: everything between the rig and the rasteriser.
+
+head → surface (remeshed or its own) → displaced by the U-Net → a frame per triangle → Gaussians, with the MLP's
+residuals (Sec. 3.3). Parts that an avatar does without are None.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.avatar.binding import FaceFrames, LocalGaussians, bind, face_frames
+from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap, canonical
+from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig
+from geodiff4d.avatar.expression import Code, ExpressionCode
+from geodiff4d.avatar.surface import Surface, own_surface
+from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.gaussians import Gaussians
+
+
+@dataclass(frozen=True)
+class Posing:
+    """Gaussians in the world, and what was added on the way, which the fit keeps small."""
+
+    gaussians: Gaussians
+    colors: Float[Tensor, "n 3"]
+    """sRGB, 0 to 1."""
+    displacement: Float[Tensor, "1 3 size size"] | None = None
+    """Of the surface, in texture space [cm]."""
+    residuals: Float[Tensor, "n outputs"] | None = None
+    """Of the Gaussians, in units of `dynamics.STRENGTH`."""
+
+
+@dataclass(frozen=True)
+class Body:
+    """What a person's Gaussians ride on."""
+
+    head: Head
+    surface: Surface
+    code: ExpressionCode | None = None
+    deformation: Deformation | None = None
+    dynamics: Dynamics | None = None
+    maps: PositionMap | None = None
+    """Present with the deformation."""
+
+    @staticmethod
+    def plain(head: Head) -> "Body":
+        """Return the head's own mesh, with nothing added."""
+        return Body(head, own_surface(head))
+
+    def expression(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> Code | None:
+        """Return the expression's code, if anything here listens to it."""
+        if self.code is None or (self.deformation is None and self.dynamics is None):
+            return None
+        return self.code(params, tokens)
+
+    def frames(
+        self, params: HeadParams, code: Code | None = None
+    ) -> tuple[FaceFrames, Float[Tensor, "1 3 size size"] | None]:
+        """Pose the surface: its triangles' frames, and its displacement in texture space."""
+        mesh = self.head.pose(params)
+        vertices, displacement = self.surface.on(mesh.vertices), None
+        if self.deformation is not None and self.maps is not None and code is not None:
+            displacement = self.deformation(self.position_map(params), code.tokens)
+            vertices = vertices + self.maps.read(displacement, mesh.T_world_joint)
+        return face_frames(vertices, self.surface.faces), displacement
+
+    @torch.no_grad()
+    def position_map(self, params: HeadParams) -> Float[Tensor, "1 6 size size"]:
+        """Draw the head moved by its expression alone."""
+        assert self.maps is not None
+        both = HeadParams.stack([canonical(params), canonical(params.without_expression())])
+        moved, rest = self.head.pose(both).vertices.unbind(0)
+        return self.maps.map(moved, rest)
+
+    def pose(
+        self, local: LocalGaussians, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None,
+        frames: FaceFrames | None = None,
+    ) -> Posing:  # fmt: skip
+        """Pose Gaussians (no batch axis); `frames` are given where they are known."""
+        code, displacement, residuals = self.expression(params, tokens), None, None
+        if frames is None:
+            frames, displacement = self.frames(params, code)
+        if self.dynamics is not None and code is not None and local.features is not None:
+            residuals = self.dynamics(local.features, code.summary)
+            local = self.dynamics.applied(local, residuals)
+        return Posing(bind(local, frames), local.color_logits.sigmoid(), displacement, residuals)
+
+    def networks(self) -> dict[str, Deformation | Dynamics]:
+        """Return what is learned beside the Gaussians."""
+        both: dict[str, Deformation | Dynamics | None] = {"deformation": self.deformation, "dynamics": self.dynamics}
+        return {name: network for name, network in both.items() if network is not None}
+
+    def to(self, device: torch.device | str) -> "Body":
+        """Copy everything to a device; the networks are moved where they are."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if v is not None}
+        return replace(self, **moved)
+
+    def described(self) -> dict[str, Any]:
+        """Return the configurations of what is there, as JSON has them."""
+        out = {name: asdict(network.config) for name, network in self.networks().items()}
+        return out | ({"remeshed": True} if self.surface.remeshed else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that is not the head's, by name."""
+        parts: dict[str, dict[str, Tensor]] = {n: dict(m.state_dict()) for n, m in self.networks().items()}
+        if self.surface.remeshed:
+            parts["surface"] = {k: v for k, v in vars(self.surface).items() if isinstance(v, Tensor)}
+        if self.code is not None and self.networks():
+            parts["code"] = self.code.tensors()
+        return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
+
+    @staticmethod
+    def restored(head: Head, described: dict[str, Any], tensors: dict[str, Tensor]) -> "Body":
+        """Make a body of `described` and `tensors`; an avatar without either is a plain one.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError: they do not fit each other.
+        """
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+        surface = Surface(**part("surface"), remeshed=True) if described.get("remeshed") else own_surface(head)
+        code = ExpressionCode.from_tensors(part("code")) if part("code") else None
+        deformation = dynamics = maps = None
+        if code is not None and "deformation" in described:
+            deformation = Deformation(DeformationConfig(**described["deformation"]), code.size)
+            deformation.load_state_dict(part("deformation"))
+            maps = PositionMap.of(head, surface, deformation.config.size)
+        if code is not None and "dynamics" in described:
+            dynamics = Dynamics(DynamicsConfig(**described["dynamics"]), code.basis.shape[1])
+            dynamics.load_state_dict(part("dynamics"))
+        for network in (deformation, dynamics):
+            if network is not None:
+                network.requires_grad_(False)
+        return Body(head, surface, code, deformation, dynamics, maps)

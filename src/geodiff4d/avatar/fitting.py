@@ -1,0 +1,241 @@
+"""The state of a fit and its one step: one frame, every Gaussian, head parameter and network weight at once."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.avatar.binding import FaceFrames, LocalGaussians
+from geodiff4d.avatar.body import Body, Posing
+from geodiff4d.avatar.densify import Pulls, densify, reset_opacity
+from geodiff4d.avatar.frames import Frames, Target
+from geodiff4d.avatar.losses import binding_loss, image_loss
+from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
+from geodiff4d.avatar.refine import Refinement
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.rundir import optimiser_tensors, restore_optimiser
+from geodiff4d.heads.rig import Head, HeadParams
+
+if TYPE_CHECKING:
+    from geodiff4d.avatar.fit import FitConfig
+
+LAST_RATE = 0.05
+"""Where the rates of Gaussians and networks end, as a share of where they begin."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How one rendered frame compares, inside the foreground."""
+
+    psnr_fg: float
+    """dB."""
+    normal_deg: float | None
+    """None where the clip has no normals."""
+
+
+class Fitting:
+    """Gaussians, residuals of the head parameters, networks, and their optimiser."""
+
+    def __init__(
+        self, body: Body, local: LocalGaussians, frames: Frames, tolerance: Float[Tensor, " faces"], config: "FitConfig"
+    ):
+        self.body, self.frames, self.config, self.tolerance = body, frames, config, tolerance
+        self.tokens = None if frames.tokens is None else frames.tokens.to(config.device)
+        self.refinement = Refinement(frames.sequence.to(config.device))
+        with torch.no_grad():
+            self.rest_scale = self._frames_of(0).scale
+            still = config.refine is None and body.deformation is None
+            self.posed = [self._frames_of(i) for i in range(len(self))] if still else None
+        self._take(local)
+
+    def __len__(self) -> int:
+        """Return how many timesteps there are."""
+        return self.refinement.base.batch[0]
+
+    def _frames_of(self, row: int) -> FaceFrames:
+        params = self.refinement.params(row)
+        return self.body.frames(params, self.body.expression(params, self._tokens_of(row)))[0]
+
+    def _tokens_of(self, row: int) -> Tensor | None:
+        return None if self.tokens is None else self.tokens[row]
+
+    def _take(self, local: LocalGaussians) -> None:
+        """Make these Gaussians the ones that are learned, with a new optimiser."""
+        self.local = replace(local, **{n: v.detach().clone().requires_grad_() for n, v in local.parameters.items()})
+        self.adam = torch.optim.Adam(self._groups(), eps=1e-15, fused=True)
+        self.pulls = Pulls.none(len(local), self.config.device)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return Adam's groups: Gaussians, networks, and the head parameters with a schedule of their own."""
+        config = self.config
+        rates = {
+            "means": config.means_lr, "quats": config.quats_lr, "log_scales": config.log_scales_lr,
+            "opacity_logits": config.opacity_lr, "color_logits": config.color_lr,
+            "features": config.dynamics.feature_lr if config.dynamics else 0.0,
+        }  # fmt: skip
+        groups = [{"params": [v], "peak": rates[n], "name": n} for n, v in self.local.parameters.items()]
+        for name, network in self.body.networks().items():
+            groups.append({"params": list(network.parameters()), "peak": network.config.lr, "name": name})
+        refined = self.refinement.groups(config.refine) if config.refine else []
+        return [{"lr": 0.0, "refine": False, **g} for g in groups] + [{"refine": True, **g} for g in refined]
+
+    def pose(self, row: int) -> Posing:
+        """Pose a timestep of the fitted sequence."""
+        frames = self.posed[row] if self.posed else None
+        return self.body.pose(self.local, self.refinement.params(row), self._tokens_of(row), frames)
+
+    def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
+        """Render a timestep of the fitted sequence."""
+        posing = self.pose(row)
+        return render_splats(posing.gaussians, posing.colors, camera, background)
+
+    def step(self, iteration: int, seed: int) -> tuple[AvatarFrame, Target]:
+        """Take one step on one frame; a pure function of the state, the iteration and the seed."""
+        config, frames = self.config, self.frames
+        self._set_rates(iteration / config.iterations)
+        epoch, place = divmod(iteration, len(frames.train))
+        order = torch.randperm(len(frames.train), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        # A background that changes cannot be painted on splats.
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
+        background = torch.rand(3, generator=generator).to(config.device)
+        target = frames.target(frames.train[int(order[place])], background)
+        posing = self.pose(target.row)
+        means = posing.gaussians.means
+        if config.densify:
+            means.retain_grad()
+        frame = render_splats(posing.gaussians, posing.colors, target.camera, background)
+        loss = image_loss(frame, target.image, target.mask, target.normal, target.box, config.loss)
+        loss = loss + binding_loss(self.local, self.rest_scale, self.tolerance, config.loss) + self._penalties(posing)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()
+        if config.densify and means.grad is not None:
+            self.pulls = self.pulls.plus(means.detach(), means.grad, target.camera)
+        self.adam.step()
+        self._rearrange(iteration, generator)
+        return frame, target
+
+    def _set_rates(self, progress: float) -> None:
+        refine = self.config.refine
+        for group in self.adam.param_groups:
+            factor = refine.schedule(progress) if refine and group["refine"] else LAST_RATE**progress
+            group["lr"] = group["peak"] * factor
+
+    def _penalties(self, posing: Posing) -> Tensor:
+        total = torch.zeros((), device=self.config.device)
+        if self.body.deformation is not None and posing.displacement is not None:
+            total = total + self.body.deformation.penalty(posing.displacement)
+        if self.body.dynamics is not None and posing.residuals is not None:
+            total = total + self.body.dynamics.penalty(posing.residuals)
+        return total
+
+    def _rearrange(self, iteration: int, generator: torch.Generator) -> None:
+        """Densify and reset opacities where the schedule says so; Adam's memory follows its Gaussians."""
+        config = self.config.densify
+        if config is None:
+            return
+        if config.due(iteration, self.config.iterations):
+            done = densify(self.local, self.pulls.mean, self.rest_scale, config, generator)
+            kept = {n: self.adam.state.get(v, {}) for n, v in self.local.parameters.items()}
+            others = {
+                p: s for p, s in self.adam.state.items() if all(p is not v for v in self.local.parameters.values())
+            }
+            self._take(done.local)
+            self.adam.state.update(others)
+            for name, leaf in self.local.parameters.items():
+                self.adam.state[leaf] = _inherited(kept[name], done.parent, done.fresh)
+        if config.reset_due(iteration, self.config.iterations):
+            leaf = self.local.opacity_logits
+            leaf.data = reset_opacity(leaf.data, config)
+            # Momentum would carry opacities back to where they were.
+            for value in (v for k, v in self.adam.state[leaf].items() if k != "step"):
+                value.zero_()
+
+    @torch.no_grad()
+    def score(self, indices: list[int]) -> dict[str, float | None]:
+        """Return the mean PSNR [dB] and normal error [deg] inside the foreground; None where there is nothing."""
+        scores = []
+        for i in indices:
+            target = self.frames.target(i)
+            scores.append(compare(self.render(target.row, target.camera), target))
+        degrees = [s.normal_deg for s in scores if s.normal_deg is not None]
+        return {"psnr_fg": _mean([s.psnr_fg for s in scores]), "normal_deg": _mean(degrees)}
+
+    def avatar(self, fps: float) -> Avatar:
+        """Return what was fitted, detached and on the CPU."""
+        sequence = self.refinement.sequence()
+        camera = self.frames.camera(frontal(self.frames, self.body.head, sequence))
+        plain = not self.body.surface.remeshed and not self.body.networks()
+        described, tensors = self.body.described(), {k: v.detach().cpu() for k, v in self.body.tensors().items()}
+        head = self.body.head.to("cpu")
+        return Avatar(
+            head, replace(self.local, **{n: v.detach() for n, v in self.local.parameters.items()}).to("cpu"),
+            self.refinement.shape.detach().cpu(), sequence.to("cpu"), camera.to("cpu"), fps,
+            None if plain else Body.restored(head, described, tensors),
+            None if self.tokens is None or plain else self.tokens.cpu(),
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that the next step depends on, by name."""
+        leaves = {f"{g['name']}.{i}": p for g in self.adam.param_groups for i, p in enumerate(g["params"])}
+        state = {"face_index": self.local.face_index, "pulled": self.pulls.total, "seen": self.pulls.seen}
+        return {**leaves, **state, **optimiser_tensors(self.adam)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on where `tensors` were taken.
+
+        Raises:
+            UserError: they are another fit's.
+        """
+        device = self.config.device
+        try:
+            gaussians = {n: tensors[f"{n}.0"].to(device) for n in self.local.parameters}
+            self._take(LocalGaussians(face_index=tensors["face_index"].to(device), **gaussians))
+            for group in self.adam.param_groups:
+                for i, leaf in enumerate(group["params"]):
+                    leaf.data.copy_(tensors[f"{group['name']}.{i}"])
+            restore_optimiser(self.adam, tensors)
+            self.pulls = Pulls(tensors["pulled"].to(device), tensors["seen"].to(device))
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(f"the checkpoint is another fit's ({error}): remove its folder to start over") from None
+
+
+@torch.no_grad()
+def compare(frame: AvatarFrame, target: Target) -> Score:
+    """Score a rendered frame, on the target's background."""
+    inside = target.mask[0] > 0.5
+    error = (frame.rgb.clamp(0, 1) - target.image).square()[:, inside].mean()
+    degrees = None
+    if target.clip_normal is not None:
+        ours = torch.nn.functional.normalize(frame.normal, dim=0)
+        degrees = float((ours * target.clip_normal).sum(0)[inside].clamp(-1, 1).acos().rad2deg().mean())
+    return Score(-10 * math.log10(max(float(error), 1e-10)), degrees)
+
+
+def frontal(frames: Frames, head: Head, sequence: HeadParams) -> int:
+    """Return the frame whose camera looks most squarely at the face."""
+
+    def score(index: int) -> float:
+        T = head.pose(sequence[frames.row(index)]).T_world_joint[1].cpu()
+        face = T[:3, :3] @ torch.tensor([0.0, 0.0, 1.0])
+        centre = T[:3, :3] @ head.template.mean(0).cpu() + T[:3, 3]
+        return float(torch.nn.functional.normalize(frames.camera(index).position - centre, dim=0) @ face)
+
+    return max(range(len(frames)), key=score)
+
+
+def _inherited(state: dict[str, Any], parent: Tensor, fresh: Tensor) -> dict[str, Any]:
+    """Reorder Adam's state of a row per Gaussian; what is fresh has no past."""
+
+    def rows(value: Tensor) -> Tensor:
+        out = value[parent]
+        out[fresh] = 0
+        return out
+
+    return {k: v if k == "step" else rows(v) for k, v in state.items()}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
