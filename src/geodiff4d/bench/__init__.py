@@ -20,5 +20,22 @@ def _unet(preset: str, threads: int) -> dict[str, Any]:
     return UnetBench(preset, threads).run()
 
 
-TARGETS: dict[str, Callable[[str, int], dict[str, Any]]] = {"world": _world, "unet": _unet}
+def _fit(preset: str, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.avatar import AvatarBench
+
+    return AvatarBench(preset, threads).fit()
+
+
+def _render(preset: str, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.avatar import AvatarBench
+
+    return AvatarBench(preset, threads).render()
+
+
+TARGETS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "world": _world,
+    "unet": _unet,
+    "fit": _fit,
+    "render": _render,
+}
 """What can be measured: (preset, threads) to a row; a row's `rows` are a table of their own."""

@@ -11,9 +11,10 @@ import tyro
 class Args:
     """Options of `geodiff4d bench`."""
 
-    what: Annotated[Literal["world", "unet"], tyro.conf.Positional]
+    what: Annotated[Literal["world", "unet", "fit", "render"], tyro.conf.Positional]
     """world: people drawn per second, painting them included. unet: seconds per generated frame, on CUDA if there is
-    any, and what each measure of speed brings."""
+    any, and what each measure of speed brings. fit: an avatar's optimiser steps per second, and what each of its parts
+    costs. render: frames per second of a driven avatar."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """The preset's sizes. Without CUDA, `unet --preset paper` counts operations and memory and runs nothing."""
     threads: int = 2

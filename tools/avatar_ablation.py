@@ -1,0 +1,148 @@
+"""What each part of the avatar is worth: fits on clips of the open world, whose frames and normals are true.
+
+Usage: `.venv/bin/python tools/avatar_ablation.py --out runs/ablation --subjects 3`. People of the test split who are
+not domain-randomised, 12 views × 60 frames at 256 px; the last tenth of the timesteps and two views are held out.
+Finished fits are kept, an interrupted one goes on, so that the same command resumes. Prints one Markdown table.
+
+"disturbed" fits have head parameters that are off as a tracker's are (`data.synthetic.world.disturbed`). A `+part` has
+what the preset does without, a `-part` lacks what it has.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from geodiff4d.avatar.deformation import DeformationConfig
+from geodiff4d.avatar.densify import DensifyConfig
+from geodiff4d.avatar.dynamics import DynamicsConfig
+from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
+from geodiff4d.avatar.frames import HoldOut, read_sequence
+from geodiff4d.avatar.surface import RemeshConfig
+from geodiff4d.cli import progress
+from geodiff4d.core.files import fresh_folder, read_json, write_json
+from geodiff4d.data.clip import Clip, write_params
+from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
+from geodiff4d.data.synthetic.world import disturbed, is_complete, track_of, write_clip
+from geodiff4d.heads import load_head
+from geodiff4d.tracking.normals import normal_estimator
+
+SPLIT: Literal["test"] = "test"
+ADDED: dict[str, Any] = {
+    "remesh": RemeshConfig(96), "deformation": DeformationConfig(), "dynamics": DynamicsConfig(),
+    "densify": DensifyConfig(start=0.15, stop=0.6, every=150, limit=22_000),
+}  # fmt: skip
+"""Sizes of the parts where the preset has none."""
+VARIANTS = (
+    "full", "-normals", "-normal-source", "-refine", "disturbed", "disturbed -refine",
+    "+deformation", "+dynamics", "+remesh", "+densify", "+deformation +dynamics +remesh +densify",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of the ablation."""
+
+    out: Path
+    """Clips, avatars and results."""
+    subjects: int = 3
+    first: int = 0
+    """Start with this person."""
+    steps: int | None = None
+    """Instead of the preset's."""
+    preset: Literal["debug", "embedded", "paper"] = "embedded"
+    frames: int = 60
+    views: int = 12
+    size: int = 256
+    variants: tuple[str, ...] = VARIANTS
+    """Which fits to make; parts are separated by spaces."""
+    threads: int | None = None
+
+
+def main(args: Args) -> None:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = []
+    for index in range(args.first, args.first + args.subjects):
+        seed = plain_seed(index, SPLIT)
+        clips = {False: world_clip(args, seed)}
+        clips[True] = disturbed_clip(clips[False], args.out / "clips" / f"{SPLIT}_{seed}_disturbed")
+        for variant in args.variants:
+            rows.append({"person": seed, "fit": variant} | result(args, seed, variant, clips))
+    print("\n".join(table(rows)))
+
+
+def world_clip(args: Args, seed: int) -> Clip:
+    """Render a person's clip, unless it is there."""
+    folder = args.out / "clips" / f"{SPLIT}_{seed}"
+    if not is_complete(folder, args.frames, args.views, args.size):
+        print(f"rendering {folder}", flush=True)
+        write_clip(folder, SyntheticSubject(seed, SPLIT), track_of(seed, SPLIT), args.frames, args.views, args.size)
+    return Clip(folder)
+
+
+def disturbed_clip(clip: Clip, folder: Path) -> Clip:
+    """Give a clip a tracker's error (seed 0); pictures are linked, not copied."""
+    if not (folder / "transforms.json").exists():
+        noisy = disturbed(read_sequence(clip, load_head(clip.head_name)), seed=0)
+        with fresh_folder(folder) as made:
+            for name in ("images", "fg_masks", "normals"):
+                (made / name).symlink_to(os.path.relpath(clip.folder / name, folder))
+            (made / "flame_param").mkdir()
+            for row, timestep in enumerate(clip.timesteps):
+                write_params(made / f"flame_param/{timestep:05d}.npz", noisy[row])
+            shutil.copy(clip.folder / "transforms.json", made)
+    return Clip(folder)
+
+
+def configured(args: Args, variant: str) -> FitConfig:
+    """Return the preset with a variant's parts switched."""
+    config = replace(PRESETS[args.preset][1], hold_out=HoldOut(every=0, views=2, times=0.1))
+    if args.steps:
+        config = replace(config, iterations=args.steps)
+    for word in variant.split():
+        if word.startswith("-"):
+            config = config.ablated(word[1:])
+        elif word.startswith("+"):
+            part: dict[str, Any] = {word[1:]: ADDED[word[1:]]}
+            config = replace(config, **part)
+    return config
+
+
+def result(args: Args, seed: int, variant: str, clips: dict[bool, Clip]) -> dict[str, Any]:
+    """Fit a variant, unless its figures are there, and return them."""
+    config = configured(args, variant)
+    name = f"{seed}_{variant.replace(' ', '_')}_{args.preset}_{config.iterations}"
+    figures = args.out / "results" / f"{name}.json"
+    if not figures.exists():
+        print(f"{time.strftime('%H:%M:%S')} fitting {name}", flush=True)
+        normals = normal_estimator() if config.normal_source == "estimator" else None
+        clip = clips[variant.startswith("disturbed")]
+        metrics = fit(clip, args.out / "avatars" / name, config, 0, progress.track, normals)
+        write_json(figures, metrics)
+        print(json.dumps({k: metrics[k] for k in ("held_out_views", "held_out_times")}), flush=True)
+    return read_json(figures)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lay the results out in Markdown."""
+    heads = ("person", "fit", "views: PSNR, foreground", "views: normals", "times: PSNR, foreground", "times: normals")
+    heads = (*heads, "training: PSNR", "Gaussians", "it/s")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    for r in rows:
+        views, times, train = r["held_out_views"], r["held_out_times"], r["train"]
+        cells = [r["person"], r["fit"]]
+        cells += [f"{s[k]:.2f}" for s in (views, times) for k in ("psnr_fg", "normal_deg")]
+        cells += [f"{train['psnr_fg']:.2f}", r["gaussians"], f"{r['iterations_per_second']:.1f}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
