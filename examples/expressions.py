@@ -14,7 +14,7 @@ from geodiff4d.core.images import write_image
 from geodiff4d.evaluate.pairs import make_pair
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import load_model
-from geodiff4d.video.generate import complete_portrait, condition_images
+from geodiff4d.video.generate import condition_images, lifted
 from geodiff4d.video.sample import SampleConfig, sample
 
 
@@ -38,7 +38,7 @@ def main(out: Path, model: Path | None = None, between: int = 5, steps: int = 1)
 
     # What is known of every frame: the portrait's own pose, as a pose map, and its texture there.
     params, cameras = HeadParams.stack([portrait.params] * between), Camera.stack([portrait.camera] * between)
-    known = condition_images(head, complete_portrait(head, portrait), params, cameras)
+    known = condition_images(head, lifted(head, portrait, video_model.config.surroundings), params, cameras)
     pose = video_model.pose_planes(known.pose)
     face, words = video_model.codec.encode(portrait.on_grey[None]), video_model.words(portrait.on_grey[None])
     reference = video_model.reference_kv(face, pose[:, :, 0], words)  # once, for all frames and steps
