@@ -5,7 +5,12 @@ from dataclasses import replace
 import torch
 
 from geodiff4d.avatar.binding import sample_surface
+from geodiff4d.avatar.body import Body
+from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap
+from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig
+from geodiff4d.avatar.expression import fit_expression_code
 from geodiff4d.avatar.model import Avatar
+from geodiff4d.avatar.surface import own_surface
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at
 from geodiff4d.heads.rig import Head, HeadParams
@@ -35,3 +40,19 @@ def talking(head: Head, frames: int = 12, seed: int = 0) -> HeadParams:
     jaw = torch.zeros(frames, 3)
     jaw[:, 0] = 0.2 * (torch.rand(frames, generator=g) - 0.4).clamp(min=0)
     return replace(neutral, expr=expr, jaw_pose=jaw)
+
+
+def with_networks(avatar: Avatar, tokens: torch.Tensor | None, seed: int = 0) -> Avatar:
+    """Return the avatar with a deformation and dynamics that do something, as a fit on such a clip leaves them."""
+    g = torch.Generator().manual_seed(seed)
+    code, _ = fit_expression_code(avatar.sequence, tokens)
+    surface = own_surface(avatar.head)
+    deformation = Deformation(DeformationConfig(size=32, channels=4, levels=2), code.size)
+    dynamics = Dynamics(DynamicsConfig(), code.basis.shape[1])
+    for network in (deformation, dynamics):
+        for parameter in network.parameters():
+            parameter.data += 0.06 * torch.randn(parameter.shape, generator=g)
+        network.requires_grad_(False)
+    body = Body(avatar.head, surface, code, deformation, dynamics, PositionMap.of(avatar.head, surface, 32))
+    features = torch.randn(len(avatar.local), dynamics.config.features, generator=g)
+    return replace(avatar, local=replace(avatar.local, features=features), parts=body, tokens=tokens)

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from avatars import painted_avatar, talking
-from geodiff4d.avatar.drive import held, own_performance, performed
+from avatars import painted_avatar, talking, with_networks
+from geodiff4d.avatar.drive import held, own_performance, performed, wants_tokens
 from geodiff4d.avatar.relative import Rest, transferred, transferred_tokens
 from geodiff4d.avatar.stream import read_stream, read_stream_file
 from geodiff4d.cli import main
@@ -66,6 +66,21 @@ def test_a_driver_at_rest_leaves_the_avatar_at_rest_and_eyes_shut(head, avatar):
     rest = Rest.of(head, avatar.sequence)
     torch.testing.assert_close(made.params.expr[0], rest.expr)
     assert (made.params.expr[7] > 0.999).all()
+
+
+def test_tokens_are_relative_too_and_stay_in_range(head, avatar):
+    """A driver whose encoder sees an offset in every frame drives as one without; slider's tokens are guessed."""
+    g = torch.Generator().manual_seed(3)
+    tokens, offset = torch.randn(12, 32, 16, generator=g), torch.randn(32, 16, generator=g)
+    learned = with_networks(avatar, tokens)
+    assert wants_tokens(learned) and not wants_tokens(avatar) and not wants_tokens(with_networks(avatar, None))
+    own = performed(learned, learned.sequence, tokens + offset)
+    assert own.tokens is not None
+    torch.testing.assert_close(own.tokens, tokens, atol=1e-5, rtol=0)
+    row, row_tokens = own.frame(4)
+    same = learned.render(learned.sequence[4], learned.camera, tokens=tokens[4]).rgb
+    torch.testing.assert_close(learned.render(row, learned.camera, tokens=row_tokens).rgb, same, atol=1e-3, rtol=0)
+    assert own_performance(learned).tokens is tokens and held(learned, torch.zeros(1, 52)).tokens is None
 
 
 def test_one_picture_says_nothing_about_rest(head, avatar):

@@ -11,7 +11,8 @@ import torch
 import trimesh
 
 import flame_files
-from avatars import painted_avatar, talking
+from avatars import painted_avatar, talking, with_networks
+from geodiff4d.avatar.binding import face_frames
 from geodiff4d.avatar.compact import open_avatar, unpack, write_compact
 from geodiff4d.avatar.drive import own_performance
 from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars, import_gaussian_avatars
@@ -154,6 +155,41 @@ def test_compact_form(avatar, folder, tmp_path):
         assert -10 * math.log10(float((a.rgb - b.rgb)[:, inside].square().mean())) > 40
     unpack(tmp_path / "a.g4d", tmp_path / "unpacked")
     assert write_compact(tmp_path / "unpacked", tmp_path / "b.g4d") < 1.01 * size
+
+
+def test_networks_leave_as_they_are_at_rest(on_flame, tmp_path):
+    """GaussianAvatars knows no networks: at rest both look the same, bound to FLAME's own triangles."""
+    learned = with_networks(on_flame, None)
+    rest = replace(learned.head.neutral(), shape=learned.shape)
+    expected, plain = learned.posed(rest), on_flame.posed(rest)
+    assert (expected.gaussians.means - plain.gaussians.means).norm(dim=-1).max() > 1e-4
+    export_gaussian_avatars(learned, tmp_path / "ga")
+    again = import_gaussian_avatars(tmp_path / "ga", on_flame.head, tmp_path / "again").posed(rest)
+    # Slivers of the random head have no frame to be expressed in.
+    mesh = learned.head.pose(rest)
+    whole = face_frames(mesh.vertices, mesh.faces).scale[expected.face_index] > 1e-3
+    for name in ("means", "scales", "opacities"):
+        a, b = getattr(again.gaussians, name)[whole], getattr(expected.gaussians, name)[whole]
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(again.colors, expected.colors, atol=1e-3, rtol=0)
+
+
+def test_compact_form_with_networks(avatar, tmp_path):
+    learned = with_networks(avatar, torch.randn(3, 32, 16, generator=torch.Generator().manual_seed(2)))
+    (tmp_path / "a").mkdir()
+    learned.save(tmp_path / "a")
+    assert write_compact(tmp_path / "a", tmp_path / "a.g4d") < 2_000_000
+    packed, camera = open_avatar(tmp_path / "a.g4d"), avatar.camera.resized(128, 128)
+    assert packed.tokens is not None and learned.tokens is not None
+    a = learned.render(learned.sequence[1], camera, tokens=learned.tokens[1])
+    b = packed.render(packed.sequence[1], camera, tokens=packed.tokens[1])
+    plain = avatar.render(avatar.sequence[1], camera)
+    inside = a.alpha[0] > 0.5
+
+    def psnr(x, y):
+        return -10 * math.log10(float((x.rgb - y.rgb)[:, inside].square().mean()))
+
+    assert psnr(a, b) > max(40, psnr(a, plain) + 6)
 
 
 def test_damaged_files_and_other_heads(avatar, folder, on_flame, tmp_path, capsys):

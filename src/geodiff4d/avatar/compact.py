@@ -32,7 +32,7 @@ MAX_BYTES = 256 * 1024**2
 BITS = {"means": 14, "quats": 8, "log_scales": 8}
 """Of per-Gaussian columns by name; others have 12."""
 OTHER_BITS = 12
-SEQUENCE_BITS = 16
+TABLE_BITS = 16
 SHARES = 256
 FEW = 2
 """Fewer rows are not worth a range."""
@@ -49,20 +49,12 @@ def write_compact(folder: Path, path: Path) -> int:
     members: dict[str, bytes] = {name: (folder / name).read_bytes() for name in TEXT if (folder / name).is_file()}
     about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "tensors": {}, "arrays": {}}
     for file in sorted(folder.glob("*.safetensors")):
-        state = load_file(file)
-        splats = {k: v for k, v in state.items() if "." not in k and len(v) == len(state.get("face_index", ()))}
-        for name, tensor in splats.items():
-            key = f"{file.name}/{name}"
-            about["tensors"][key], members[key] = _code(tensor.numpy(), BITS.get(name, OTHER_BITS), name)
-        others = {k: v for k, v in state.items() if k not in splats}
-        large = {k: v for k, v in others.items() if v.dim() > 1 and v.numel() >= SMALLEST and v.is_floating_point()}
-        for name, tensor in {**others, **packed(large)}.items():
-            key = f"{file.name}/{name}"
-            about["tensors"][key], members[key] = _raw(tensor.numpy())
+        for name, (kind, data) in _coded(load_file(file)).items():
+            about["tensors"][f"{file.name}/{name}"], members[f"{file.name}/{name}"] = kind, data
     for file in sorted(folder.glob("*.npz")):
         for name, array in read_arrays(file).items():
             key = f"{file.name}/{name}"
-            about["arrays"][key], members[key] = _code(array, SEQUENCE_BITS, "")
+            about["arrays"][key], members[key] = _code(array, TABLE_BITS, "")
     members["compact.json"] = json.dumps(about).encode()
     with fresh_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
         for name, data in members.items():
@@ -113,6 +105,22 @@ def open_avatar(path: Path) -> Avatar:
         return Avatar.load(Path(name) / "avatar")
 
 
+def _coded(state: dict[str, Tensor]) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Code a file's tensors: per-Gaussian columns, matrices of networks, other tables, and the few numbers left."""
+    count = len(state.get("face_index", ()))
+    large = {k: v for k, v in state.items() if v.dim() > 1 and v.numel() >= SMALLEST and v.is_floating_point()}
+    weights = {k: v for k, v in large.items() if k.endswith(".weight") and not k.startswith("code.")}
+    out = {}
+    for name, tensor in {**state, **packed(weights)}.items():
+        if "." not in name and len(tensor) == count:
+            out[name] = _code(tensor.numpy(), BITS.get(name, OTHER_BITS), name)
+        elif name in large and name not in weights:
+            out[name] = _code(tensor.numpy(), TABLE_BITS, "")
+        else:
+            out[name] = _raw(tensor.numpy())
+    return out
+
+
 def _code(array: np.ndarray, bits: int, name: str) -> tuple[dict[str, Any], bytes]:
     """Quantise numbers along the first axis; returns what it takes to read them, and their bytes."""
     shape = {"shape": list(array.shape)}
@@ -156,7 +164,7 @@ def _planes(array: np.ndarray) -> bytes:
 
 def _merge(data: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
-    flat = np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+    flat = np.array(planes.T, order="C").reshape(-1).view(dtype)
     turned = flat.reshape(*shape[1:], shape[0]) if len(shape) > 1 else flat.reshape(shape)
     return np.ascontiguousarray(np.moveaxis(turned, -1, 0)) if len(shape) > 1 else turned
 

@@ -59,12 +59,7 @@ class Performance:
 
 def own_performance(avatar: Avatar) -> Performance:
     """Return the sequence that the avatar was fitted to."""
-    return Performance(avatar.sequence, own_tokens(avatar), avatar.fps)
-
-
-def own_tokens(avatar: Avatar) -> Float[Tensor, "frames tokens channels"] | None:
-    """Return the tokens of that sequence, if its clip had any."""
-    return getattr(avatar, "tokens", None)
+    return Performance(avatar.sequence, avatar.tokens, avatar.fps)
 
 
 def wants_tokens(avatar: Avatar) -> bool:
@@ -74,13 +69,13 @@ def wants_tokens(avatar: Avatar) -> bool:
 
 def regressor_of(avatar: Avatar) -> TokenRegressor | None:
     """Return the avatar's map from parameters to tokens, if it has tokens at all."""
-    body = getattr(avatar, "parts", None)
+    body = avatar.parts
     return None if body is None or not body.networks() or body.code is None else body.code.regressor
 
 
 def own_rest(avatar: Avatar) -> Rest:
     """Estimate how the avatar looks doing nothing, out of the sequence that it was fitted to."""
-    return Rest.of(avatar.head, avatar.sequence, own_tokens(avatar))
+    return Rest.of(avatar.head, avatar.sequence, avatar.tokens)
 
 
 def performed(

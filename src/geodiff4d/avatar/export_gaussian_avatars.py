@@ -78,7 +78,7 @@ def bound_to_head(avatar: Avatar) -> LocalGaussians:
     Those of a plain avatar are there already. Others are taken as they are at rest: what remeshing, deformation and
     dynamics make of them there stays, how it changes with the expression does not.
     """
-    if getattr(avatar, "parts", None) is None:
+    if avatar.parts is None:
         return avatar.local
     rest = own_rest(avatar)
     still = replace(avatar.head.neutral(), shape=avatar.shape, static_offset=avatar.sequence[0].static_offset)

@@ -18,6 +18,8 @@ REST_QUANTILE = 0.1
 """Where a weight rests: low, since weights only rise from it, but not at its lowest, which is noise."""
 MINIMUM = 8
 """Shorter performances do not show how somebody looks at rest: nothing is known of it, and it is taken for zero."""
+BELOW = 0.05
+"""Weights of an avatar's refined sequence go a little below 0."""
 TOKEN_SHARE = 0.1
 """Tokens at rest are the mean of this share of the frames, those nearest to rest."""
 
@@ -65,7 +67,7 @@ def transferred(head: Head, params: HeadParams, driver: Rest, own: Rest) -> Head
     expr = params.expr - driver.expr + own.expr
     if has_weights(head):
         reach = (1 - own.expr) / (1 - driver.expr).clamp(min=0.1)
-        expr = (own.expr + (params.expr - driver.expr) * reach).clamp(0, 1)
+        expr = (own.expr + (params.expr - driver.expr) * reach).clamp(-BELOW, 1)
     lids = params.eyelids
     if lids is not None and driver.eyelids is not None and own.eyelids is not None:
         lids = lids - driver.eyelids + own.eyelids
