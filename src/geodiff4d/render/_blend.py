@@ -28,6 +28,7 @@ from geodiff4d.render._blocks import (
 )  # fmt: skip
 from geodiff4d.render._project import FEATURES, LIMIT, ROW, TILE
 from geodiff4d.render._simd import (
+    INLINE,
     LANES,
     OPTIONS,
     at,
@@ -58,7 +59,7 @@ CHECK_EVERY = 8
 """Gaussians blended between looks at whether any pixel still has room."""
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _lists_of(start, tile):
     """Where a tile's lists begin, and how far apart those of its blocks are: `append` needs room for 16 more."""
     first, count = get(start, tile), get(start, tile + 1) - get(start, tile)
@@ -95,7 +96,7 @@ def _cull(local, mine, count, x, y, near, first, step, sizes, tile):
                 put(sizes, tile * BLOCKS + block, np.int32(size))
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _alpha(local, o, X, Y):
     """Opacity times 2^-(A dx² + B dx dy + D dy²) at a block's pixels, not yet clamped."""
     dx, dy = X - at(local, o), Y - at(local, o + 1)
@@ -104,8 +105,8 @@ def _alpha(local, o, X, Y):
 
 
 @njit(**OPTIONS)
-def _blend_tile(tile, rows, lists, start, tiles_x, width, image, kept, last, near, sizes, local, mine):
-    plane = len(image) // (CHANNELS + 1)
+def _blend_tile(tile, rows, lists, start, tiles_x, width, image, channels, kept, last, near, sizes, local, mine):
+    plane = len(image) // (channels + 1)
     listed, count, first, step = _lists_of(start, tile)
     px, py = (tile % tiles_x) * TILE, (tile // tiles_x) * TILE
     for i in range(count):
@@ -132,26 +133,41 @@ def _blend_tile(tile, rows, lists, start, tiles_x, width, image, kept, last, nea
                 j += 1
             if not some(T > T_MIN):
                 break
-        store_planes(image, y * width + x, width, plane, planes)
-        store_block(image, CHANNELS * plane + y * width + x, width, 1.0 - end)
+        store_planes(image, y * width + x, width, plane, channels, planes)
+        store_block(image, channels * plane + y * width + x, width, 1.0 - end)
         store(kept, LANES * (tile * BLOCKS + block), end)
         store(last, LANES * (tile * BLOCKS + block), blended)
 
 
 @njit(parallel=True, **OPTIONS)
-def blend(rows, lists, start, tiles_x, width, image, kept, last, near, sizes, local, longest, counter, threads):
+def blend(
+    rows, lists, start, tiles_x, width, image, channels, kept, last, near, sizes, local, longest, counter, threads
+):
     """Fill `image` (features, then alpha; planes of whole tiles), and for the backward per pixel what is left of the
     light and how many of its block's list were blended. `counter` starts at zero."""
     for t in prange(threads):
         tile = next_task(counter)
         while tile < len(start) - 1:
             _blend_tile(
-                tile, rows, lists, start, tiles_x, width, image, kept, last, near, sizes, local, ROW * longest * t
+                tile,
+                rows,
+                lists,
+                start,
+                tiles_x,
+                width,
+                image,
+                channels,
+                kept,
+                last,
+                near,
+                sizes,
+                local,
+                ROW * longest * t,
             )
             tile = next_task(counter)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _gradient_rows(scratch, weights, sums, upstream, offsets, out):
     """Turn 16 Gaussians' blending weights and dL/dσ at a block's 16 pixels into 16 gradient rows.
 
@@ -179,7 +195,7 @@ def _gradient_rows(scratch, weights, sums, upstream, offsets, out):
     store_transposed(scratch, out, (s0, mx, my, mxx, mxy, myy, *features))
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _dot_planes(g, array, o):
     a = fma(at(array, o), g[0], fma(at(array, o + 1), g[1], fma(at(array, o + 2), g[2], at(array, o + 3) * g[3])))
     return a + fma(at(array, o + 4), g[4], fma(at(array, o + 5), g[5], at(array, o + 6) * g[6]))
@@ -190,10 +206,10 @@ SCRATCH = LANES * (2 * LANES + CHANNELS + 2 + LANES)
 
 @njit(**OPTIONS)
 def _back_tile(
-    tile, rows, lists, start, rect, first_slot, tiles_x, width, grad, kept, last, near, sizes, local, mine, sums,
-    scratch, weights, slots,
+    tile, rows, lists, start, rect, first_slot, tiles_x, width, grad, grad_alpha, channels, kept, last, near, sizes,
+    local, mine, sums, scratch, weights, slots,
 ):  # fmt: skip
-    plane = len(grad) // (CHANNELS + 1)
+    plane = len(grad_alpha)
     sigmas = weights + LANES * LANES
     upstream = sigmas + LANES * LANES
     offsets = upstream + LANES * CHANNELS
@@ -212,10 +228,10 @@ def _back_tile(
         X, Y = block_x(x + 0.5), block_y(y + 0.5)
         T = load(kept, LANES * (tile * BLOCKS + block))
         blended = load(last, LANES * (tile * BLOCKS + block))
-        g = load_planes(grad, y * width + x, width, plane)
+        g = load_planes(grad, y * width + x, width, plane, channels)
         keep_planes(scratch, upstream, g)
         # Σ over the Gaussians behind of weight · <features, g>, less what alpha's own gradient takes away.
-        behind = -1.0 * (T * load_block(grad, CHANNELS * plane + y * width + x, width))
+        behind = -1.0 * (T * load_block(grad_alpha, y * width + x, width))
         j = min(np.int64(largest(blended)), size)
         while j > 0:
             batch = min(j, LANES)
@@ -249,8 +265,8 @@ def _back_tile(
 
 @njit(parallel=True, **OPTIONS)
 def blend_backward(
-    rows, lists, start, rect, first_slot, tiles_x, width, grad, kept, last, near, sizes, local, longest, sums, scratch,
-    counter, threads, slots,
+    rows, lists, start, rect, first_slot, tiles_x, width, grad, grad_alpha, channels, kept, last, near, sizes, local,
+    longest, sums, scratch, counter, threads, slots,
 ):  # fmt: skip
     """Fill `slots`: the gradient rows of every Gaussian in every tile of its rectangle.
 
@@ -261,7 +277,7 @@ def blend_backward(
         tile = next_task(counter)
         while tile < len(start) - 1:
             _back_tile(
-                tile, rows, lists, start, rect, first_slot, tiles_x, width, grad, kept, last, near, sizes, local,
-                ROW * longest * t, sums, scratch, SCRATCH * t, slots,
+                tile, rows, lists, start, rect, first_slot, tiles_x, width, grad, grad_alpha, channels, kept, last,
+                near, sizes, local, ROW * longest * t, sums, scratch, SCRATCH * t, slots,
             )  # fmt: skip
             tile = next_task(counter)

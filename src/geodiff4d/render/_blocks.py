@@ -106,32 +106,39 @@ def no_planes(typing):
     return _Planes(), emit
 
 
+def _in_plane(b, start, plane, c, channels):
+    last = b.sub(channels, _LONG(1))
+    index = b.select(b.icmp_signed("<", _LONG(c), last), _LONG(c), last)
+    return b.add(start, b.mul(plane, index))
+
+
 @intrinsic
-def load_planes(typing, image, start, width, plane):
-    """A block of every channel; planes are `plane` floats apart."""
+def load_planes(typing, image, start, width, plane, channels):
+    """A block of every channel; planes are `plane` floats apart, and beyond `channels` the last one comes again."""
 
     def emit(ctx, b, sig, a):
-        image, start, width, plane = a
+        image, start, width, plane, channels = a
         blocks = [
-            _load_block(ctx, b, sig.args[0], image, b.add(start, b.mul(plane, _LONG(c))), width)
+            _load_block(ctx, b, sig.args[0], image, _in_plane(b, start, plane, c, channels), width)
             for c in range(CHANNELS)
         ]
         return ctx.make_tuple(b, sig.return_type, blocks)
 
-    return _Planes(image, types.intp, types.intp, types.intp), emit
+    return _Planes(image, types.intp, types.intp, types.intp, types.intp), emit
 
 
 @intrinsic
-def store_planes(typing, image, start, width, plane, planes):
-    """Set a block of every channel."""
+def store_planes(typing, image, start, width, plane, channels, planes):
+    """Set a block of every one of `channels`."""
 
     def emit(ctx, b, sig, a):
-        image, start, width, plane, planes = a
-        for c, block in enumerate(cgutils.unpack_tuple(b, planes)):
-            _store_block(ctx, b, sig.args[0], image, b.add(start, b.mul(plane, _LONG(c))), width, block)
+        image, start, width, plane, channels, planes = a
+        # Channels that are not there go first, to the last one's place.
+        for c, block in reversed(list(enumerate(cgutils.unpack_tuple(b, planes)))):
+            _store_block(ctx, b, sig.args[0], image, _in_plane(b, start, plane, c, channels), width, block)
         return ctx.get_dummy_value()
 
-    return types.void(image, types.intp, types.intp, types.intp, _Planes), emit
+    return types.void(image, types.intp, types.intp, types.intp, types.intp, _Planes), emit
 
 
 @intrinsic

@@ -5,8 +5,7 @@ tiles of 16 pixels. Results are the same bits whatever the number of threads. Se
 """
 
 import math
-import threading
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numba
 import numpy as np
@@ -27,11 +26,9 @@ class _Loan:
     Fresh ones may cost a page fault per 4 kB, together a third of the rasteriser's time.
     """
 
-    KEEP = 64
-    """Idle arrays at most."""
-    idle: ClassVar[list[np.ndarray]] = []
-    # Reentrant: the garbage collector may end one loan while another is taken.
-    lock: ClassVar[Any] = threading.RLock()
+    KEEP = 8
+    """Idle arrays of one size at most."""
+    idle: ClassVar[dict[int, list[np.ndarray]]] = {}
 
     def __init__(self):
         self.lent: list[np.ndarray] = []
@@ -39,17 +36,21 @@ class _Loan:
     def take(self, count: int, dtype: type = np.float32) -> np.ndarray:
         """Return a flat array of `count` numbers, whatever they are."""
         size = count * np.dtype(dtype).itemsize
-        with self.lock:
-            fits = [k for k, x in enumerate(self.idle) if size <= len(x) <= 2 * size + 65536]
-            best = min(fits, key=lambda k: len(self.idle[k]), default=None)
-            memory = np.empty(size + size // 8 + 64, np.uint8) if best is None else self.idle.pop(best)
+        # Sizes go in steps of an eighth, so that similar pictures find each other's arrays.
+        step = max(size.bit_length() - 4, 6)
+        capacity = ((size >> step) + 1) << step
+        try:
+            memory = self.idle[capacity].pop()
+        except (KeyError, IndexError):
+            memory = np.empty(capacity, np.uint8)
         self.lent.append(memory)
         return memory[:size].view(dtype)
 
     def __del__(self):
-        with self.lock:
-            self.idle.extend(self.lent)
-            del self.idle[: -self.KEEP]
+        for memory in self.lent:
+            waiting = self.idle.setdefault(len(memory), [])
+            if len(waiting) < self.KEEP:
+                waiting.append(memory)
 
 
 class _Projected(NamedTuple):
@@ -92,19 +93,19 @@ def rasterize_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Render float32 Gaussians; returns (channels × height × width, 1 × height × width of alpha, the broken ones)."""
     n, channels = features.shape
-    if channels > CHANNELS:
-        # What has a broken feature must be missing from all passes.
-        opacities = torch.where(features.isfinite().all(-1), opacities, torch.nan)
+    view = _View(T_cam_world[:3].float().numpy().reshape(-1), _lens(K, width, height), width, height)
+    if n >= LANES and 1 <= channels <= CHANNELS:
+        return _Rasterize.apply(means, quats, scales, opacities, features, view)
+    if channels == 0:
+        features = torch.zeros_like(means[:, :1])
+    # What has a broken feature must be missing from all passes.
+    opacities = torch.where(features.isfinite().all(-1), opacities, torch.nan)
     splats = (means, quats, scales, opacities, features)
     if n < LANES:
         splats = tuple(torch.cat([x, x.new_zeros(LANES - n, *x.shape[1:])]) for x in splats)
-    view = _View(T_cam_world[:3].float().numpy().reshape(-1), _lens(K, width, height), width, height)
-    passes = [
-        _Rasterize.apply(*splats[:4], splats[4][:, k : k + CHANNELS], view)
-        for k in range(0, max(channels, 1), CHANNELS)
-    ]
-    image = torch.cat([p[0] for p in passes]) if len(passes) > 1 else passes[0][0]
-    return image, passes[0][1], passes[0][2][:n]
+    passes = [_Rasterize.apply(*splats[:4], group, view) for group in splats[4].split(CHANNELS, -1)]
+    image = torch.cat([p[0] for p in passes])
+    return image[:channels], passes[0][1], passes[0][2][:n]
 
 
 class _Rasterize(torch.autograd.Function):
@@ -115,31 +116,26 @@ class _Rasterize(torch.autograd.Function):
         loan = _Loan()
         projected, depth, slots = _project(inputs, view, threads, loan)
         tiles = _list(projected, depth, slots, view, threads, loan)
-        image, blended = _blend(projected, tiles, view, threads, loan)
+        image, blended = _blend(projected, tiles, features.shape[1], view, threads, loan)
         ctx.kept = (inputs, view, projected, tiles, blended, loan)
-        broken = torch.from_numpy(projected.broken).bool()
+        broken = torch.from_numpy(projected.broken).view(torch.bool)
         ctx.mark_non_differentiable(broken)
         seen = image[:, : view.height, : view.width]
-        return seen[: features.shape[1]], seen[CHANNELS:], broken
+        return seen[:-1], seen[-1:], broken
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_image, g_alpha, _):
         inputs, view, projected, tiles, blended, _ = ctx.kept
         threads, loan = numba.get_num_threads(), _Loan()
-        columns, lines = view.tiles
-        shape = (CHANNELS + 1, lines * TILE, columns * TILE)
-        grad = loan.take(math.prod(shape)).reshape(shape)
-        for planes, given in ((grad[:CHANNELS], g_image), (grad[CHANNELS:], g_alpha)):
-            planes[: len(given), : view.height, : view.width] = given.numpy()
-            planes[len(given) :] = 0
-            planes[:, view.height :], planes[:, :, view.width :] = 0, 0
+        columns, _ = view.tiles
+        grad, grad_alpha = (_in_tiles(g, view, loan) for g in (g_image, g_alpha))
         slots = loan.take(ROW * len(tiles.lists))
         local, sums = (loan.take(threads * ROW * tiles.longest) for _ in range(2))
         blend_backward(
             projected.rows, tiles.lists, tiles.start, projected.rect, projected.first_slot, columns, columns * TILE,
-            grad.reshape(-1), blended.kept, blended.last, blended.near, blended.sizes, local, tiles.longest, sums,
-            np.zeros(threads * SCRATCH, np.float32), np.zeros(1, np.int64), threads, slots,
+            grad, grad_alpha, inputs[4].shape[1], blended.kept, blended.last, blended.near, blended.sizes, local,
+            tiles.longest, sums, np.zeros(threads * SCRATCH, np.float32), np.zeros(1, np.int64), threads, slots,
         )  # fmt: skip
         grads = tuple(torch.empty(x.shape) for x in inputs)
         project_backward(
@@ -147,6 +143,18 @@ class _Rasterize(torch.autograd.Function):
             np.empty(threads * ROW * LANES, np.float32), threads, *(g.numpy() for g in grads),
         )  # fmt: skip
         return *grads, None
+
+
+def _in_tiles(g: Tensor, view: _View, loan: _Loan) -> np.ndarray:
+    """A picture's gradient in whole tiles: itself, or a copy with zeros around."""
+    columns, lines = view.tiles
+    shape = (len(g), lines * TILE, columns * TILE)
+    if g.shape == shape:
+        return g.contiguous().numpy().reshape(-1)
+    whole = loan.take(math.prod(shape)).reshape(shape)
+    whole[:, : view.height, : view.width] = g.numpy()
+    whole[:, view.height :], whole[:, :, view.width :] = 0, 0
+    return whole.reshape(-1)
 
 
 def _lens(K: Tensor, width: int, height: int) -> np.ndarray:
@@ -195,14 +203,16 @@ def _list(
     return _Tiles(lists, start, longest)
 
 
-def _blend(projected: _Projected, tiles: _Tiles, view: _View, threads: int, loan: _Loan) -> tuple[Tensor, _Blended]:
+def _blend(
+    projected: _Projected, tiles: _Tiles, channels: int, view: _View, threads: int, loan: _Loan
+) -> tuple[Tensor, _Blended]:
     columns, lines = view.tiles
     count = columns * lines * BLOCKS
-    image = torch.empty(CHANNELS + 1, lines * TILE, columns * TILE)
+    image = torch.empty(channels + 1, lines * TILE, columns * TILE)
     kept, last, sizes = loan.take(count * LANES), loan.take(count * LANES), loan.take(count, np.int32)
     near, local = loan.take(LANES * (len(tiles.lists) + count + 1), np.int32), loan.take(threads * ROW * tiles.longest)
     blend(
-        projected.rows, tiles.lists, tiles.start, columns, columns * TILE, image.view(-1).numpy(), kept, last, near,
-        sizes, local, tiles.longest, np.zeros(1, np.int64), threads,
+        projected.rows, tiles.lists, tiles.start, columns, columns * TILE, image.view(-1).numpy(), channels, kept, last,
+        near, sizes, local, tiles.longest, np.zeros(1, np.int64), threads,
     )  # fmt: skip
     return image, _Blended(kept, last, near, sizes)

@@ -10,6 +10,7 @@ import numpy as np
 from numba import prange
 
 from geodiff4d.render._simd import (
+    INLINE,
     LANES,
     OPTIONS,
     at,
@@ -50,7 +51,7 @@ LOG2_E = math.log2(math.e)
 HUGE, TINY = 1e30, 1e-24
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _to_camera(means, V, i):
     x, y, z = load3(means, 3 * i)
     return (
@@ -60,7 +61,7 @@ def _to_camera(means, V, i):
     )
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _rotation(quats, i):
     """Return (|q|², 1/|q|, the unit quaternions, their matrices' nine entries)."""
     w, x, y, z = load4(quats, 4 * i)
@@ -75,7 +76,7 @@ def _rotation(quats, i):
     return square, inverse, (w, x, y, z), R
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _jacobian(camera_point, V, lens):
     """Return 1/z, directions (x/z, y/z), J's entries, and B = J·R_cam_world, the projection's affine map in world axes.
 
@@ -94,19 +95,19 @@ def _jacobian(camera_point, V, lens):
     return near, (u, v), (uc, vc), (a, c), B
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _dot(a, b):
     return fma(a[0], b[0], fma(a[1], b[1], a[2] * b[2]))
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _image_axes(B, R):
     """P = B·R, two rows: the splat's axes in pixels per metre."""
     c0, c1, c2 = (R[0], R[3], R[6]), (R[1], R[4], R[7]), (R[2], R[5], R[8])
     return (_dot(B[:3], c0), _dot(B[:3], c1), _dot(B[:3], c2)), (_dot(B[3:], c0), _dot(B[3:], c1), _dot(B[3:], c2))
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _covariance(P, s):
     """Return the 2D covariance (xx, xy, yy) [px²], blurred by `EPS_2D`, and its determinant."""
     a = (P[0][0] * s[0], P[0][1] * s[1], P[0][2] * s[2])
@@ -117,7 +118,7 @@ def _covariance(P, s):
     return xx + EPS_2D, xy, yy + EPS_2D, det
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _copy_features(features, channels, rows, k):
     """Copy a Gaussian's features to its row; whether they are numbers."""
     probe = np.float32(0)
@@ -128,14 +129,14 @@ def _copy_features(features, channels, rows, k):
     return probe == np.float32(0)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _pixels(m, covariance, reach):
     """First and last pixel whose centre lies within reach of a splat, along one axis."""
     r = root(reach * covariance)
     return -1.0 * floored(r - m + 0.5), floored(m + r - 0.5)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _tiles(first, last, count, seen):
     """From pixels to a range of tiles, empty where nothing is seen; NaN becomes 0."""
     zero = fill(0.0)
@@ -207,7 +208,7 @@ def project(means, quats, scales, opacities, features, V, lens, rows, depth, rec
             )  # fmt: skip
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _sum_slots(rows, first_slot, scratch, mine, i):
     """Sum the gradient rows of 16 Gaussians over their tiles, always in the same order; returns columns."""
     for k in range(LANES):
@@ -218,7 +219,7 @@ def _sum_slots(rows, first_slot, scratch, mine, i):
     return load_transposed(scratch, mine)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _conic_backward(conic, g):
     """From dL/dσ's moments to dL/d(mean x, mean y), with the conic in natural units, and dL/dΣ (xx, xy, yy).
 
@@ -230,7 +231,7 @@ def _conic_backward(conic, g):
     return mx, my, -0.5 * fma(p, A, q * B), -1.0 * fma(p, B, q * D), -0.5 * fma(r, B, t * D)
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _quat_backward(q, inverse, G):
     """From dL/dR to dL/dq, through the normalisation."""
     w, x, y, z = q
@@ -243,7 +244,7 @@ def _quat_backward(q, inverse, G):
     return gw * inverse, gx * inverse, gy * inverse, gz * inverse
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _axes_backward(P, s, g_xx, g_xy, g_yy):
     """From dL/dΣ, Σ = (P·s)(P·s)ᵀ, to dL/ds and the two rows of dL/dP."""
     a, c = (P[0][0] * s[0], P[0][1] * s[1], P[0][2] * s[2]), (P[1][0] * s[0], P[1][1] * s[1], P[1][2] * s[2])
@@ -258,7 +259,7 @@ def _axes_backward(P, s, g_xx, g_xy, g_yy):
     return gs, (ya[0] * s[0], ya[1] * s[1], ya[2] * s[2]), (yc[0] * s[0], yc[1] * s[1], yc[2] * s[2])
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _camera_backward(point, V, lens, R, ya, yc, mx, my):
     """From dL/dP, P = J·R_cam_world·R, and dL/d(mean on the image) to dL/d(mean)."""
     near, (u, v), (uc, vc), (a, c), _ = _jacobian(point, V, lens)
@@ -281,7 +282,7 @@ def _camera_backward(point, V, lens, R, ya, yc, mx, my):
     )
 
 
-@njit(**OPTIONS)
+@njit(**INLINE)
 def _only(mask, x):
     """Three numbers where the mask is set, else zero."""
     zero = fill(0.0)

@@ -26,6 +26,8 @@ LANES = 16
 OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "nsz", "arcp"}}
 """Of every kernel. No reassociation, so that results do not depend on the compiler's mood, and no assumption that
 numbers are finite, since the broken ones must be found."""
+INLINE = {**OPTIONS, "forceinline": True}
+"""Of helpers in inner loops: vectors in registers must not be passed through memory."""
 _FLAGS = ("contract", "nsz", "arcp")
 _FLOAT, _INT, _LONG = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _F, _I, _M = (ir.VectorType(t, LANES) for t in (_FLOAT, _INT, ir.IntType(1)))
