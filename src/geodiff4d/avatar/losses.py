@@ -10,19 +10,17 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad, relu
+from torch.nn.functional import relu
 
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians
 from geodiff4d.avatar.model import AvatarFrame
 from geodiff4d.heads.rig import Head
+from geodiff4d.render.photometric import photometric
+from geodiff4d.render.photometric import ssim as ssim
 
 SKIN_TOLERANCE_M = 0.003
 LOOSE_TOLERANCE_M = 0.060
 LOOSE_REGIONS = ("scalp", "neck")
-WINDOW = 7
-C1, C2 = 0.01**2, 0.03**2
-"""SSIM's window [px] and constants, for a range of 1."""
 FALLOFF_M = 0.020
 """Around hair and clothes the tolerance falls off over this distance: fringes and beards hang over skin."""
 
@@ -58,9 +56,7 @@ def image_loss(
     `box` bounds the foreground: colour and structure are compared there, alpha everywhere.
     """
     ours, theirs = frame.rgb[:, *box], image[:, *box]
-    loss = (1 - config.ssim) * (ours - theirs).abs().mean()
-    if config.ssim:
-        loss = loss + config.ssim * (1 - ssim(ours, theirs))
+    loss = photometric(ours, theirs, config.ssim)
     if normal is not None and config.normals:
         inside = mask[:, *box]
         difference = (frame.normal[:, *box] - frame.alpha[:, *box] * normal[:, *box]).abs() * inside
@@ -96,43 +92,3 @@ def position_tolerance(head: Head) -> Float[Tensor, " faces"]:
         if name in head.regions:
             tolerance = torch.where(head.regions[name], SKIN_TOLERANCE_M, tolerance)
     return tolerance[head.faces].amin(-1)
-
-
-def ssim(a: Float[Tensor, "3 height width"], b: Float[Tensor, "3 height width"]) -> Float[Tensor, ""]:
-    """Mean structural similarity (Wang et al. 2004) over uniform 7×7 windows, differentiable in `a`.
-
-    Ours / theirs: uniform instead of Gaussian windows and an analytic gradient, together a sixth of the time on a CPU,
-    where the usual form costs more than the rasteriser.
-    """
-    return _Ssim.apply(a, b)
-
-
-class _Ssim(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
-        mu_a, mu_b, aa, bb, ab = _box(torch.stack([a, b, a * a, b * b, a * b])).unbind()
-        light, light_norm = 2 * mu_a * mu_b + C1, mu_a.square() + mu_b.square() + C1
-        shape = 2 * (ab - mu_a * mu_b) + C2
-        shape_norm = aa + bb - mu_a.square() - mu_b.square() + C2
-        score = light * shape / (light_norm * shape_norm)
-        # Derivatives by the window's means of a·b, a² and a; the adjoint of a box is a box.
-        by_ab, by_aa = 2 * score / shape, -score / shape_norm
-        by_mu = 2 * mu_b * score / light - 2 * mu_a * score / light_norm - by_ab * mu_b - 2 * by_aa * mu_a
-        spread = _box(pad(torch.stack([by_mu, by_aa, by_ab]), (WINDOW - 1,) * 4))
-        ctx.save_for_backward((spread[0] + 2 * a * spread[1] + b * spread[2]) / score.numel())
-        return score.mean()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.saved_tensors[0], None
-
-
-def _box(x: Tensor) -> Tensor:
-    """Mean over every full 7×7 window, by shifted sums of 1, 2 and 4 (torch's pooling is five times slower here)."""
-    for d in (-1, -2):
-        n = x.shape[d]
-        two = x.narrow(d, 0, n - 1) + x.narrow(d, 1, n - 1)
-        four = two.narrow(d, 0, n - 3) + two.narrow(d, 2, n - 3)
-        x = four.narrow(d, 0, n - 6) + two.narrow(d, 4, n - 6) + x.narrow(d, 6, n - 6)
-    return x / WINDOW**2
