@@ -143,6 +143,8 @@ RECIPES = [
     # In the order of the pipeline: later lines read what earlier ones wrote.
     Recipe("doctor", says="needs attention|ready"),
     Recipe("bench world --preset debug --json bench.json", ("bench.json",), says="images_per_second"),
+    Recipe("bench fit --preset debug --threads 1 --json fit.json", ("fit.json",), says="iterations_per_second"),
+    Recipe("bench render --preset debug --threads 1 --json render.json", ("render.json",), says="frames_per_second"),
     Recipe("bench unet --preset debug --threads 1 --json unet.json", ("unet.json",), says="both branches in one batch"),
     Recipe(
         "synth world --preset debug --subjects 2 --frames 4 --views 2",
@@ -184,6 +186,27 @@ RECIPES = [
         says="expression_top3",
     ),
     Recipe(
+        f"evaluate self {MODEL} --workers 1 --out runs/self",
+        tuple(f"runs/self/{name}" for name in ("metrics.json", "table.md", "report.html", "clips/*/scores.json")),
+        says="n/a, LPIPS: give --lpips",
+    ),
+    Recipe(
+        f"evaluate cross {MODEL} --methods video_model mesh_warp --data runs/self/data --out runs/cross",
+        ("runs/cross/metrics.json", "runs/cross/table.md", "runs/cross/report.html"),
+        says="Cross-reenactment",
+    ),
+    Recipe(
+        f"evaluate cross-view {MODEL} --subjects 1 --frames 2 --data runs/self/data --out runs/cross_view",
+        ("runs/cross_view/metrics.json", "runs/cross_view/table.md", "runs/cross_view/report.html"),
+        says="expression encoder's latents",
+    ),
+    Recipe(
+        "evaluate self --data nowhere --out runs/no_data",
+        says="expected clips",
+        code=2,
+        absent=("runs/no_data",),
+    ),
+    Recipe(
         f"demo {MODEL} --out runs/demo",
         tuple(f"runs/demo/{name}" for name in ("report.html", "metrics.json", "generated.mp4", "avatar.mp4")),
     ),
@@ -202,6 +225,12 @@ RECIPES = [
     Recipe(f"synthesize {PEOPLE} --preset debug --generator warp --out runs/warp", ("runs/warp/transforms.json",)),
     Recipe(
         "fit runs/warp --preset debug --out runs/avatar", ("runs/avatar/avatar.safetensors", "runs/avatar/preview.png")
+    ),
+    Recipe(
+        "fit world/train_0 --preset debug --ablate normal-source refine remesh deformation dynamics densify "
+        "--hold-out-views 1 --hold-out-times 0.3 --out runs/ablated",
+        ("runs/ablated/avatar.safetensors", "runs/ablated/log.jsonl"),
+        says="held-out times",
     ),
     Recipe("render runs/avatar --driving world/train_1 --out runs/avatar.mp4", ("runs/avatar.mp4",)),
     Recipe("render runs/avatar --driving weights.jsonl --out runs/weights.mp4", ("runs/weights.mp4",), prepare=weights),
@@ -277,12 +306,15 @@ RECIPES = [
     # The detector's environment is an installation of its own, which this pass does without (see `check`).
     bad("track world/train_0/reference.png --detector mediapipe", says="make track-env"),
     bad(f"animate --portrait world --driving world/train_1 {MODEL}", says="expected a folder with transforms.json"),
+    bad("fit runs/me --preset debug --hold-out-views 1", says="1 camera(s), 1 cannot be held out"),
+    bad("fit world/train_0 --preset debug --hold-out-times 2", says="--hold-out-times"),
     bad("live nobody.ts", says="nobody.ts does not exist"),
     bad("track broken.png", says="broken.png", prepare=broken_picture),
     bad("track world", says="directory"),
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
+    bad("fit empty --preset debug", says="no frames"),
     bad("train video --preset debug", says="needs a stage-1 model"),
     bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),
     bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere is not a folder"),

@@ -1,32 +1,78 @@
-"""Measure beside the truth of the open world: tracking from one picture each, or what the video model generates."""
+"""Measure: the paper's protocols (self, cross, cross-view), tracking, or what the video model generates."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from geodiff4d.evaluate.protocol import Settings
+
+
+@dataclass(frozen=True)
+class ProtocolArgs:
+    """Options of self, cross and cross-view (docs/EVALUATION.md)."""
+
+    data: Path | None = None
+    """Folder of clips (`geodiff4d import`, `synth`) to measure on; by default the open world's people are rendered into
+    OUT/data."""
+    results: Path | None = None
+    """Another method's frames to score beside ours: RESULTS/<clip>/{00000..}_rgb.png and, if it has any, _normal.png.
+    Clips and inputs are what a first run leaves in OUT."""
+    methods: tuple[str, ...] = ()
+    """By default all but avatar, which is fitted per reference and takes minutes each."""
+    subjects: int | None = None
+    """By default 10; 2 with --preset debug."""
+    sequences: int | None = None
+    """Of each subject; by default 2."""
+    cameras: int | None = None
+    """That drive and are compared; by default 4."""
+    frames: int | None = None
+    """Of each clip; by default 16."""
+    people: Literal["plain", "randomised"] = "plain"
+    """Of the open world: people one could meet, or those with colours that nobody has."""
+    tracking: Literal["pixels", "clip"] | None = None
+    """pixels: everyone gets what our tracker sees. clip: the clip's own parameters, a tracker's (true ones are
+    disturbed). By default pixels, and clip with --preset debug, whose pictures are too small."""
+    workers: int | None = None
+    """Processes; by default one per core, and one on a GPU. The figures do not depend on it."""
+    head: str = "openhead"
+    """openhead, or your FLAME file: clips with --tracking clip must be on it."""
+    lpips: tuple[Path, ...] = ()
+    """LPIPS: a state dict of AlexNet or VGG16 and LPIPS' linear weights, of yours."""
+    arcface: Path | None = None
+    """CSIM: an ArcFace ONNX file of yours."""
+    keep: Literal["some", "all"] = "some"
+    """Frames that stay in OUT/clips: four a clip, or all."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Args:
     """Options of `geodiff4d evaluate`."""
 
-    what: Annotated[Literal["tracking", "video"], tyro.conf.Positional]
-    """tracking: pictures of people that nothing was trained on, tracked by each detector (docs/TRACKING.md). video: is
-    a generated frame nearest to its own person and expression, and how much does it flicker."""
+    what: Annotated[Literal["self", "cross", "cross-view", "tracking", "video"], tyro.conf.Positional]
+    """self: a person's reference driven by the same person's film from another camera. cross: by another person's.
+    cross-view: one performance, seen by twelve cameras, must drive to one film. tracking: pictures of people that
+    nothing was trained on, tracked by each detector (docs/TRACKING.md). video: is a generated frame nearest to its own
+    person and expression, and how much does it flicker."""
     out: Path
-    """Folder for metrics.json, and of tracking a sheet of overlays per detector."""
+    """Folder for metrics.json; of protocols also table.md, report.html and frames. The same command goes on where it
+    was."""
     detectors: tuple[Literal["embedded", "mediapipe"], ...] = ("embedded",)
-    """Who finds the landmarks; figures stand side by side."""
+    """Of tracking: who finds the landmarks; figures stand side by side."""
     model: Path | None = None
-    """Perception network of the embedded detector, or video model; by default the one that ships."""
-    preset: Literal["debug", "embedded"] = "embedded"
+    """Video model, or of tracking the perception network; by default the one that ships."""
+    preset: Literal["debug", "embedded", "paper"] = "embedded"
     """How the video model samples; debug's pictures are too small to be tracked and take the disturbed truth."""
     count: int | None = None
-    """People; by default 100 pictures for tracking, 10 people for video."""
+    """People of tracking and video; by default 100 pictures for tracking, 10 people for video."""
     split: Literal["val", "test"] = "test"
+    """Of the open world's people."""
     size: int = 256
-    """Side of the canonical crop [px]."""
+    """Of tracking: side of the canonical crop [px]."""
+    protocol: Annotated[ProtocolArgs, tyro.conf.arg(name="")] = field(default_factory=ProtocolArgs)
 
 
 def run(args: Args) -> None:
@@ -36,8 +82,69 @@ def run(args: Args) -> None:
         raise UserError(f"--count is {args.count}: expected at least one person")
     if args.what == "tracking":
         _tracking(args, args.count or 100)
-    else:
+    elif args.what == "video":
         _video(args, args.count or 10)
+    else:
+        _protocol(args, args.what)
+
+
+def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
+    from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.evaluate.cases import Extent
+
+    p, debug = args.protocol, args.preset == "debug"
+    workers = _workers(p.workers)
+    if p.data is not None and not p.data.is_dir():
+        raise UserError(f"--data {p.data} is not a folder: expected clips (from `geodiff4d import` or `synth`)")
+    small = {"subjects": 2, "sequences": 1, "cameras": 1, "frames": 3}
+    full = {"subjects": 3 if what == "cross-view" else 10, "sequences": 2, "cameras": 4, "frames": 16}
+    given = {k: getattr(p, k) for k in full}
+    counts = {k: (small if debug else full)[k] if v is None else v for k, v in given.items()}
+    extent = Extent(**counts, split=args.split, people=p.people)
+    settings = _settings(args)
+    if what == "cross-view":
+        from geodiff4d.evaluate.cross_view import run_cross_view
+
+        run_cross_view(settings, extent, p.data, workers, progress.track)
+    else:
+        from geodiff4d.evaluate.protocol import run_protocol
+        from geodiff4d.evaluate.protocol_page import write_results
+
+        cases, found = run_protocol(what, settings, extent, p.data, workers, progress.track)
+        config = {
+            "data": "open world" if p.data is None else p.data.name, "preset": args.preset, **counts,
+            "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed,
+            "model": "shipped" if args.model is None else args.model.name, "methods": settings.methods,
+        }  # fmt: skip
+        write_results(args.out, what, cases, found, config)
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    print(f"{args.out / 'report.html'}: the page to look at; metrics.json and table.md beside it")
+
+
+def _settings(args: Args) -> "Settings":
+    from geodiff4d.evaluate.judges import JudgeConfig
+    from geodiff4d.evaluate.methods import DEFAULT_METHODS
+    from geodiff4d.evaluate.protocol import Settings
+
+    p = args.protocol
+    tracking = p.tracking or ("clip" if args.preset == "debug" else "pixels")
+    return Settings(
+        args.out, args.preset, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
+        JudgeConfig(p.lpips, p.arcface), p.keep, p.seed,
+    )  # fmt: skip
+
+
+def _workers(asked: int | None) -> int:
+    import os
+
+    import torch
+
+    from geodiff4d.core.errors import UserError
+
+    if asked is not None and asked < 1:
+        raise UserError(f"--workers is {asked}: expected at least one process")
+    return asked or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
 
 
 def _video(args: Args, count: int) -> None:

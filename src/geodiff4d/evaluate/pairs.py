@@ -144,18 +144,18 @@ def _portrait_pose(head: Head, subject: SyntheticSubject) -> tuple[HeadParams, C
 def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) -> None:
     params, camera = _portrait_pose(head, subject)
     points = subject.vertices(params)[0][head_region()]
-    camera = _loosely(camera, points, size)
+    camera = loosely(camera, points, size)
     out = subject.render(params, camera)
     write_image(path, out.rgb[0])
 
 
 def _film(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
-    camera = _loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
+    camera = loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
     out = driver.render(motion, camera.expand(motion.batch[0]))
     write_video(path, iter(out.rgb), 24.0)
 
 
-def _loosely(camera: Camera, points: Float[Tensor, "n 3"], size: int) -> Camera:
+def loosely(camera: Camera, points: Float[Tensor, "n 3"], size: int) -> Camera:
     """Frame a head as people do, with a third more room around it than a canonical crop has."""
     side = 2 * (round(4 / 3 * size) // 2)
     camera = canonical_crop(camera, points, size)
