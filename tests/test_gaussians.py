@@ -9,6 +9,7 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import invert, look_at, matrix_to_quat, quat_multiply, transform
 from geodiff4d.render import _numba
 from geodiff4d.render.gaussians import Gaussians, rasterize, render
+from geodiff4d.render.harmonics import sh_basis, sh_colors
 
 
 def camera(width: int = 37, height: int = 29, distance: float = 0.6) -> Camera:
@@ -191,3 +192,26 @@ def test_gsplat_equals_oracle():
     on_gpu = Gaussians(*(x.cuda() for x in vars(single(splats)).values()))
     error = (torch.cat(rasterize(on_gpu, cam, features.float().cuda())).cpu() - expected).abs()
     assert np.quantile(error, 0.99) < 1e-4
+
+
+def test_spherical_harmonics():
+    """Orthonormal over the sphere, in one pass with normals and depth, gradients down to the coefficients."""
+    z, weight = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(8))
+    around = 2 * torch.pi * torch.arange(16, dtype=torch.float64) / 16
+    r = (1 - z**2).sqrt()[:, None]
+    directions = torch.stack([r * around.cos(), r * around.sin(), z[:, None].expand(8, 16)], -1)
+    basis = sh_basis(directions, 3)
+    products = torch.einsum("pab,pac,p->bc", basis, basis, weight) * 2 * torch.pi / 16
+    torch.testing.assert_close(products, torch.eye(16, dtype=torch.float64), atol=1e-12, rtol=0)
+
+    cams = Camera.stack([camera(), camera(distance=0.5)])
+    splats, normals = scene(n=30, channels=3)
+    coefficients = (0.2 * torch.randn(30, 16, 3, generator=torch.Generator().manual_seed(2))).requires_grad_()
+    splats, normals = single(splats), normals.float()
+    features = torch.cat([sh_colors(splats, cams, coefficients), normals.expand(2, -1, -1)], -1)
+    out = render(splats, cams, features, depth=True)
+    assert out.image.shape == (2, 6, 29, 37) and out.depth is not None
+    out.image.square().sum().backward()
+    assert coefficients.grad is not None and coefficients.grad.isfinite().all() and coefficients.grad.any()
+    with pytest.raises(ValueError, match="1, 4, 9 or 16"):
+        sh_colors(splats, cams, coefficients[:, :5])
