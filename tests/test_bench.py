@@ -6,6 +6,7 @@ from torch.nn.functional import conv2d, linear, relu, scaled_dot_product_attenti
 
 from geodiff4d.bench.count import count_memory, count_work
 from geodiff4d.bench.machine import Clock, Rates
+from geodiff4d.bench.splat import SplatBench
 from geodiff4d.bench.unet import UnetBench, ladder, roofline_seconds
 
 
@@ -61,3 +62,10 @@ def test_the_unets_row_has_its_keys():
     assert row["rows"][0]["measure"] == "plain" and row["rows"][0]["gain_over_plain"] == 1
     assert all(r["seconds_per_frame"] > 0 for r in row["rows"])
     assert any(r["measure"].startswith("shortcut") for r in row["rows"])
+
+
+def test_the_rasterisers_row_has_its_keys():
+    row = SplatBench("debug", threads=1, clock=Clock(torch.device("cpu"), 1)).run()
+    for key in ("ms_forward", "ms_forward_backward", "ms_forward_64", "ms_forward_backward_64", "ms_loss"):
+        assert row[key] > 0, key
+    assert sum(r["what"].startswith("baseline") for r in row["rows"]) == 2

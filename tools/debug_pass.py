@@ -145,6 +145,7 @@ RECIPES = [
     Recipe("bench world --preset debug --json bench.json", ("bench.json",), says="images_per_second"),
     Recipe("bench fit --preset debug --threads 1 --json fit.json", ("fit.json",), says="iterations_per_second"),
     Recipe("bench render --preset debug --threads 1 --json render.json", ("render.json",), says="frames_per_second"),
+    Recipe("bench splat --preset debug --threads 1 --json splat.json", ("splat.json",), says="ms_forward_backward"),
     Recipe("bench unet --preset debug --threads 1 --json unet.json", ("unet.json",), says="both branches in one batch"),
     Recipe(
         "synth world --preset debug --subjects 2 --frames 4 --views 2",

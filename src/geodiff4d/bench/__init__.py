@@ -32,10 +32,17 @@ def _render(preset: str, threads: int) -> dict[str, Any]:
     return AvatarBench(preset, threads).render()
 
 
+def _splat(preset: str, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.splat import SplatBench
+
+    return SplatBench(preset, threads).run()
+
+
 TARGETS: dict[str, Callable[[str, int], dict[str, Any]]] = {
     "world": _world,
     "unet": _unet,
     "fit": _fit,
     "render": _render,
+    "splat": _splat,
 }
 """What can be measured: (preset, threads) to a row; a row's `rows` are a table of their own."""

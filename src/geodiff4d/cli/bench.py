@@ -11,10 +11,11 @@ import tyro
 class Args:
     """Options of `geodiff4d bench`."""
 
-    what: Annotated[Literal["world", "unet", "fit", "render"], tyro.conf.Positional]
+    what: Annotated[Literal["world", "unet", "fit", "render", "splat"], tyro.conf.Positional]
     """world: people drawn per second, painting them included. unet: seconds per generated frame, on CUDA if there is
     any, and what each measure of speed brings. fit: an avatar's optimiser steps per second, and what each of its parts
-    costs. render: frames per second of a driven avatar."""
+    costs. render: frames per second of a driven avatar. splat: milliseconds of the rasteriser and of the loss beside
+    it, forward and backward."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """The preset's sizes. Without CUDA, `unet --preset paper` counts operations and memory and runs nothing."""
     threads: int = 2
