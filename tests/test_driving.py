@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from avatars import painted_avatar, talking, with_networks
-from geodiff4d.avatar.drive import held, own_performance, performed, wants_tokens
+from geodiff4d.avatar.drive import LiveDriver, held, own_performance, performed, wants_tokens
 from geodiff4d.avatar.relative import Rest, transferred, transferred_tokens
 from geodiff4d.avatar.stream import read_stream, read_stream_file
 from geodiff4d.cli import main
@@ -81,6 +81,15 @@ def test_tokens_are_relative_too_and_stay_in_range(head, avatar):
     same = learned.render(learned.sequence[4], learned.camera, tokens=tokens[4]).rgb
     torch.testing.assert_close(learned.render(row, learned.camera, tokens=row_tokens).rgb, same, atol=1e-3, rtol=0)
     assert own_performance(learned).tokens is tokens and held(learned, torch.zeros(1, 52)).tokens is None
+
+
+def test_live_driving_learns_the_drivers_rest(head, avatar):
+    acting = replace(talking(head, 48, seed=5), expr=0.2 + 0.8 * talking(head, 48, seed=5).expr)
+    driver = LiveDriver(avatar)
+    rows = [driver(acting[i]) for i in range(48)]
+    whole = performed(avatar, acting)
+    torch.testing.assert_close(rows[47].expr, whole.params.expr[47], atol=1e-5, rtol=0)
+    assert (rows[0].expr - whole.params.expr[0]).abs().max() > 0.1
 
 
 def test_one_picture_says_nothing_about_rest(head, avatar):

@@ -103,6 +103,8 @@ def test_lines_move_the_face(avatar):
     weights[avatar.head.expression_names.index("jawOpen")] = 1
     studio.follow([Line(weights, torch.zeros(3))])
     assert (studio.render(View(play=True), 0) - before).abs().max() > 0.1
+    studio.follow(iter([avatar.head.neutral()]))
+    assert (studio.render(View(play=True), 0) - before).abs().max() < 0.01
 
 
 def test_command(avatar, tmp_path, capsys):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geodiff4d.avatar.frames import read_sequence
 from geodiff4d.avatar.model import Avatar, AvatarFrame
-from geodiff4d.avatar.relative import Rest, transferred, transferred_tokens
+from geodiff4d.avatar.relative import MINIMUM, Rest, transferred, transferred_tokens
 from geodiff4d.avatar.sliders import TokenRegressor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
@@ -25,6 +25,11 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.heads.rig import HeadParams
 
 ORBIT_DEG = 60.0
+
+REST_EVERY = 24
+"""Frames between two estimates of a live driver's rest."""
+SEEN = 2000
+"""Frames that such an estimate looks at, at most: more are thinned out."""
 
 Pose = Literal["fixed", "driver"]
 
@@ -92,6 +97,30 @@ def performed(
         driver = transferred(avatar.head, driver, rest, own)
         tokens = None if tokens is None else transferred_tokens(tokens, rest, own)
     return Performance(retargeted(avatar, driver, pose), tokens, fps)
+
+
+class LiveDriver:
+    """Drives an avatar by somebody's parameters as they come.
+
+    The driver's rest is estimated from what has been seen so far, now and then anew; before that it is zero.
+    """
+
+    def __init__(self, avatar: Avatar):
+        self.avatar, self._own = avatar, own_rest(avatar)
+        self._rest = Rest.of(avatar.head, avatar.head.neutral(1))
+        self._seen: list[HeadParams] = []
+        self._count = 0
+
+    def __call__(self, params: HeadParams) -> HeadParams:
+        """Return what the avatar does in this frame (no batch axis, as `params`)."""
+        self._count += 1
+        self._seen.append(params)
+        if len(self._seen) > SEEN:
+            self._seen = self._seen[::2]
+        if self._count == MINIMUM or self._count % REST_EVERY == 0:
+            self._rest = Rest.of(self.avatar.head, HeadParams.stack(self._seen))
+        moved = transferred(self.avatar.head, HeadParams.stack([params]), self._rest, self._own)
+        return retargeted(self.avatar, moved)[0]
 
 
 def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24.0) -> Performance:

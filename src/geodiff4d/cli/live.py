@@ -87,7 +87,7 @@ def _panels(
 
     import torch
 
-    from geodiff4d.avatar.drive import retargeted
+    from geodiff4d.avatar.drive import LiveDriver
     from geodiff4d.core.camera import Camera
     from geodiff4d.core.images import encode_normals
     from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
@@ -95,6 +95,7 @@ def _panels(
     from geodiff4d.render.meshes import rasterize, render_normals
 
     box, last = None, time.monotonic()
+    driver = None if avatar is None else LiveDriver(avatar)
     for frame in frames:
         tracked.append(frame.params)
         mesh = head.pose(HeadParams.stack([frame.params]))
@@ -104,10 +105,11 @@ def _panels(
         crop = crop_image(frame.image, box, size, fill=0.5)
         over = torch.where(seen[0] > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen)[0], crop)
         panels = [crop, over if frame.seen else crop]
-        if avatar is not None:
+        if avatar is not None and driver is not None:
             with torch.no_grad():
-                own = retargeted(avatar, HeadParams.stack([frame.params]))[0]
-                panels.append(avatar.render(own, avatar.camera.resized(size, size)).rgb.clamp(0, 1).cpu())
+                panels.append(
+                    avatar.render(driver(frame.params), avatar.camera.resized(size, size)).rgb.clamp(0, 1).cpu()
+                )
         now = time.monotonic()
         state = f"{frame.error_px:.1f} px off" if frame.seen else "no face"
         print(f"\rframe {len(tracked)}: {state}, {1 / max(now - last, 1e-3):.1f} frames/s ", end="", file=sys.stderr)

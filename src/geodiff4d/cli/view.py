@@ -11,7 +11,8 @@ from geodiff4d.cli._driving import DrivingArgs
 
 @dataclass(frozen=True)
 class Args(DrivingArgs):
-    """Options of `geodiff4d view`; it runs until Ctrl-C. Lines from --driving - move the face as they come."""
+    """Options of `geodiff4d view`; it runs until Ctrl-C. Lines from --driving -, and a webcam's pictures from
+    --driving /dev/video0, move the face as they come."""
 
     avatar: Annotated[Path, tyro.conf.Positional]
     """Avatar folder, from fit, or a compact avatar (.g4d)."""
@@ -34,6 +35,7 @@ def run(args: Args) -> None:
     from geodiff4d.avatar.stream import read_stream, require_names
     from geodiff4d.cli._driving import performance
     from geodiff4d.core.errors import UserError
+    from geodiff4d.tracking.live import live_frames, track_live
     from geodiff4d.viewer.server import Server
     from geodiff4d.viewer.studio import Studio
 
@@ -42,22 +44,26 @@ def run(args: Args) -> None:
     if not 64 <= args.size <= 2048:
         raise UserError(f"--size is {args.size}: expected 64 to 2048")
     avatar = open_avatar(args.avatar)
-    names, live = avatar.head.expression_names, str(args.driving) == "-"
-    if live:
+    names, lines = avatar.head.expression_names, str(args.driving) == "-"
+    camera = args.driving is not None and args.driving.is_char_device()
+    if lines:
         require_names(names, "standard input")
-    show = own_performance(avatar) if live else performance(avatar, args)
+    show = own_performance(avatar) if lines or camera else performance(avatar, args)
     failures: list[UserError] = []
 
     def follow() -> None:
         try:
-            studio.follow(read_stream(sys.stdin, names, "standard input"))
+            if args.driving is not None and camera:
+                studio.follow(frame.params for frame in track_live(live_frames(args.driving), avatar.head))
+            else:
+                studio.follow(read_stream(sys.stdin, names, "standard input"))
         except UserError as error:
             failures.append(error)
             server.shutdown()
 
     with Studio(avatar, show, args.size) as studio, Server(studio, args.host, args.port) as server:
         print(f"http://{args.host}:{server.server_port}/ shows {args.avatar}; Ctrl-C ends it", flush=True)
-        if live:
+        if lines or camera:
             threading.Thread(target=follow, daemon=True).start()
         if args.seconds is not None:
             threading.Timer(args.seconds, server.shutdown).start()

@@ -17,6 +17,8 @@ PAGE = Path(__file__).parents[1] / "assets" / "viewer.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 16 * 1024
 BOUNDARY = "picture"
+FIRST_SECONDS = 120.0
+"""The first picture waits for the rasteriser's code to be compiled."""
 
 
 class Server(ThreadingHTTPServer):
@@ -57,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path == "/about":
             self._send("application/json", json.dumps(about(studio)).encode())
         elif path == "/picture.jpg":
-            self._send("image/jpeg", studio.wait(0)[0])
+            self._send("image/jpeg", studio.wait(0, FIRST_SECONDS)[0])
         elif path == "/stream":
             self._stream(studio)
         else:
@@ -105,11 +107,15 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", f"multipart/x-mixed-replace; boundary={BOUNDARY}")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        seen = 0
+        # A boundary follows each picture at once: browsers show one only when they see that it has ended.
+        edge, seen = f"\r\n--{BOUNDARY}\r\n".encode(), 0
+        self.wfile.write(edge[2:])
         while not studio.stopped:
             picture, seen = studio.wait(seen)
-            head = f"--{BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
-            self.wfile.write(head.encode() + picture + b"\r\n")
+            if not picture:
+                continue
+            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
+            self.wfile.write(head.encode() + picture + edge)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
         """Keep the terminal quiet."""

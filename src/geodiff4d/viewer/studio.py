@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from geodiff4d.avatar.drive import Performance, held, normal_image
+from geodiff4d.avatar.drive import LiveDriver, Performance, held, normal_image
 from geodiff4d.avatar.drive import head_centre as centre_of
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.avatar.relative import has_weights
@@ -58,7 +58,7 @@ class Studio:
         self.sliders = names if named else names[:COEFFICIENT_SLIDERS]
         self.range = (0.0, 1.0) if named else (-COEFFICIENT_RANGE, COEFFICIENT_RANGE)
         self._rest = held(avatar, torch.zeros(1, len(names))).params[0]
-        self._line: Line | None = None
+        self._live: HeadParams | None = None
         self._changed, self._stopped, self._dirty = threading.Condition(), False, True
         self.picture, self.number, self.rate = b"", 0, 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -79,12 +79,20 @@ class Studio:
             self.view, self._dirty = view, True
             self._changed.notify_all()
 
-    def follow(self, lines: Iterable[Line]) -> None:
-        """Let the face do what each line says as it comes; returns when there are no more."""
-        for line in lines:
+    def follow(self, performance: Iterable[Line | HeadParams]) -> None:
+        """Let the head do what each line says, or what a tracker sees, as it comes; returns when there is no more."""
+        driver = LiveDriver(self.avatar)
+        for moment in performance:
+            if isinstance(moment, Line):
+                asked = held(self.avatar, moment.weights[None]).params[0]
+                live = replace(asked, neck_pose=asked.neck_pose + moment.neck)
+            else:
+                live = driver(moment)
             with self._changed:
-                self._line, self._dirty = line, True
+                self._live, self._dirty = live, True
                 self._changed.notify_all()
+            if self._stopped:
+                return
 
     def wait(self, seen: int, seconds: float = 5.0) -> tuple[bytes, int]:
         """Return the first picture (JPEG) after number `seen`, or the latest when time is up."""
@@ -105,9 +113,8 @@ class Studio:
 
     def _posed(self, view: View, frame: int) -> tuple[HeadParams, Tensor | None]:
         params, tokens = self._rest, None
-        if self._line is not None:
-            asked = held(self.avatar, self._line.weights[None]).params[0]
-            params = replace(asked, neck_pose=asked.neck_pose + self._line.neck)
+        if self._live is not None:
+            params = self._live
         elif view.play:
             params, tokens = self.performance.frame(frame % len(self.performance))
         moved = {k: v for k, v in view.expressions.items() if v}
@@ -134,7 +141,7 @@ class Studio:
         began, played = time.monotonic(), -1
         while True:
             with self._changed:
-                playing = self.view.play and self._line is None and len(self.performance) > 1
+                playing = self.view.play and self._live is None and len(self.performance) > 1
                 if not playing:
                     self._changed.wait_for(lambda: self._dirty or self._stopped)
                 if self._stopped:
