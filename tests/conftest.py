@@ -21,6 +21,7 @@ CHECKED = [
     "presets",
     "pipeline",
     "evaluate",
+    "viewer",
 ]
 install_import_hook(
     [f"geodiff4d.{name}" for name in CHECKED],
