@@ -61,9 +61,9 @@ def yaw_plot(metrics: dict[str, Any]) -> Any:
         values = [rows[k]["psnr_fg"] for k in at]
         ends = [rows[k]["interval"]["psnr_fg"] for k in at]
         x = [k + 0.06 * i for k in at]
-        ax.plot(x, values, "o-", label=title(method), linewidth=1.4, markersize=5)
+        [line] = ax.plot(x, values, "o-", label=title(method), linewidth=1.4, markersize=5)
         for xi, (low, high) in zip(x, ends, strict=True):
-            ax.plot([xi, xi], [low, high], color=ax.lines[-1].get_color() if xi != x[0] else None, alpha=0.35)
+            ax.plot([xi, xi], [low, high], color=line.get_color(), alpha=0.35)
     ax.set_xticks(range(len(names)), [f"{n}°" for n in names])
     ax.set_ylabel("PSNR, foreground [dB]")
     ax.legend(frameon=False)
