@@ -44,8 +44,9 @@ class Preset:
     tracks: TrackConfig
     """What stage 2 is trained on, in the sizes of `store`."""
     val_tracks: TrackConfig
-    temporal: tuple[int, int] = (2, 4)
-    """Attentions and feed-forward factor of stage 2's temporal modules; the default is X-NeMo's."""
+    temporal: tuple[int, int, int] = (2, 4, 0)
+    """Attentions and feed-forward factor of stage 2's temporal modules (the default is X-NeMo's), and the reach of the
+    filter behind them (ours)."""
     augment: AugmentConfig = AugmentConfig()
     clip_augment: AugmentConfig = AugmentConfig(0.05, 0.05, 0.05, 0.02, 0.0, 0.03, 0.04, 0.02)
     """Of a clip's driving crops: its frames are lit and cut alike, but for what a tracker's jitter does."""
@@ -97,7 +98,7 @@ PRESETS: dict[str, Preset] = {
         ),
         tracks=TrackConfig(subjects=2, frames=5, portraits=1),
         val_tracks=TrackConfig(subjects=1, frames=3, portraits=1),
-        temporal=(1, 2),
+        temporal=(1, 2, 1),
     ),
     "embedded": Preset(
         "256 px on two CPU cores, trained on the open world (docs/LOG.md has the measurements)",
@@ -119,7 +120,7 @@ PRESETS: dict[str, Preset] = {
         ),
         tracks=TrackConfig(),
         val_tracks=TrackConfig(subjects=6, frames=16, portraits=1),
-        temporal=(1, 2),
+        temporal=(1, 2, 4),
     ),
     "paper": Preset(
         "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
@@ -139,12 +140,13 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 
-def with_temporal_modules(config: VideoModelConfig, temporal: tuple[int, int]) -> VideoModelConfig:
+def with_temporal_modules(config: VideoModelConfig, temporal: tuple[int, int, int]) -> VideoModelConfig:
     """Give an image model's configuration temporal modules; those it has already stay as they are."""
     if config.unet.temporal_layers:
         return config
-    layers, ff_factor = temporal
-    return replace(config, unet=replace(config.unet, temporal_layers=layers, temporal_ff_factor=ff_factor))
+    layers, ff_factor, reach = temporal
+    unet = replace(config.unet, temporal_layers=layers, temporal_ff_factor=ff_factor, clip_filter=reach)
+    return replace(config, unet=unet)
 
 
 def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairConfig]:

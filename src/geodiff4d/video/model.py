@@ -237,7 +237,10 @@ class VideoModel(nn.Module):
             y, t.float(), tokens, latent, reference, text=words, domain_ids=self.config.domains,
             joint=self.config.joint_attention, valid=valid,
         )  # fmt: skip
-        return self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
+        clean = self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
+        for steady in self.unet.temporals:
+            clean = steady(clean, self.codec.visibility, valid)
+        return clean
 
     def _no_words(self, x: Tensor) -> Tensor | None:
         """One zero token for SD's text attention, where the network has it (X-NeMo's unconditional CLIP token)."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from geodiff4d.video.attention import ExpressionAttention, GroupNorm, Layout, ReferenceKV, Transformer2D
-from geodiff4d.video.temporal import TemporalModule
+from geodiff4d.video.temporal import ClipFilter, TemporalModule
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class UNetConfig:
     temporal_layers: int = 0
     """Self-attentions over time in each temporal module; 0 is the image model (stage 1), X-NeMo has 2."""
     temporal_ff_factor: int = 4
+    clip_filter: int = 0
+    """Reach [frames] of the filter over a clip's clean latents (`ClipFilter`; ours); 0 has none."""
     expression_latent: int | None = None
     """Add a projection of this many expression latents to the time embedding (ours, embedded preset only)."""
     domains: int = 2
@@ -184,6 +186,9 @@ class UNet(nn.Module):
             self.up_blocks.append(
                 Block(config, inputs, width, config.up_attention[i], c_time, None if last else "upsamplers")
             )
+        self.temporals = nn.ModuleList(
+            ClipFilter(config.domains, config.out_channels, config.clip_filter) for _ in range(bool(config.clip_filter))
+        )
         if not config.reference:
             self.conv_norm_out = GroupNorm(config.groups, c, eps=1e-5)
             self.conv_out = nn.Conv2d(c, config.out_channels, 3, padding=1)
