@@ -17,6 +17,8 @@ PAGE = Path(__file__).parents[1] / "assets" / "viewer.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 16 * 1024
 BOUNDARY = "picture"
+AGAIN_SECONDS, KEEP_SECONDS = 0.2, 5.0
+"""When a still picture is sent again: once soon, then to keep the connection."""
 FIRST_SECONDS = 120.0
 """The first picture waits for the rasteriser's code to be compiled."""
 
@@ -107,11 +109,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", f"multipart/x-mixed-replace; boundary={BOUNDARY}")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        # A boundary follows each picture at once: browsers show one only when they see that it has ended.
-        edge, seen = f"\r\n--{BOUNDARY}\r\n".encode(), 0
+        # Browsers show a picture when the next one begins: the last of a row is sent twice.
+        edge, seen, again = f"\r\n--{BOUNDARY}\r\n".encode(), 0, 0
         self.wfile.write(edge[2:])
         while not studio.stopped:
-            picture, seen = studio.wait(seen)
+            last = seen
+            picture, seen = studio.wait(seen, AGAIN_SECONDS if again == 0 else KEEP_SECONDS)
+            again = again + 1 if seen == last else 0
             if not picture:
                 continue
             head = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
