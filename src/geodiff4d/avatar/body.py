@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.binding import FaceFrames, LocalGaussians, bind, face_frames
+from geodiff4d.avatar.binding import LocalGaussians, place
 from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap, canonical
 from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig
 from geodiff4d.avatar.expression import Code, ExpressionCode
@@ -56,16 +56,16 @@ class Body:
             return None
         return self.code(params, tokens)
 
-    def frames(
+    def vertices(
         self, params: HeadParams, code: Code | None = None
-    ) -> tuple[FaceFrames, Float[Tensor, "1 3 size size"] | None]:
-        """Pose the surface: its triangles' frames, and its displacement in texture space."""
+    ) -> tuple[Float[Tensor, "verts 3"], Float[Tensor, "1 3 size size"] | None]:
+        """Pose the surface: its points in the world, and its displacement in texture space."""
         mesh = self.head.pose(params)
         vertices, displacement = self.surface.on(mesh.vertices), None
         if self.deformation is not None and self.maps is not None and code is not None:
             displacement = self.deformation(self.position_map(params), code.tokens)
             vertices = vertices + self.maps.read(displacement, mesh.T_world_joint)
-        return face_frames(vertices, self.surface.faces), displacement
+        return vertices, displacement
 
     @torch.no_grad()
     def position_map(self, params: HeadParams) -> Float[Tensor, "1 6 size size"]:
@@ -77,16 +77,17 @@ class Body:
 
     def pose(
         self, local: LocalGaussians, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None,
-        frames: FaceFrames | None = None,
+        vertices: Float[Tensor, "verts 3"] | None = None,
     ) -> Posing:  # fmt: skip
-        """Pose Gaussians (no batch axis); `frames` are given where they are known."""
+        """Pose Gaussians (no batch axis); `vertices` of the surface are given where they are known."""
         code, displacement, residuals = self.expression(params, tokens), None, None
-        if frames is None:
-            frames, displacement = self.frames(params, code)
+        if vertices is None:
+            vertices, displacement = self.vertices(params, code)
         if self.dynamics is not None and code is not None and local.features is not None:
             residuals = self.dynamics(local.features, code.summary)
             local = self.dynamics.applied(local, residuals)
-        return Posing(bind(local, frames), local.color_logits.sigmoid(), displacement, residuals)
+        splats = place(local, vertices, self.surface.faces)
+        return Posing(splats, local.color_logits.sigmoid(), displacement, residuals)
 
     def networks(self) -> dict[str, Deformation | Dynamics]:
         """Return what is learned beside the Gaussians."""

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.binding import FaceFrames, LocalGaussians
+from geodiff4d.avatar.binding import LocalGaussians, face_frames
 from geodiff4d.avatar.body import Body, Posing
 from geodiff4d.avatar.densify import Pulls, densify, reset_opacity
 from geodiff4d.avatar.frames import Frames, Target
@@ -46,18 +46,18 @@ class Fitting:
         self.tokens = None if frames.tokens is None else frames.tokens.to(config.device)
         self.refinement = Refinement(frames.sequence.to(config.device))
         with torch.no_grad():
-            self.rest_scale = self._frames_of(0).scale
+            self.rest_scale = face_frames(self._vertices_of(0), body.surface.faces).scale
             still = config.refine is None and body.deformation is None
-            self.posed = [self._frames_of(i) for i in range(len(self))] if still else None
+            self.posed = [self._vertices_of(i) for i in range(len(self))] if still else None
         self._take(local)
 
     def __len__(self) -> int:
         """Return how many timesteps there are."""
         return self.refinement.base.batch[0]
 
-    def _frames_of(self, row: int) -> FaceFrames:
+    def _vertices_of(self, row: int) -> Tensor:
         params = self.refinement.params(row)
-        return self.body.frames(params, self.body.expression(params, self._tokens_of(row)))[0]
+        return self.body.vertices(params, self.body.expression(params, self._tokens_of(row)))[0]
 
     def _tokens_of(self, row: int) -> Tensor | None:
         return None if self.tokens is None else self.tokens[row]
@@ -84,8 +84,8 @@ class Fitting:
 
     def pose(self, row: int) -> Posing:
         """Pose a timestep of the fitted sequence."""
-        frames = self.posed[row] if self.posed else None
-        return self.body.pose(self.local, self.refinement.params(row), self._tokens_of(row), frames)
+        vertices = self.posed[row] if self.posed else None
+        return self.body.pose(self.local, self.refinement.params(row), self._tokens_of(row), vertices)
 
     def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
         """Render a timestep of the fitted sequence."""

@@ -19,6 +19,7 @@ from geodiff4d.core.geometry import quat_to_matrix
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.gaussians import Gaussians, rasterize
+from geodiff4d.render.riding import shortest_axes
 
 FORMAT_VERSION = 2
 """1 had Gaussians on the head's own mesh alone."""
@@ -169,10 +170,13 @@ def render_splats(
 
 def splat_normals(gaussians: Gaussians, camera: Camera) -> Float[Tensor, "n 3"]:
     """Return each splat's shortest axis, flipped to the viewer, in camera space (x right, y up, z to the camera)."""
+    R = (IMAGE_NORMAL_FROM_CAM @ camera.T_cam_world[:3, :3].cpu()).to(gaussians.quats)
+    if not gaussians.quats.is_cuda:
+        eye = camera.position.to(gaussians.means)
+        return shortest_axes(gaussians.quats, gaussians.scales, gaussians.means, eye, R)
     x, y, z = gaussians.scales.unbind(-1)
     shortest = torch.where(x < torch.minimum(y, z), 0, torch.where(y < z, 1, 2))[:, None, None].expand(-1, 3, 1)
     axis = quat_to_matrix(gaussians.quats).gather(-1, shortest).squeeze(-1)
     toward = camera.position.to(axis) - gaussians.means.detach()
     facing = torch.where((axis * toward).sum(-1, keepdim=True) < 0, -1.0, 1.0)
-    R = (IMAGE_NORMAL_FROM_CAM @ camera.T_cam_world[:3, :3].cpu()).to(axis)
     return facing * axis @ R.mT
