@@ -12,6 +12,7 @@ from geodiff4d.avatar import drive
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_frames, sample_surface, to_local
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
+from geodiff4d.avatar.frames import Frames, HoldOut
 from geodiff4d.avatar.losses import position_tolerance, ssim
 from geodiff4d.avatar.model import Avatar, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
@@ -261,6 +262,37 @@ def edited(clip: Clip, folder, change) -> Clip:
     change(meta["frames"])
     (folder / "transforms.json").write_text(json.dumps(meta))
     return Clip(folder)
+
+
+def test_views_and_times_are_held_out(clip, head):
+    frames = Frames(clip, head, HoldOut(every=0, views=1, times=0.3))
+    where = [(r.timestep, r.camera_index) for r in clip.records]
+    assert {where[i] for i in frames.held_out_views} == {(0, 2), (1, 2)}
+    assert {where[i] for i in frames.held_out_times} == {(2, 0), (2, 1)}
+    assert {where[i] for i in frames.train} == {(t, c) for t in (0, 1) for c in (0, 1)}
+    with pytest.raises(UserError, match="3 camera"):
+        Frames(clip, head, HoldOut(views=3))
+    with pytest.raises(UserError, match="too few"):
+        Frames(clip, head, HoldOut(times=0.9))
+
+
+def test_one_picture_is_enough(clip, tmp_path):
+    one = edited(clip, tmp_path / "one", lambda frames: frames.__delitem__(slice(1, None)))
+    config = replace(PRESETS["debug"][1], iterations=2)
+    metrics = fit(one, tmp_path / "avatar", config)
+    assert metrics["held_out"]["psnr_fg"] is None and metrics["train"]["psnr_fg"] > 5
+    with pytest.raises(UserError, match="estimator was not given"):
+        fit(one, tmp_path / "avatar", config.ablated("normal-source"))
+
+
+def test_estimated_normals_train_and_the_clips_score(clip, head):
+    up = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
+    frames = Frames(clip, head, HoldOut(0, 1), lambda frame: up.expand_as(frame.image))
+    seen, held = frames.target(frames.train[0]), frames.target(frames.held_out[0])
+    assert seen.normal is not None and seen.clip_normal is not None and held.normal is not None
+    inside = seen.mask[0] > 0.99
+    assert (seen.normal[1][inside] > 0.99).all() and (seen.clip_normal[2][inside] > 0.3).float().mean() > 0.5
+    assert held.clip_normal is not None and torch.equal(held.normal, held.clip_normal)
 
 
 def test_bad_clips(clip, tmp_path, head):

@@ -91,7 +91,7 @@ PRESETS: dict[str, tuple[str, FitConfig]] = {
         FitConfig(
             iterations=20, gaussians=10_000, checkpoint_every=10, remesh=RemeshConfig(48),
             deformation=DeformationConfig(size=16, channels=4, levels=2), dynamics=DynamicsConfig(hidden=8),
-            densify=DensifyConfig(every=8),
+            densify=DensifyConfig(every=8, limit=18_500),
         ),
     ),
     "embedded": ("two minutes on two cores at 256 px", FitConfig()),
@@ -178,7 +178,7 @@ def prepare(frames: Frames, head: Head, config: FitConfig, seed: int) -> tuple[F
     """Set a fit up; also return what head parameters explain of the clip's tokens, if it has any."""
     surface = own_surface(head) if config.remesh is None else remesh(head, config.remesh)
     tolerance = position_tolerance(head)[surface.head_face]
-    local = start(frames.to("cpu"), head, surface, config.gaussians, tolerance, seed)
+    local, tolerance = start(frames.to("cpu"), head, surface, config.gaussians, tolerance, seed)
     # Everything random is drawn on the CPU: the same numbers on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,8 +10,10 @@ from torch.nn.functional import grid_sample, normalize
 
 from geodiff4d.avatar.binding import NORMAL_AXIS, FaceFrames, LocalGaussians, bind, face_frames, sample_surface
 from geodiff4d.avatar.frames import Frames
+from geodiff4d.avatar.shoulders import add_shoulders
 from geodiff4d.avatar.surface import Surface
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.geometry import quat_to_matrix
 from geodiff4d.heads.rig import Head
 from geodiff4d.render.meshes import rasterize
 
@@ -31,21 +33,26 @@ OCCLUDED_M = 0.006
 
 def start(
     frames: Frames, head: Head, surface: Surface, count: int, tolerance: Float[Tensor, " faces"], seed: int
-) -> LocalGaussians:
-    """Place and colour the first Gaussians on the surface; `tolerance` is that of its triangles."""
+) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:
+    """Place and colour the first Gaussians, on the surface and below it.
+
+    `tolerance` is that of the surface's triangles; returned as it is, but for those that shoulders ride on.
+    """
     generator = torch.Generator().manual_seed(seed)
     density = torch.ones(len(head.template))
     for name, value in DENSITY.items():
         if name in head.regions:
             density[head.regions[name]] = value
-    meshes = surface.on(head.pose(frames.sequence).vertices)
+    heads = head.pose(frames.sequence)
+    meshes = surface.on(heads.vertices)
     shaped = head.pose(replace(frames.sequence[0], **vars(head.neutral()) | {"shape": frames.sequence.shape[0]}))
     per_face = surface.on(density[:, None])[:, 0][surface.faces].mean(-1)
     local = sample_surface(surface.on(shaped.vertices), surface.faces, per_face, count, generator)
     picked = [frames.train[i] for i in torch.linspace(0, len(frames.train) - 1, VIEWS).round().long().unique()]
     posed = {row: face_frames(meshes[row], surface.faces) for row in {frames.row(i) for i in picked}}
     local = grow(local, frames, posed, picked, hair_reach(head, surface, tolerance), generator)
-    return paint(local, frames, posed, meshes, surface.faces, picked)
+    local, tolerance = add_shoulders(local, tolerance, frames, head, surface, heads, picked, generator)
+    return paint(local, frames, posed, meshes, surface.faces, picked), tolerance
 
 
 def grow(
@@ -103,9 +110,10 @@ def paint(
     for i in picked:
         target, row = frames.target(i), frames.row(i)
         f = posed[row]
-        means = bind(local, f).means
+        splats = bind(local, f)
+        means, normals = splats.means, quat_to_matrix(splats.quats)[..., NORMAL_AXIS]
         view = normalize(target.camera.position - means, dim=-1)
-        facing = (f.R[local.face_index][..., NORMAL_AXIS] * view).sum(-1, keepdim=True).clamp(min=0)
+        facing = (normals * view).sum(-1, keepdim=True).clamp(min=0)
         depth = rasterize(meshes[row], faces, target.camera).depth[None]
         surface = sample(depth.clamp(max=1e3), target.camera, means, outside=0.0, nearest=True)
         _, z = target.camera.project(means)
