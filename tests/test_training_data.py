@@ -93,7 +93,7 @@ def test_every_preset_has_a_second_stage():
         p = preset(name)
         model = with_temporal_modules(p.model, p.temporal)
         assert model.unet.temporal_layers > 0 == p.model.unet.temporal_layers
-        assert with_temporal_modules(model, (7, 7)) == model
+        assert with_temporal_modules(model, (7, 7, 7)) == model
         assert p.video.parts == "temporal" and p.video.pairs.references <= p.tracks.subjects
     assert preset("paper").video.steps == 20_000 and preset("paper").video.pairs.targets == 16
 
