@@ -73,7 +73,9 @@ def run_cross_view(
     if data is None:
         size = 256 if settings.preset != "debug" else load_model(settings.model).config.size
         views = tuple(sorted(chosen_views(VIEWS)))
-        still = [WorldClip(world_seed(i, extent), "mixed", views, extent, size, True) for i in range(extent.subjects)]
+        still = [
+            WorldClip(world_seed(i, extent), "extremes", views, extent, size, True) for i in range(extent.subjects)
+        ]
         jobs = [(render_clip, settings.out / "data", c) for c in still]
         clips = [Path(p) for p in in_processes(jobs, workers, progress, "rendering people")]
     else:
@@ -148,9 +150,9 @@ def _measured(folder: Path, settings: Settings, person: Films) -> dict[str, Any]
         for t in _shown(len(driving), SHOWN_FRAMES):
             write_image(folder / f"driver_c{case.driving.camera:02d}_{t:02d}.png", driving.crops[t])
             for method in METHODS:
-                write_image(folder / f"{method}_c{case.driving.camera:02d}_{t:02d}.png", films[method][-1][t])
+                write_image(folder / f"{method}_c{case.driving.camera:02d}_{t:02d}.png", _face_of(films[method][-1][t]))
     for t in _shown(len(truth), SHOWN_FRAMES):
-        write_image(folder / f"truth_{t:02d}.png", truth[t])
+        write_image(folder / f"truth_{t:02d}.png", _face_of(truth[t]))
     face = face_mask(head, _tracked_front(settings, person, head, size), portrait.camera) * mask
     scores = {}
     for method, made_films in films.items():
@@ -220,6 +222,12 @@ def consistency(values: Float[Tensor, "views frames n"]) -> float:
     between = (mean - mean.mean(0)).square().sum(-1).mean() - within / views
     between = between.clamp(min=0)
     return float(between / (between + within).clamp(min=1e-12))
+
+
+def _face_of(image: Float[Tensor, "3 size size"]) -> Float[Tensor, "3 part part"]:
+    """The middle of a canonical crop, for looking at expressions."""
+    size = image.shape[-1]
+    return image[:, size // 4 : size - size // 4, size // 4 : size - size // 4]
 
 
 def _mean(values: Sequence[float]) -> float | None:
