@@ -29,7 +29,7 @@ from geodiff4d.heads import load_head
 PAGE = Path(__file__).parent / "splat_page.html"
 MODULES = os.environ.get("GEODIFF4D_NODE_MODULES", "")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-SECONDS = 180
+SECONDS = 400
 pytestmark = pytest.mark.slow
 
 
@@ -95,6 +95,7 @@ def drawn_by_spark(ply: Path, camera: Camera, modules: Path, folder: Path) -> to
         browser.terminate()
         browser.wait(20)
         server.shutdown()
+        server.server_close()
     assert got[0].startswith("data:image/png;base64,"), got[0]
     return decode_image(base64.b64decode(got[0].partition(",")[2]), "Spark's picture")
 
@@ -118,4 +119,4 @@ def test_a_viewer_of_others_shows_the_same(tmp_path):
     ours, theirs, psnr = side_by_side(avatar, Path(MODULES).resolve(), tmp_path)
     write_image(tmp_path / "both.png", torch.cat([ours, theirs], -1))
     print(f"{psnr:.1f} dB, {tmp_path / 'both.png'}")
-    assert psnr > 28
+    assert psnr > 32
