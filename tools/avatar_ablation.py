@@ -4,8 +4,8 @@ Usage: `.venv/bin/python tools/avatar_ablation.py --out runs/ablation --subjects
 not domain-randomised, 12 views × 60 frames at 256 px; the last tenth of the timesteps and two views are held out.
 Finished fits are kept, an interrupted one goes on, so that the same command resumes. Prints one Markdown table.
 
-"disturbed" fits have head parameters that are off as a tracker's are (`data.synthetic.world.disturbed`). A `+part` has
-what the preset does without, a `-part` lacks what it has.
+"disturbed" fits have head parameters that are off as a tracker's are (`data.synthetic.world.disturbed`). A `with-` part
+is one that the preset does without, a `no-` part one that it has.
 """
 
 import json
@@ -40,8 +40,8 @@ ADDED: dict[str, Any] = {
 }  # fmt: skip
 """Sizes of the parts where the preset has none."""
 VARIANTS = (
-    "full", "-normals", "-normal-source", "-refine", "disturbed", "disturbed -refine",
-    "+deformation", "+dynamics", "+remesh", "+densify", "+deformation +dynamics +remesh +densify",
+    "full", "no-normals", "no-normal-source", "no-refine", "disturbed", "disturbed no-refine", "with-deformation",
+    "with-dynamics", "with-remesh", "with-densify", "with-deformation with-dynamics with-remesh with-densify",
 )  # fmt: skip
 
 
@@ -107,11 +107,12 @@ def configured(args: Args, variant: str) -> FitConfig:
     if args.steps:
         config = replace(config, iterations=args.steps)
     for word in variant.split():
-        if word.startswith("-"):
-            config = config.ablated(word[1:])
-        elif word.startswith("+"):
-            part: dict[str, Any] = {word[1:]: ADDED[word[1:]]}
-            config = replace(config, **part)
+        kind, _, part = word.partition("-")
+        if kind == "no":
+            config = config.ablated(part)
+        elif kind == "with":
+            added: dict[str, Any] = {part: ADDED[part]}
+            config = replace(config, **added)
     return config
 
 
@@ -138,7 +139,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for r in rows:
         views, times, train = r["held_out_views"], r["held_out_times"], r["train"]
         cells = [r["person"], r["fit"]]
-        cells += [f"{s[k]:.2f}" for s in (views, times) for k in ("psnr_fg", "normal_deg")]
+        figures = [s[k] for s in (views, times) for k in ("psnr_fg", "normal_deg")]
+        cells += ["–" if f is None else f"{f:.2f}" for f in figures]
         cells += [f"{train['psnr_fg']:.2f}", r["gaussians"], f"{r['iterations_per_second']:.1f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
