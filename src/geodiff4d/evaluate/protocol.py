@@ -36,7 +36,7 @@ from geodiff4d.evaluate.cases import (
     world_clips,
 )
 from geodiff4d.evaluate.identity import SHIPPED as IDENTITY
-from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_reference
+from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_driver, prepare_reference
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
 from geodiff4d.evaluate.methods import DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
@@ -206,10 +206,10 @@ def _avatar(settings: Settings, work: Work) -> str | None:
         return None
     try:
         reference = prepare_reference(settings.out, work.case, maker.head, size, settings.tracking)
-        tracked = [prepare_case(settings.out, c, maker.head, size, settings.tracking).driving for c in work.drivers]
-        maker.fit_avatar(folder, reference, tracked)
-    except UserError as error:
+        tracked = [prepare_driver(settings.out, c, maker.head, size, settings.tracking) for c in work.drivers]
+    except UserError as error:  # the tracker sees no face: the reference's clips fail by themselves
         return str(error)
+    maker.fit_avatar(folder, reference, tracked)
     write_json(folder / "made.json", note)
     return None
 
