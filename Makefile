@@ -25,7 +25,7 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/geodiff4d demo --out runs/demo
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 check: lint types test
 
