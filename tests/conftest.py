@@ -3,8 +3,17 @@
 Numba kernels are left out: the hook wraps every function, and `njit` cannot compile the wrapper.
 """
 
+import os
+
 import pytest
 from jaxtyping import install_import_hook
+
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # A core and a thread each, before anything counts cores: threads that wait for each other spin, and workers that
+    # share cores then take ten times as long.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 CHECKED = [
     "core",
