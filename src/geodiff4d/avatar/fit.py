@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +148,29 @@ def fit(
         raise UserError(f"{out} is a file: expected a folder to write to, or a new name")
     head = load_head(clip.head_name)
     frames = Frames(clip, head, config.hold_out, normals)
+    with _repeatable(config.device):
+        return _fit(clip, frames, head, out, config, seed, track)
+
+
+@contextmanager
+def _repeatable(device: str) -> Iterator[None]:
+    """Have threads add up gradients in one order on a CPU, so that a resumed fit is the uninterrupted one to the bit."""
+    settings: Any = torch.utils.deterministic
+    before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    try:
+        if device == "cpu":
+            torch.use_deterministic_algorithms(True)
+            settings.fill_uninitialized_memory = False  # Filling costs time, and nothing reads such memory.
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filling
+
+
+def _fit(
+    clip: Clip, frames: Frames, head: Head, out: Path, config: FitConfig, seed: int, track: Track
+) -> dict[str, Any]:
+    """Fit or resume, and write the avatar."""
     fitting, explained = prepare(frames, head, config, seed)
     run = RunFolder(out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed))
     saved = run.load(lambda line: run.log({"warning": line}))
