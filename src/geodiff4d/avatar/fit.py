@@ -154,7 +154,7 @@ def fit(
 
 @contextmanager
 def _repeatable(device: str) -> Iterator[None]:
-    """Have threads add up gradients in one order on a CPU, so that a resumed fit is the uninterrupted one to the bit."""
+    """Have threads add up gradients in one order on a CPU: a resumed fit is the uninterrupted one to the bit."""
     settings: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     try:
