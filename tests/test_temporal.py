@@ -1,4 +1,4 @@
-"""The filter over a clip: identity at first, blind to padding, steady where cells are alike, sharp where they are not."""
+"""The filter over a clip: nothing at first, blind to padding, steady where cells are alike, sharp where they differ."""
 
 import pytest
 import torch

@@ -63,12 +63,15 @@ def expression_ranks(
     rows = []
     for pair in progress(pairs, "expressions"):
         size = pair.portrait.camera.width
-        camera = clip_cameras(head, pair.portrait, VIEWS, size)[:1].expand(count)
+        camera = clip_cameras(head, pair.portrait, VIEWS, size)[:1]
         index = distinct(pair.truth_params, count)
-        shots = pair.driving.select(index)
-        shots = replace(shots, params=with_identity_of(pair.portrait, still_head(shots.params)))
-        made = animate(pair.portrait, shots, "diffusion", model, head, camera, sample).rgb
-        truth = truth_frames(pair, head, pair.truth_params[torch.tensor(index)], camera)
+        made = []
+        for k in index:  # Each alone: they are no film, and temporal modules would take them for one.
+            shot = pair.driving.select([k])
+            shot = replace(shot, params=with_identity_of(pair.portrait, still_head(shot.params)))
+            made.append(animate(pair.portrait, shot, "diffusion", model, head, camera, sample).rgb)
+        made = torch.cat(made)
+        truth = truth_frames(pair, head, pair.truth_params[torch.tensor(index)], camera.expand(count))
         where = truth.face.amax(0).expand(count, count, -1, -1, -1)
         rows.append(
             ranks(psnr(made[:, None], truth.rgb[None].expand(count, -1, -1, -1, -1), where), torch.arange(count))
