@@ -169,8 +169,10 @@ def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairCo
                 model, warp=False, surroundings=False, unet=replace(model.unet, in_channels=planes),
                 diffusion=replace(model.diffusion, prediction="v"),
             )  # fmt: skip
-        else:
-            raise UserError(f"--ablate {part} is not known: expected joint, domain-attention, cross-view or warp")
+        elif part != "synthetic":  # That one is the data's.
+            raise UserError(
+                f"--ablate {part} is not known: expected joint, domain-attention, cross-view, synthetic or warp"
+            )
     return model, pairs
 
 

@@ -65,6 +65,8 @@ def image(args: Args) -> None:
     if any(is_footage(folder) for folder in args.data):
         # A mixture does not know what the readout is fitted to: its warped portraits keep still.
         model = replace(model, expression=replace(model.expression, motion=0))
+        if "synthetic" in args.ablate:
+            raise UserError("--ablate synthetic is for rendered stores: of your own folders, leave synthetic ones out")
         train, val = _mixtures(args, model, codec, config, p.augment)
     else:
         train, val = _store_batches(args, p, model, codec, config)
@@ -152,7 +154,7 @@ def _store_batches(
 ) -> tuple[Batches, Batches]:
     with _one_first():
         stores = rendered_stores(_world(args), p, args.workers)
-        latents = _encoded(stores, codec, args.out)
+        latents = _encoded(stores, codec, args.out, "synthetic" not in args.ablate)
     train, val = (
         Batches(
             stores[k],
@@ -169,9 +171,13 @@ def _store_batches(
     return train, val
 
 
-def _encoded(stores: Mapping[str, Store], codec: Codec, out: Path) -> dict[str, np.ndarray]:
+def _encoded(stores: Mapping[str, Store], codec: Codec, out: Path, exact_normals: bool = True) -> dict[str, np.ndarray]:
+    """Encode the stores; what is validated on is exact in any case."""
     out.mkdir(parents=True, exist_ok=True)
-    return {name: encode_store(store, codec, out / f"latents_{name}.npy") for name, store in stores.items()}
+    return {
+        name: encode_store(store, codec, out / f"latents_{name}.npy", exact_normals=exact_normals or name != "train")
+        for name, store in stores.items()
+    }
 
 
 def _mixtures(

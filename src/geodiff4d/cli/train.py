@@ -35,8 +35,9 @@ class Args:
     video stage and none in the others. Another codec's weights are carried over."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
-    ablate: tuple[Literal["joint", "domain-attention", "cross-view", "warp"], ...] = ()
-    """Switch parts off: joint (no normals), domain-attention, cross-view (drive by the target itself), warp."""
+    ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()
+    """Switch parts off: joint (no normals), domain-attention, cross-view (drive by the target itself), synthetic (train
+    on normals as an estimator gives them), warp."""
     bf16: bool = True
     """Compute in bf16 where the machine has it."""
     recompute: bool = False

@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.augment import AugmentConfig, augment_crops
+from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.pairs import PairConfig, Pairs, draw_pairs
 from geodiff4d.data.store import Store, carried_pixels, take
 from geodiff4d.data.tracks import TrackStore, draw_clips
@@ -62,14 +63,19 @@ UNIFORM = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
 """The paper's loss."""
 
 
-def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32) -> np.ndarray:
+def encode_store(
+    store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32, exact_normals: bool = True
+) -> np.ndarray:
     """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped.
 
-    A finished file of the same store and codec is taken as it is.
+    A finished file of the same store and codec is taken as it is. Without `exact_normals` they are degraded to what an
+    estimator gives (Table 2, "w/o synthetic data").
     """
     n, side = store.config.shape, store.config.size // codec.factor
     built = (store.folder / "store.json").stat().st_mtime_ns if hasattr(store, "folder") else 0
     made_of = {"store": asdict(store.config), "built": built, "codec": _fingerprint(codec)}
+    if not exact_normals:
+        made_of["normals"] = "as estimated"
     note = path.with_suffix(".json")
     if path.exists() and note.exists() and read_json(note) == json.loads(json.dumps(made_of)):
         return np.load(path, mmap_mode="r")
@@ -80,6 +86,8 @@ def encode_store(store: Store, codec: PatchCodec | StableCodec, path: Path, chun
         images = getattr(store, kind).reshape(-1, *getattr(store, kind).shape[3:])
         for i in range(0, len(images), chunk):
             x = torch.from_numpy(np.array(images[i : i + chunk])).float() / 255
+            if kind == "normal" and not exact_normals:
+                x = as_estimated(x, seed=i)
             with torch.no_grad():
                 flat[i : i + chunk, k] = codec.encode(x).half().numpy()
     out.flush()
