@@ -62,11 +62,10 @@ def carry(
     faces: Int[Tensor, "faces 3"],
     camera: Camera,
     mask: Float[Tensor, "*batch 1 height width"] | None = None,
-    facing: tuple[float, float] = FACING,
 ) -> Carried:
     """Find the place and visibility of the reference's vertices in its image.
 
-    A vertex is seen when it faces the camera (`facing`: cosines as `FACING`), lies in the image and in its foreground
+    A vertex is seen when it faces the camera (`FACING`), lies in the image and in its foreground
     `mask` if one is given, and is not behind the nearest of the four pixels around it by more than `DEPTH_TOLERANCE_M`,
     plus what the surface's slope adds over one pixel. Not differentiable in visibility.
     """
@@ -76,12 +75,12 @@ def carry(
     with torch.no_grad():
         to_camera = normalize(camera.position[..., None, :] - vertices, dim=-1)
         cosine = (vertex_normals(vertices, faces) * to_camera).sum(-1)
-        fully = ((cosine - facing[0]) / (facing[1] - facing[0])).clamp(0, 1)
-        slope = (1 - cosine.square()).clamp(min=0).sqrt() / cosine.clamp(min=facing[0])
+        facing = ((cosine - FACING[0]) / (FACING[1] - FACING[0])).clamp(0, 1)
+        slope = (1 - cosine.square()).clamp(min=0).sqrt() / cosine.clamp(min=FACING[0])
         pixel_m = z / camera.K[..., 0, 0, None]
         nearest = _nearest_depth(rasterize(vertices, faces, camera).depth, xy)
         seen = (z > 0) & (grid.abs() < 1).all(-1) & (z - nearest < DEPTH_TOLERANCE_M + pixel_m * slope)
-        visibility = fully * seen
+        visibility = facing * seen
         if mask is not None:
             visibility = visibility * (sample(mask, grid.unsqueeze(-2))[..., 0, :, 0] > 0.9)
     return Carried(grid.nan_to_num(), visibility.to(grid.dtype))
