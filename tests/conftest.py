@@ -54,3 +54,22 @@ def pair(tmp_path_factory):
     from geodiff4d.heads import load_head
 
     return make_pair(tmp_path_factory.mktemp("pair"), load_head(), 0, frames=3, size=48, crop=32)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Folder of an untrained model of the debug preset."""
+    import torch
+
+    from geodiff4d.presets import preset
+    from geodiff4d.video.model import VideoModel
+    from geodiff4d.video.vae import PatchCodec
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        p = preset("debug")
+        codec = PatchCodec(p.codec.codec)
+        codec.fit_basis(torch.rand(4, 3, p.model.size, p.model.size))
+        folder = tmp_path_factory.mktemp("model") / "debug"
+        VideoModel(p.model, codec).save(folder)
+    return folder

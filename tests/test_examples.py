@@ -3,30 +3,13 @@
 import runpy
 from pathlib import Path
 
-import pytest
 import torch
-
-from geodiff4d.presets import preset
-from geodiff4d.video.model import VideoModel
-from geodiff4d.video.vae import PatchCodec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def main(name: str):
     return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """An untrained model of the debug preset."""
-    torch.manual_seed(0)
-    p = preset("debug")
-    codec = PatchCodec(p.codec.codec)
-    codec.fit_basis(torch.rand(4, 3, p.model.size, p.model.size))
-    folder = tmp_path_factory.mktemp("model") / "debug"
-    VideoModel(p.model, codec).save(folder)
-    return folder
 
 
 def test_there_are_three_and_they_are_short():

@@ -30,9 +30,6 @@ from geodiff4d.evaluate.protocol import Settings, run_protocol
 from geodiff4d.evaluate.protocol_page import write_results
 from geodiff4d.evaluate.tables import gathered, metrics_of, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
-from geodiff4d.presets import preset
-from geodiff4d.video.model import VideoModel
-from geodiff4d.video.vae import PatchCodec
 
 SMALL = Extent(subjects=2, sequences=1, cameras=1, frames=2)
 
@@ -42,17 +39,6 @@ def world(tmp_path_factory) -> list[Path]:
     """Two people, two cameras, two frames, at the size of the debug preset."""
     folder = tmp_path_factory.mktemp("world")
     return [render_world_clip(folder, clip) for clip in world_clips(SMALL, 64, 2)]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    torch.manual_seed(0)
-    p = preset("debug")
-    codec = PatchCodec(p.codec.codec)
-    codec.fit_basis(torch.rand(4, 3, p.model.size, p.model.size))
-    folder = tmp_path_factory.mktemp("model") / "debug"
-    VideoModel(p.model, codec).save(folder)
-    return folder
 
 
 def empty_clip(folder: Path, frames: int, cameras: int, subject: str, fps: float = 24.0) -> Path:
