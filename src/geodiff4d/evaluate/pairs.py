@@ -193,11 +193,12 @@ def truth_frames(pair: Pair, head: Head, params: HeadParams, cameras: Camera) ->
     cameras = pair.seen_by(head, cameras)
     out = pair.subject.render(params, cameras)
     return Truth(
-        composite(out.rgb, out.mask), out.normal, out.mask, _face_mask(pair.subject, params, cameras) * out.mask
+        composite(out.rgb, out.mask), out.normal, out.mask, face_mask(pair.subject, params, cameras) * out.mask
     )
 
 
-def _face_mask(subject: SyntheticSubject, params: HeadParams, cameras: Camera) -> Float[Tensor, "t 1 height width"]:
+def face_mask(subject: SyntheticSubject, params: HeadParams, cameras: Camera) -> Float[Tensor, "t 1 height width"]:
+    """Mark mouth and eyes, as far as they are seen and a little beyond (`FACE_MARGIN_PX`)."""
     head = subject.rig
     inside = torch.stack([head.regions[r] for r in FACE_REGIONS]).any(0).float()[:, None]
     fragments = rasterize(subject.vertices(params), head.faces, cameras)
