@@ -7,6 +7,7 @@ import torch
 
 from geodiff4d import pipeline
 from geodiff4d.core.errors import UserError
+from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.cameras import head_region
 from geodiff4d.evaluate.metrics import score, silhouette_iou
@@ -17,6 +18,7 @@ from geodiff4d.pipeline import (
     animate,
     clip_cameras,
     driver_clip_index,
+    following,
     load_driving,
     load_portrait,
     plan_shots,
@@ -86,6 +88,46 @@ def test_the_drivers_identity_is_not_used(pair):
     assert (mine - theirs).norm() > 1
     given = with_identity_of(pair.portrait, pair.driving.params)
     assert torch.equal(given.shape, mine.expand_as(theirs)) and torch.equal(given.expr, pair.driving.params.expr)
+
+
+def head_box(head, params, camera):
+    """Centres and sides of projected heads [px], per frame; expressions do not count."""
+    points = head.pose(params.without_expression()).vertices[:, cuts.head_region(head)]
+    xy, _ = camera.expand(params.batch[0]).project(points)
+    low, high = xy.amin(1), xy.amax(1)
+    return (low + high) / 2, (high - low).amax(1)
+
+
+def test_a_head_that_was_tracked_larger_is_seen_where_and_as_large_as_the_driver(pair, head):
+    """Tracking finds one person's heads of different size: in the driver's picture that must not show."""
+    size, driver, camera = 256, pair.driving.params, pair.driving.camera
+    turn = torch.tensor([[0.0, -0.5, 0.0], [0.1, 0.0, 0.05], [0.0, 0.5, 0.0]])
+    driver = replace(driver, rotation=turn, translation=torch.tensor([[0.0, 0, 0], [0.01, 0.02, -0.02], [0, -0.01, 0]]))
+    larger = replace(pair.portrait.params, shape=driver.shape[0], static_offset=0.08 * head.template)
+    portrait = replace(pair.portrait, params=larger, camera=pair.portrait.camera.resized(size, size))
+    moving = replace(pair.driving, params=driver)
+    placed, seen_by = following(portrait, moving, head)
+    assert (seen_by.width, seen_by.height) == (size, size) and torch.equal(seen_by.T_cam_world, camera.T_cam_world)
+    centre, side = head_box(head, driver, seen_by)
+    _, too_large = head_box(head, with_identity_of(portrait, driver), seen_by)
+    assert ((too_large / side - 1) > 0.06).all()
+    found, found_side = head_box(head, placed.params, seen_by)
+    assert (found - centre).norm(dim=1).max() < 0.5, "where the driver's is [px of 256]"
+    assert (found_side / side - 1).abs().max() < 0.01, "as large"
+    # One size for the clip: nothing breathes.
+    assert (found_side / side).std() < 0.003
+    for name in ("rotation", "neck_pose", "expr", "jaw_pose"):
+        assert torch.equal(getattr(placed.params, name), getattr(driver, name))
+    torch.testing.assert_close(placed.params.static_offset[0], larger.static_offset)
+
+
+def test_only_one_square_camera_can_be_followed(pair, head, warped):
+    assert load_driving(warped, head, 32).camera is None, "every instant of this clip has its own"
+    with pytest.raises(UserError, match="the driver has several cameras"):
+        following(pair.portrait, replace(pair.driving, camera=None), head)
+    assert pair.driving.camera is not None
+    with pytest.raises(UserError, match="frames of 96×48"):
+        following(pair.portrait, replace(pair.driving, camera=replace(pair.driving.camera, width=2 * SIZE)), head)
 
 
 def test_driving_is_one_frame_per_instant(warped, head):

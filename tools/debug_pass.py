@@ -220,6 +220,9 @@ RECIPES = [
         ("runs/video_animate/video.mp4",),
     ),
     Recipe(
+        f"animate {PEOPLE} {MODEL} --generator warp --camera driver --out runs/followed", ("runs/followed/video.mp4",)
+    ),
+    Recipe(
         f"synthesize {PEOPLE} {MODEL} --out runs/clip",
         ("runs/clip/transforms.json", "runs/clip/normals/*.png", "runs/clip/expression_tokens.safetensors"),
     ),

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
+from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, rig
 from geodiff4d.data.synthetic.world import chosen_views
@@ -45,6 +47,8 @@ class Driving:
     """[frames, …]; the shape in it is the driver's and is not used."""
     crops: Float[Tensor, "frames 3 size size"]
     fps: float = 24.0
+    camera: Camera | None = None
+    """The driver's own, if one saw all frames."""
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -135,13 +139,55 @@ def load_driving(clip: Clip, head: Head, crop: int, limit: int | None = None, pr
             first.setdefault(record.timestep, i)
     if not first:
         raise UserError(f"{clip.folder} has no frames with head parameters: run `geodiff4d track` on the video first")
-    params, crops = [], []
+    params, crops, cameras = [], [], []
     for i in progress([first[t] for t in sorted(first)][:limit], "driver"):
         frame = clip.frame(i)
         assert frame.params is not None
         params.append(frame.params)
+        cameras.append(frame.camera)
         crops.append(driving_crop(composite(frame.image, frame.mask), head, frame.params, frame.camera, crop))
-    return Driving(HeadParams.stack(params), torch.stack(crops), clip.fps)
+    one = all(_same(c, cameras[0]) for c in cameras)
+    return Driving(HeadParams.stack(params), torch.stack(crops), clip.fps, cameras[0] if one else None)
+
+
+def _same(a: Camera, b: Camera) -> bool:
+    return (a.width, a.height) == (b.width, b.height) and bool(
+        torch.equal(a.K, b.K) and torch.equal(a.T_cam_world, b.T_cam_world)
+    )
+
+
+def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:
+    """Move heads of another shape to where the tracked ones are seen, as large as they are.
+
+    Of two pictures of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
+    look alike; one's shape at the other's distance would be too large or too small. The larger stands farther away.
+    One size counts for all frames, so that a clip is as steady as its tracking.
+    """
+    region, T = cuts.head_region(head), camera.expand(params.batch[0]).T_cam_world
+    a, b = (transform(T, head.pose(p.without_expression()).vertices[:, region]) for p in (params, tracked))
+    ca, cb = a.mean(1), b.mean(1)
+    scale = (b - cb[:, None]).norm() / (a - ca[:, None]).norm()
+    shift = cb / scale - ca
+    return replace(params, translation=params.translation + shift @ camera.T_cam_world[:3, :3])
+
+
+def following(portrait: Portrait, driving: Driving, head: Head) -> tuple[Driving, Camera]:
+    """Put the portrait's head where the driver's is seen, as large as it is, before the driver's camera.
+
+    Only here does a head follow somebody else's camera: `synthesize` and `reconstruct` hold it still before cameras
+    that are set up around it, at its own tracked size. Returns (driving in the portrait's shape, the driver's camera
+    at the portrait's size).
+
+    Raises:
+        UserError: several cameras saw the driver, or its frames are no square crops.
+    """
+    camera, size = driving.camera, portrait.camera.width
+    if camera is None or camera.width != camera.height:
+        seen = "several cameras" if camera is None else f"frames of {camera.width}×{camera.height}"
+        raise UserError(f"the driver has {seen}: expected square crops of one camera, as `geodiff4d track` makes them")
+    camera = camera.resized(size, size)
+    params = placed(head, with_identity_of(portrait, driving.params), driving.params, camera)
+    return replace(driving, params=params), camera
 
 
 @dataclass(frozen=True)
@@ -216,6 +262,52 @@ def warp_frames(
     return Generated(rgb, normal, mask, tokens)
 
 
+@dataclass(frozen=True)
+class ClipPlan:
+    """What an avatar's training clip shows, before anybody has drawn it."""
+
+    shots: list[Shot]
+    driving: Driving
+    """In the portrait's shape, the head still; shots point at its frames."""
+    rig: Camera
+    """Of the clip, [views]."""
+
+    @property
+    def chosen(self) -> Driving:
+        """What drives every shot."""
+        return self.driving.select([s.timestep for s in self.shots])
+
+    @property
+    def cameras(self) -> Camera:
+        """Of every shot."""
+        return self.rig[torch.tensor([s.camera for s in self.shots])]
+
+
+def plan_clip(portrait: Portrait, driving: Driving, head: Head, views: int, frames: int) -> ClipPlan:
+    """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1)."""
+    still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
+    rig_cameras = clip_cameras(head, portrait, views, portrait.camera.width)
+    return ClipPlan(plan_shots(len(driving), views, frames), still, rig_cameras)
+
+
+def write_planned(
+    out: Path, plan: ClipPlan, made: Generated, portrait: Portrait, head: Head, about: dict[str, Any]
+) -> Clip:
+    """Write what was made of a plan as a clip; `about` goes into the clip's notes."""
+    with ClipWriter(out, head.name, plan.driving.fps, about) as clip:
+        order = sorted({s.timestep for s in plan.shots})
+        for t in order:
+            clip.add_params(t, plan.driving.params[t])
+        for i, s in enumerate(plan.shots):
+            clip.add(
+                s.timestep, s.camera, made.rgb[i].cpu(), plan.rig[s.camera], made.mask[i].cpu(), made.normal[i].cpu()
+            )
+        clip.set_reference(portrait.on_grey)
+        rows = {s.timestep: made.tokens[i].cpu() for i, s in enumerate(plan.shots)}
+        clip.set_tokens(torch.stack([rows[t] for t in order]))
+    return Clip(out)
+
+
 def synthesize(
     portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator = "diffusion",
     model: VideoModel | None = None, views: int = 8, frames: int = 96,
@@ -225,33 +317,11 @@ def synthesize(
 
     The clip's parameters are the portrait's identity under the driver's tracked expression.
     """
-    size = portrait.camera.width
-    shots = plan_shots(len(driving), views, frames)
-    cameras = clip_cameras(head, portrait, views, size)
-    still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
-    chosen = still.select([s.timestep for s in shots])
-    made = animate(
-        portrait, chosen, generator, model, head, cameras[torch.tensor([s.camera for s in shots])], sample, progress
-    )
-    extra = {
-        "generator": generator,
-        "views": views,
-        "frames": len(shots),
-        "steps": sample.steps,
-        "guidance": sample.guidance,
-    }
-    with ClipWriter(out, head.name, driving.fps, extra) as clip:
-        order = sorted({s.timestep for s in shots})
-        for t in order:
-            clip.add_params(t, still.params[t])
-        for i, s in enumerate(shots):
-            clip.add(
-                s.timestep, s.camera, made.rgb[i].cpu(), cameras[s.camera], made.mask[i].cpu(), made.normal[i].cpu()
-            )
-        clip.set_reference(portrait.on_grey)
-        rows = {s.timestep: made.tokens[i].cpu() for i, s in enumerate(shots)}
-        clip.set_tokens(torch.stack([rows[t] for t in order]))
-    return Clip(out)
+    plan = plan_clip(portrait, driving, head, views, frames)
+    made = animate(portrait, plan.chosen, generator, model, head, plan.cameras, sample, progress)
+    about = {"generator": generator, "views": views, "frames": len(plan.shots)}
+    about |= {"steps": sample.steps, "guidance": sample.guidance}
+    return write_planned(out, plan, made, portrait, head, about)
 
 
 def driver_clip_index(driving: Driving, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Animate a portrait by the video model alone: RGB and normals in the portrait's own camera."""
+"""Animate a portrait by the video model alone: RGB and normals, before the portrait's camera or the driver's."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,9 @@ class Args(GenerationArgs):
     """Folder to write: video.mp4, normals.mp4 and side_by_side.mp4."""
     pose: Literal["driver", "still"] = "driver"
     """driver: turn the head as the driver does. still: keep the portrait's pose."""
+    camera: Literal["portrait", "driver"] = "portrait"
+    """portrait: the head stays where the portrait shows it. driver: it is seen where the driver's is seen, and as
+    large, whatever size the tracker gave either of them."""
     frames: int | None = None
     """At most so many frames of the driver."""
 
@@ -25,20 +28,26 @@ def run(args: Args) -> None:
     import torch
 
     from geodiff4d.cli.progress import track
+    from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import fresh_folder
     from geodiff4d.core.images import encode_normals
     from geodiff4d.core.video import write_video
-    from geodiff4d.pipeline import animate
+    from geodiff4d.pipeline import animate, following
     from geodiff4d.video.generate import with_identity_of
 
+    if args.camera == "driver" and args.pose == "still":
+        raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
     job = prepare(args, track, args.frames)
     n, own = len(job.driving), job.portrait.params
-    params = with_identity_of(job.portrait, job.driving.params)
-    kept = ["translation"] if args.pose == "driver" else ["translation", "rotation", "neck_pose"]
-    params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
+    if args.camera == "driver":
+        driving, camera = following(job.portrait, job.driving, job.head)
+    else:
+        params = with_identity_of(job.portrait, job.driving.params)
+        kept = ["translation"] if args.pose == "driver" else ["translation", "rotation", "neck_pose"]
+        params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
+        driving, camera = replace(job.driving, params=params), job.portrait.camera
     made = animate(
-        job.portrait, replace(job.driving, params=params), args.generator, job.model, job.head,
-        job.portrait.camera.expand(n), job.sample, track,
+        job.portrait, driving, args.generator, job.model, job.head, camera.expand(n), job.sample, track
     )  # fmt: skip
     normals = encode_normals(made.normal, torch.ones_like(made.mask))
     portrait = job.portrait.on_grey

@@ -28,7 +28,7 @@ from geodiff4d.evaluate.cases import Case, Source
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.pairs import FACE_MARGIN_PX, FACE_REGIONS
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import load_portrait
+from geodiff4d.pipeline import load_portrait, placed
 from geodiff4d.render.meshes import interpolate, rasterize
 from geodiff4d.tracking.track import TrackConfig, track_frames
 from geodiff4d.video.generate import Portrait, with_identity_of
@@ -99,20 +99,6 @@ def prepare_case(out: Path, case: Case, head: Head, size: int, tracking: Trackin
         torch.remainder(head_yaw(head, params, camera) - own + torch.pi, 2 * torch.pi) - torch.pi
     )
     return Inputs(case, portrait, driving, params, camera, truth, difference.abs())
-
-
-def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:
-    """Move heads of another shape to where the tracked ones are seen, as large as they are.
-
-    Of two pictures of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
-    look alike; one's shape at the other's distance would be too large or too small. The larger stands farther away.
-    """
-    region, T = head_region(head), camera.expand(params.batch[0]).T_cam_world
-    a, b = (transform(T, head.pose(p.without_expression()).vertices[:, region]) for p in (params, tracked))
-    ca, cb = a.mean(1), b.mean(1)
-    scale = (b - cb[:, None]).norm() / (a - ca[:, None]).norm()
-    shift = cb / scale - ca
-    return replace(params, translation=params.translation + shift @ camera.T_cam_world[:3, :3])
 
 
 def head_yaw(head: Head, params: HeadParams, camera: Camera) -> Float[Tensor, " frames"]:
