@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+from geodiff4d.cli import evaluate as cli
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
@@ -26,7 +28,7 @@ from geodiff4d.evaluate.cross_view import consistency
 from geodiff4d.evaluate.inputs import performed, prepare_case, source_frames
 from geodiff4d.evaluate.judges import MEASURES
 from geodiff4d.evaluate.metrics import psnr
-from geodiff4d.evaluate.protocol import Settings, run_protocol
+from geodiff4d.evaluate.protocol import Settings, maker_of, run_protocol, settled
 from geodiff4d.evaluate.protocol_page import write_results
 from geodiff4d.evaluate.tables import gathered, metrics_of, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
@@ -174,6 +176,27 @@ def test_a_run_goes_on_and_repeats_to_the_digit(world, model, tmp_path):
     write_image(tmp_path / "rival" / name / "00001_rgb.png", torch.zeros(3, 32, 32))
     with pytest.raises(UserError, match="32×32 pixels: expected 64×64"):
         run_protocol("self", settings, SMALL, world[0].parent)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_fresh_runs_agree_to_the_digit_whatever_the_workers(world, model, tmp_path, workers):
+    """The command twice, into fresh folders."""
+    protocol = cli.ProtocolArgs(world[0].parent, methods=("video_model", "mesh_warp"), frames=2)
+
+    def run(name: str, **changed: object) -> str:
+        cli.run(cli.Args("self", tmp_path / name, model=model, preset="debug", protocol=replace(protocol, **changed)))
+        return (tmp_path / name / "metrics.json").read_text()
+
+    first = run("a", workers=1)
+    assert run("b", workers=workers) == first
+    for name in ("table.md", "report.html"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_float32_is_another_run(model, tmp_path):
+    full = Settings(tmp_path, "debug", model, bf16=False)
+    assert not maker_of(full).sample.autocast and maker_of(replace(full, bf16=True)).sample.autocast
+    assert settled(full).makers != settled(replace(full, bf16=True)).makers, "frames of the other are made again"
 
 
 # Tables

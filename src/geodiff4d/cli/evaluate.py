@@ -43,6 +43,8 @@ class ProtocolArgs:
     """LPIPS: a state dict of AlexNet or VGG16 and LPIPS' linear weights, of yours."""
     arcface: Path | None = None
     """CSIM: an ArcFace ONNX file of yours."""
+    bf16: bool = True
+    """Generate in bf16 where the machine has it; --no-bf16: in float32."""
     keep: Literal["some", "all"] = "some"
     """Frames that stay in OUT/clips: four a clip, or all."""
     seed: int = 0
@@ -114,7 +116,7 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
         cases, found = run_protocol(what, settings, extent, p.data, workers, progress.track)
         config = {
             "data": "open world" if p.data is None else p.data.name, "preset": args.preset, **counts,
-            "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed,
+            "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed, "bf16": p.bf16,
             "model": "shipped" if args.model is None else args.model.name, "methods": settings.methods,
         }  # fmt: skip
         write_results(args.out, what, cases, found, config)
@@ -131,7 +133,7 @@ def _settings(args: Args) -> "Settings":
     tracking = p.tracking or ("clip" if args.preset == "debug" else "pixels")
     return Settings(
         args.out, args.preset, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
-        JudgeConfig(p.lpips, p.arcface), p.keep, p.seed,
+        JudgeConfig(p.lpips, p.arcface), p.keep, p.seed, p.bf16,
     )  # fmt: skip
 
 

@@ -68,6 +68,8 @@ class Settings:
     judges: JudgeConfig = field(default_factory=JudgeConfig)
     keep: Literal["some", "all"] = "some"
     seed: int = 0
+    bf16: bool = True
+    """Generate in bf16 where the machine has it, else in float32."""
     makers: str = ""
     """Fingerprint of all that frames depend on: those of another are made again."""
     fingerprint: str = ""
@@ -150,6 +152,8 @@ def settled(settings: Settings) -> Settings:
     """Note what frames and scores depend on."""
     model = load_model(settings.model)
     made = {k: getattr(settings, k) for k in ("preset", "head", "tracking", "seed")}
+    if not settings.bf16:
+        made["bf16"] = False
     digest = hashlib.blake2b(json.dumps([VERSION, made], sort_keys=True).encode(), digest_size=16)
     for value in model.state_dict().values():
         digest.update(value.cpu().contiguous().numpy().tobytes())
@@ -177,7 +181,13 @@ def maker_of(settings: Settings) -> Maker:
     if torch.cuda.is_available():
         model = model.to("cuda")
     p = preset(settings.preset)
-    return Maker(load_head(settings.head), model, p, settings.preset, replace(p.sample, seed=settings.seed))
+    return Maker(
+        load_head(settings.head),
+        model,
+        p,
+        settings.preset,
+        replace(p.sample, seed=settings.seed, autocast=settings.bf16),
+    )
 
 
 @lru_cache(maxsize=1)
