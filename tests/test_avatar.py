@@ -16,6 +16,7 @@ from geodiff4d.avatar.frames import Frames, HoldOut
 from geodiff4d.avatar.losses import position_tolerance, ssim
 from geodiff4d.avatar.model import Avatar, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
+from geodiff4d.avatar.shoulders import continued
 from geodiff4d.cli.fit import Args as FitArgs
 from geodiff4d.cli.fit import run as run_fit
 from geodiff4d.cli.render import Args as RenderArgs
@@ -332,3 +333,12 @@ def test_bad_avatars(avatar_folder, tmp_path):
         run_render(RenderArgs(avatar_folder, tmp_path / "v.gif"))
     with pytest.raises(UserError, match="--camera"):
         run_render(RenderArgs(avatar_folder, tmp_path / "v.mp4", camera="side"))
+
+
+def test_a_body_goes_on_below_what_enough_cameras_see():
+    possible, known = torch.ones(3, 4, 1, dtype=torch.bool), torch.zeros(3, 4, 1, dtype=torch.bool)
+    known[:, 2:] = True
+    possible[0, 3], possible[2, 2:], possible[1, 0] = False, False, False
+    body = continued(possible, known)[..., 0]
+    # The columns, from below: known above and carried down; ended by a picture of background; never there.
+    assert body.tolist() == [[True, True, True, False], [False, True, True, True], [False] * 4]

@@ -20,7 +20,6 @@ import torch
 import tyro
 
 from geodiff4d.avatar.deformation import DeformationConfig
-from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.dynamics import DynamicsConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
 from geodiff4d.avatar.frames import HoldOut, read_sequence
@@ -36,12 +35,11 @@ from geodiff4d.tracking.normals import normal_estimator
 SPLIT: Literal["test"] = "test"
 ADDED: dict[str, Any] = {
     "remesh": RemeshConfig(96), "deformation": DeformationConfig(), "dynamics": DynamicsConfig(),
-    "densify": DensifyConfig(start=0.15, stop=0.6, every=150, limit=22_000),
 }  # fmt: skip
 """Sizes of the parts where the preset has none."""
 VARIANTS = (
     "full", "no-normals", "no-normal-source", "no-refine", "disturbed", "disturbed no-refine", "with-deformation",
-    "with-dynamics", "with-remesh", "with-densify", "with-deformation with-dynamics with-remesh with-densify",
+    "with-dynamics", "with-remesh", "no-densify", "with-deformation with-dynamics with-remesh",
 )  # fmt: skip
 
 

@@ -42,10 +42,10 @@ SCORED = 16
 class FitConfig:
     """How an avatar is fitted."""
 
-    iterations: int = 1200
+    iterations: int = 2400
     gaussians: int = 20_000
     """At most, at the start; every face of the surface gets at least one."""
-    means_lr: float = 1e-2
+    means_lr: float = 2e-2
     """In units of the face's size; decays to a twentieth, like all Gaussian rates."""
     quats_lr: float = 1e-2
     log_scales_lr: float = 1.5e-2
@@ -58,7 +58,9 @@ class FitConfig:
     """None binds Gaussians to the head's own mesh."""
     deformation: DeformationConfig | None = None
     dynamics: DynamicsConfig | None = None
-    densify: DensifyConfig | None = None
+    densify: DensifyConfig | None = field(
+        default_factory=lambda: DensifyConfig(start=0.15, stop=0.6, every=150, pull=8e-4, limit=32_000)
+    )
     normal_source: Literal["clip", "estimator"] = "clip"
     """estimator: normals of a monocular estimator instead of the clip's, which the caller gives to `fit`."""
     hold_out: HoldOut = field(default_factory=HoldOut)

@@ -8,7 +8,7 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.spatial import KDTree
 from torch import Tensor
 from torch.nn.functional import avg_pool3d, max_pool3d, normalize
@@ -30,7 +30,7 @@ CLEAR_M = 0.012
 SEEN = 0.15
 """Silhouettes of fewer of the views say too little: the hull would go on below the pictures."""
 CAMERAS = 3
-"""The hull of fewer cameras reaches far beyond the person; with fewer there are no shoulders."""
+"""The hull of fewer cameras reaches far beyond the person: where fewer look, the body continues what is above."""
 INSIDE = 0.97
 SIZE = 0.6
 """A splat's standard deviation in units of the spacing."""
@@ -54,7 +54,8 @@ def add_shoulders(
     spans = ((-WIDTH_M, WIDTH_M), (low - DOWN_M - middle[1], low + TOP * (high - low) - middle[1]), (-DEPTH_M, DEPTH_M))
     axes = [torch.arange(float(a), float(b), SPACING_M) for a, b in spans]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) + middle
-    inside = _inside(grid.flatten(0, 2), frames, posed, picked).view(grid.shape[:3])
+    possible, known = (x.view(grid.shape[:3]) for x in _carved(grid.flatten(0, 2), frames, posed, picked))
+    inside = continued(possible, known)
     # The hull's skin: whoever has a neighbour outside. Nothing is known beyond the grid.
     outside = torch.nn.functional.pad((~inside).float(), (1,) * 6)[None, None]
     skin = inside & (max_pool3d(outside, 3, 1)[0, 0] > 0)
@@ -73,8 +74,16 @@ def _outward(inside: Tensor) -> Float[Tensor, "x y z 3"]:
     return -normalize(torch.stack(torch.gradient(density), -1), dim=-1)
 
 
-def _inside(points: Tensor, frames: Frames, posed: PosedHead, picked: list[int]) -> Tensor:
-    """Say which points, moving with the root joint, lie in the foreground of all pictures that could show them."""
+def continued(possible: Bool[Tensor, "x y z"], known: Bool[Tensor, "x y z"]) -> Bool[Tensor, "x y z"]:
+    """Fill a grid [x, y up, z] from above: what too few cameras see is body below body."""
+    inside = possible & known
+    for y in range(inside.shape[1] - 2, -1, -1):
+        inside[:, y] |= possible[:, y] & ~known[:, y] & inside[:, y + 1]
+    return inside
+
+
+def _carved(points: Tensor, frames: Frames, posed: PosedHead, picked: list[int]) -> tuple[Tensor, Tensor]:
+    """Say which points, moving with the root joint, no picture shows as background, and whether enough cameras look."""
     seen, hits = torch.zeros(len(points)), torch.zeros(len(points))
     home = invert(posed.T_world_joint[0, 0])
     eyes: dict[tuple[float, ...], Tensor] = {}
@@ -87,7 +96,7 @@ def _inside(points: Tensor, frames: Frames, posed: PosedHead, picked: list[int])
         eye = tuple(round(x, 3) for x in target.camera.position.tolist())
         eyes[eye] = eyes.get(eye, torch.zeros_like(visible)) | visible
     cameras = torch.stack([*eyes.values()]).sum(0)
-    return (seen >= SEEN * len(picked)) & (hits >= INSIDE * seen) & (cameras >= CAMERAS)
+    return (seen > 0) & (hits >= INSIDE * seen), (seen >= SEEN * len(picked)) & (cameras >= CAMERAS)
 
 
 def _lookup(mask: Float[Tensor, "height width"], camera: Camera, points: Tensor) -> tuple[Tensor, Tensor]:
