@@ -128,7 +128,8 @@ def main(args: Args) -> None:
     latents = encode_store(store, codec, args.out / "latents_train.npy")
     head = load_head()
     cases = [held_out(head, i) for i in progress.track(range(args.people), "rendering held-out people")]
-    found = {v: result(args, v, store, latents, codec, head, cases) for v in args.variants}
+    found = without_model(args, head, cases)
+    found |= {v: result(args, v, store, latents, codec, head, cases) for v in args.variants}
     for lines in (means(found), differences(found)):
         print("\n".join(lines), end="\n\n")
 
@@ -297,6 +298,24 @@ def result(
     return made
 
 
+def without_model(args: Args, head: Head, cases: list[Case]) -> dict[str, Any]:
+    """Score what needs no model: the portrait as it is, and carried on the head without expression."""
+    path = args.out / "results" / f"without_model_{args.people}.json"
+    if path.exists():
+        return read_json(path)
+    copied: dict[str, dict[str, list[float]]] = {}
+    carried: dict[str, dict[str, list[float]]] = {}
+    for case in cases:
+        note(copied, "another view", score(case.truth, case.portrait.on_grey.expand_as(case.truth.rgb)))
+        shown = condition_images(head, lifted(head, case.portrait, True), case.params, case.cameras)
+        assert shown.warp is not None
+        rgb, pose = (x[0].movedim(1, 0) for x in (shown.warp, shown.pose))
+        note(carried, "another view", score(case.truth, rgb, decode_normals(pose)))
+    made = {"portrait copied": {"scores": copied}, "mesh warp, pose map": {"scores": carried}}
+    write_json(path, made)
+    return made
+
+
 def note(scores: dict[str, dict[str, list[float]]], name: str, measured: dict[str, float]) -> None:
     for key, value in measured.items():
         scores.setdefault(name, {}).setdefault(key, []).append(value)
@@ -328,6 +347,8 @@ def differences(found: dict[str, Any]) -> list[str]:
     rows = [["minus all parts", *(f"{name}: {key}" for name, key in COLUMNS), "own − another: psnr_fg",
              "own − another: psnr_face", "expression: psnr_face"]]  # fmt: skip
     for variant, made in found.items():
+        if "weights" not in made:
+            continue
         base = found.get(" ".join(word for word in OURS if word in variant.split()) or "full")
         cells = []
         for name, key in COLUMNS:
