@@ -1,49 +1,95 @@
-"""Give frames the fine detail that the conditions know (ours, beyond the paper; embedded preset only).
+"""Give frames the fine detail that the warped portrait knows (ours, beyond the paper; embedded preset only).
 
-A denoiser that saw little says well how light falls and where hair ends, and paints faces soft. The conditions are
-known at full size: the portrait's own pixels carried to the target, and for normals the head's surface. Where both
-agree once their detail is blurred away, the frame keeps its coarse picture and takes the condition's detail. Where they
-do not (an open mouth, hair the head does not have), or the portrait hides the place, the frame stays as it is.
+A denoiser that saw little says well how light falls and where hair ends, and paints faces soft. The portrait's own
+pixels, carried to the target, are known at full size. Where both agree once their detail is blurred away, the frame
+keeps its coarse picture and takes the carried one's detail, band by band: down to 2 px where the portrait itself shows
+the place (that lowers the error), and what is finer also where the carried picture only continues it (texture that lies
+anywhere; it costs decibels and looks right). Where the two do not agree (an open mouth, hair that was not carried), or
+nothing is known, the frame stays as it is.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 COARSE, WINDOW = 64, 9
 """Side at which pictures are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""
+FINE = 128
+"""Side that shows all but the finest band: with a window of 3 a blur of 2 px at 256 px."""
+HOLE = 2
+"""Half the width, at `COARSE`, of what counts as a hole in what the portrait shows: a mouth or an eye, made up."""
 
 
 def restore_detail(
     decoded: Float[Tensor, "n 3 height width"],
-    condition: Float[Tensor, "n 3 height width"],
+    carried: Float[Tensor, "n 3 height width"],
     seen: Float[Tensor, "n 1 height width"],
+    shown: Float[Tensor, "n 1 height width"],
     tolerance: float,
 ) -> Float[Tensor, "n 3 height width"]:
-    """Exchange the fine band of frames in [0, 1] for their condition's.
+    """Exchange the detail of frames in [0, 1] for the carried portrait's.
 
     Args:
-        condition: the frame as the conditions alone show it.
-        seen: where the condition may be believed, 0 to 1.
-        tolerance: mean absolute difference [0, 1] of the coarse pictures at which nothing of the detail is taken.
+        carried: the portrait warped to the frame.
+        seen: where the portrait itself shows the place, 0 to 1.
+        shown: where the warp shows anything, 0 to 1; at least `seen`.
+        tolerance: mean absolute difference [0, 1] of the coarse pictures at which nothing of the detail is taken; up
+            to half of it all is.
     """
-    frame, known = _coarse(decoded, seen), _coarse(condition, seen)
-    apart = _blur((frame - known).abs().mean(1, keepdim=True), 1)
-    trust = _enlarged((1 - apart / tolerance).clamp(min=0), decoded) * _softened(seen)
-    return (decoded + trust * (condition - decoded - _enlarged(known - frame, decoded))).clamp(0, 1)
+    apart = _mean(carried - decoded, seen, COARSE, WINDOW, 3)
+    taken = _enlarged(_trust(apart, tolerance, WINDOW), decoded) * _softened(seen)
+    band = _enlarged(_mean(carried - decoded, seen, FINE), decoded) - _enlarged(apart, decoded)
+    theirs, ours = _fine(carried, shown), _fine(decoded, torch.ones_like(shown))
+    guessed = _enlarged(_guess(carried - decoded, theirs, ours, seen, shown, tolerance), decoded)
+    finest = (taken + guessed * (_softened(shown) - seen).clamp(min=0)).clamp(max=1)
+    return (decoded + taken * band + finest * (theirs - ours)).clamp(0, 1)
 
 
-def _coarse(x: Float[Tensor, "n c height width"], seen: Float[Tensor, "n 1 height width"]) -> Float[Tensor, "n c h w"]:
-    """Blur over what is seen alone: the background beside a cheek is no part of the cheek's colour."""
-    seen = seen.clamp(min=0.02)
-    factor = max(1, x.shape[-1] // COARSE)
-    total, weight = (_blur(avg_pool2d(v, factor), 3) for v in (x * seen, seen))
+def _guess(
+    difference: Float[Tensor, "n 3 height width"], theirs: Float[Tensor, "n 3 height width"],
+    ours: Float[Tensor, "n 3 height width"], seen: Float[Tensor, "n 1 height width"],
+    shown: Float[Tensor, "n 1 height width"], tolerance: float,
+) -> Float[Tensor, "n 1 h w"]:  # fmt: skip
+    """Say how much of a texture to take that the portrait does not show: where it fits and is the richer of the two.
+
+    Smooth filling, of which a completed texture has much, has no energy, and leaves the frame its own.
+    """
+    fits = _trust(_mean(difference, shown, COARSE), tolerance, 3)
+    a, b = (_mean(x.square().mean(1, keepdim=True), shown, COARSE, 5) for x in (theirs, ours))
+    known = _pooled(seen, COARSE)
+    for sign in (1, -1):  # holes are closed
+        known = sign * max_pool2d(sign * known, 2 * HOLE + 1, 1, HOLE)
+    return fits * a / (a + b + 1e-8) * (1 - known)
+
+
+def _trust(apart: Float[Tensor, "n 3 h w"], tolerance: float, window: int) -> Float[Tensor, "n 1 h w"]:
+    return (2 - 2 * _blur(apart.abs().mean(1, keepdim=True), window) / tolerance).clamp(0, 1)
+
+
+def _fine(x: Float[Tensor, "n 3 height width"], where: Float[Tensor, "n 1 height width"]) -> Tensor:
+    """Return the finest band of a picture that is known in places."""
+    return x - _enlarged(_mean(x, where, FINE), x)
+
+
+def _mean(
+    x: Float[Tensor, "n c height width"], where: Float[Tensor, "n 1 height width"], side: int, window: int = 3,
+    times: int = 1,
+) -> Float[Tensor, "n c h w"]:  # fmt: skip
+    """Blur over `where` alone, at a smaller size: the background beside a cheek is no part of the cheek's colour."""
+    where = where.clamp(min=0.02)
+    total, weight = (_blur(_pooled(v, side), window, times) for v in (x * where, where))
     return total / weight
 
 
-def _blur(x: Float[Tensor, "n c h w"], times: int) -> Float[Tensor, "n c h w"]:
+def _pooled(x: Float[Tensor, "n c height width"], side: int) -> Float[Tensor, "n c h w"]:
+    return avg_pool2d(x, max(1, x.shape[-1] // side))
+
+
+def _blur(x: Float[Tensor, "n c h w"], window: int, times: int = 1) -> Float[Tensor, "n c h w"]:
     for _ in range(times):
-        x = avg_pool2d(x, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+        for one in ((window, 1), (1, window)):
+            x = avg_pool2d(x, one, 1, (one[0] // 2, one[1] // 2), count_include_pad=False)
     return x
 
 
@@ -53,5 +99,4 @@ def _enlarged(x: Tensor, like: Tensor) -> Tensor:
 
 def _softened(seen: Float[Tensor, "n 1 height width"]) -> Float[Tensor, "n 1 height width"]:
     """Ease the border inward: nothing is taken from beyond it."""
-    side = max(1, seen.shape[-1] // 64 * 2 + 1)
-    return seen * avg_pool2d(seen, side, 1, side // 2, count_include_pad=False)
+    return seen * _blur(seen, 2 * max(1, round(seen.shape[-1] / 128)) + 1)

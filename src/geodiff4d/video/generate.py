@@ -202,7 +202,7 @@ def _decode(
     moved: HeadParams | None,
     config: SampleConfig,
 ) -> Float[Tensor, "1 d 3 t height width"]:
-    """Decode chunk by chunk and take over the conditions' detail, if asked for."""
+    """Decode chunk by chunk and take over the warped portrait's detail, if asked for."""
     out = []
     for first in range(0, z.shape[3], config.chunk):
         part = slice(first, first + config.chunk)
@@ -212,13 +212,12 @@ def _decode(
             known = condition_images(head, texture, params[part], cameras[part], here)
             assert known.warp is not None
             assert known.visibility is not None
-            # The portrait's own pixels for RGB, the head's surface for normals.
-            conditions = ((known.warp, known.visibility[:, :1]), (known.pose, known.visibility[:, 1:]))
-            for d in range(images.shape[1]):
-                planes = (images[:, d], *conditions[d])
-                decoded, condition, seen = (rearrange(x, "1 c t h w -> t c h w") for x in planes)
-                frames = restore_detail(decoded, condition, seen, config.detail)
-                images[:, d] = rearrange(frames, "t c h w -> 1 c t h w")
+            # Normals stay as they are: the tracked head's own detail brings them no nearer to the truth (docs/LOG.md).
+            seen, inside = known.visibility.split(1, 1)
+            planes = (images[:, 0], known.warp, seen, torch.maximum(seen, inside))
+            decoded, carried, seen, shown = (rearrange(x, "1 c t h w -> t c h w") for x in planes)
+            frames = restore_detail(decoded, carried, seen, shown, config.detail)
+            images[:, 0] = rearrange(frames, "t c h w -> 1 c t h w")
         out.append(images)
     return torch.cat(out, 3)
 

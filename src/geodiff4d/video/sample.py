@@ -47,8 +47,8 @@ class SampleConfig:
     overlap: int = 4
     """Frames that neighbouring windows share; their predictions are averaged."""
     detail: float = 0.0
-    """How far a frame may be from its condition and still get back the detail that the codec lost, as a mean absolute
-    difference in [0, 1]; 0 leaves frames as decoded. Needs a warp-conditioned model."""
+    """How far a frame may be from the warped portrait and still take its detail, as a mean absolute difference in
+    [0, 1] of both once blurred; 0 leaves frames as decoded. Needs a warp-conditioned model."""
     autocast: bool = True
     """bf16 where the machine has it."""
     compiled: bool = False
