@@ -27,10 +27,15 @@ def as_estimated(normals: Float[Tensor, "n 3 height width"], seed: int = 0) -> F
     # Three boxes are nearly a Gaussian; the foreground alone is averaged.
     smooth, weight = n * mask, mask
     for _ in range(3):
-        smooth, weight = (avg_pool2d(x, side, 1, side // 2) for x in (smooth, weight))
+        smooth, weight = (_box(x, side) for x in (smooth, weight))
     g = torch.Generator().manual_seed(seed)
     tilt = TILT * torch.randn(len(n), 3, PATCHES, PATCHES, generator=g)
     tilt = interpolate(tilt.to(n), size=n.shape[-2:], mode="bicubic", align_corners=False)
     out = smooth / weight.clamp(min=1e-6) + tilt
     out = out * (out.square().sum(1, keepdim=True) + 1e-12).rsqrt()
     return encode_normals(out, mask)
+
+
+def _box(x: Float[Tensor, "n c height width"], side: int) -> Float[Tensor, "n c height width"]:
+    """Average over squares, first down and then across."""
+    return avg_pool2d(avg_pool2d(x, (side, 1), 1, (side // 2, 0)), (1, side), 1, (0, side // 2))
