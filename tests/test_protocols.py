@@ -15,6 +15,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.subject import SyntheticSubject
+from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
     Extent,
     cross_cases,
@@ -30,7 +31,7 @@ from geodiff4d.evaluate.judges import MEASURES
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.evaluate.protocol import Settings, maker_of, run_protocol, settled
 from geodiff4d.evaluate.protocol_page import write_results
-from geodiff4d.evaluate.tables import gathered, metrics_of, ranked, table_markdown
+from geodiff4d.evaluate.tables import gathered, metrics_of, ordered, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
 
 SMALL = Extent(subjects=2, sequences=1, cameras=1, frames=2)
@@ -176,6 +177,48 @@ def test_a_run_goes_on_and_repeats_to_the_digit(world, model, tmp_path):
     write_image(tmp_path / "rival" / name / "00001_rgb.png", torch.zeros(3, 32, 32))
     with pytest.raises(UserError, match="32×32 pixels: expected 64×64"):
         run_protocol("self", settings, SMALL, world[0].parent)
+
+
+def test_the_upper_bound_is_fitted_to_the_truth_of_other_films(world, model, tmp_path):
+    """Open world: the person performs what another did, which is never what is compared; real ones need more films."""
+    cases = self_cases(world, SMALL)
+    lessons = lessons_of(cases, world, SMALL)[0]
+    assert [c.driving.clip for c in lessons.foreign] == [world[1]] and lessons.compared == {world[0]}
+    settings = settled(Settings(tmp_path, "debug", model, tracking="clip"))
+    maker, folder = maker_of(settings), tmp_path / "avatar_trues" / cases[0].reference_name
+
+    def make(known: Lessons) -> dict:
+        make_avatar("avatar_true", maker, tmp_path, folder, cases[0], known, "clip", settings.makers)
+        return avatar_note(folder)
+
+    assert make(lessons)["done"]
+    clip = Clip(folder / "clip")
+    subject, shown = SyntheticSubject(Clip(world[0]).extra["subject_seed"], "test"), clip.frame(0)
+    assert clip.extra["generator"] == "truth" and shown.normal is not None and clip.expression_tokens is not None
+    # The person itself: its colours, rendered by the clip's camera.
+    own = subject.render(subject.params(torch.zeros(1, 52)), shown.camera.expand(1))
+    inside = (shown.mask * own.mask[0])[0] > 0.5
+    assert (shown.image[:, inside].mean(1) - own.rgb[0][:, inside].mean(1)).abs().max() < 0.1
+    stamp = (folder / "made.json").stat().st_mtime_ns
+    assert make(lessons)["done"] and (folder / "made.json").stat().st_mtime_ns == stamp
+    alone = replace(lessons, drivers=(cases[0],), own=())
+    assert "nothing but what is compared" in make(alone)["failed"]
+
+    # The closing table places it, and says why others are not there.
+    assert ordered(["perception", "avatar_true", "mesh_warp", "avatar"])[:2] == ["avatar", "avatar_true"]
+    found = [{**scored("a", [5], [20], [20]), "unavailable": {"avatar_true": "no other films"}}]
+    said = table_markdown(metrics_of(found), "T")
+    assert "n/a for 1 clips, avatar on true frames (upper bound): no other films." in said
+
+
+def test_own_films_are_those_that_nothing_is_compared_with(tmp_path):
+    clips = [empty_clip(tmp_path / f"{s}{q}", 4, 3, s) for s in "ab" for q in range(3)]
+    small = Extent(cameras=1, frames=2)
+    cases = self_cases([clips[0], clips[3]], small)
+    found = lessons_of(cases, clips, small)[0]
+    assert {c.driving.clip for c in found.own} == {clips[1], clips[2]}
+    crossed = lessons_of(cross_cases([clips[0], clips[3]], small), clips, small)[0]
+    assert crossed.compared == {clips[3]} and not crossed.foreign and len(crossed.drivers) == 1
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -21,7 +21,8 @@ class ProtocolArgs:
     """Another method's frames to score beside ours: RESULTS/<clip>/{00000..}_rgb.png and, if it has any, _normal.png.
     Clips and inputs are what a first run leaves in OUT."""
     methods: tuple[str, ...] = ()
-    """By default all but avatar, which is fitted per reference and takes minutes each."""
+    """By default all but avatar and avatar_true, which are fitted per reference and take minutes each. avatar_true is
+    the upper bound: fitted to true frames instead of generated ones."""
     subjects: int | None = None
     """By default 10; 2 with --preset debug."""
     sequences: int | None = None

@@ -157,15 +157,19 @@ def subject_of(clip: Clip) -> str:
     return str(clip.extra.get("subject", clip.extra.get("participant", clip.folder.name)))
 
 
+def all_clips(data: Path) -> list[Path]:
+    """List a folder's clips by name."""
+    return sorted(p.parent for p in Path(data).rglob("transforms.json") if not p.parent.name.startswith("."))
+
+
 def found_clips(data: Path, extent: Extent) -> list[Path]:
     """List the clips of a folder: the first `sequences` of each of the first `subjects`, by name.
 
     Raises:
         UserError: there are none.
     """
-    folders = sorted(p.parent for p in Path(data).rglob("transforms.json") if not p.parent.name.startswith("."))
     by_subject: dict[str, list[Path]] = {}
-    for folder in folders:
+    for folder in all_clips(data):
         by_subject.setdefault(subject_of(Clip(folder)), []).append(folder)
     if not by_subject:
         raise UserError(f"--data {data} has no clips: expected folders with transforms.json (from import or synth)")

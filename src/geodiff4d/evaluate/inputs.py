@@ -167,13 +167,17 @@ def _write_truth(folder: Path, case: Case, driving: Clip, params: HeadParams, ca
             shown = performed(subject, frames, params, camera, box, head)
         for k, t in enumerate(case.driving.timesteps):
             if case.same or not made:
-                image = crop_image(frames[k].image, box, size, fill=0.5)
-                mask = crop_image(frames[k].mask, box, size, fill=0.0)
-                normal = frames[k].normal
-                normal = None if normal is None else _renormalised(crop_image(normal, box, size, fill=0.0), mask)
+                image, mask, normal = cut_frame(frames[k], box, size)
             else:
                 image, normal, mask = (x[k] for x in shown)
             clip.add(t, case.driving.camera, image, camera, mask, normal)
+
+
+def cut_frame(frame: ClipFrame, box: tuple[float, float, float], size: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cut a source's frame where the tracker cut it: (image, mask, normals if there are any)."""
+    mask = crop_image(frame.mask, box, size, fill=0.0)
+    normal = None if frame.normal is None else _renormalised(crop_image(frame.normal, box, size, fill=0.0), mask)
+    return crop_image(frame.image, box, size, fill=0.5), mask, normal
 
 
 def performed(

@@ -12,15 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
-from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import decode_normals, read_image
-from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.inputs import Inputs
-from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import Driving, animate, load_driving, load_portrait, synthesize
+from geodiff4d.heads import Head
+from geodiff4d.pipeline import Driving, animate, load_driving
 from geodiff4d.presets import Preset
 from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import Portrait
@@ -30,6 +27,7 @@ from geodiff4d.video.sample import SampleConfig
 TITLES = {
     "video_model": "video model",
     "avatar": "avatar",
+    "avatar_true": "avatar on true frames (upper bound)",
     "mesh_warp": "mesh warp",
     "copy_reference": "reference copied",
     "shuffled_reference": "control: another's reference",
@@ -40,7 +38,9 @@ TITLES = {
 """In the table's order."""
 CONTROLS = ("shuffled_reference", "dropped_expression", "pose_map", "perception")
 METHODS = tuple(TITLES)
-DEFAULT_METHODS = tuple(m for m in METHODS if m != "avatar")
+AVATARS = ("avatar", "avatar_true")
+"""Driven alike; what they were fitted to differs (`evaluate/avatars.py`)."""
+DEFAULT_METHODS = tuple(m for m in METHODS if m not in AVATARS)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Maker:
         return replace(load_driving(inputs.driving, self.head, crop), params=inputs.params)
 
     def make(self, method: str, inputs: Inputs, driving: Driving, other: Portrait, avatar: Path) -> Made:
-        """Make a case's frames by a method's name; `other` is another person's reference.
+        """Make a case's frames by a method's name; `other` is another person's reference, `avatar` the method's.
 
         Raises:
             UserError: there is no such method.
@@ -86,7 +86,7 @@ class Maker:
             "mesh_warp": lambda: self._warped(driving, inputs),
             "copy_reference": lambda: Made(inputs.portrait.on_grey.expand(len(driving), -1, -1, -1), None),
             "pose_map": lambda: self._pose_map(inputs),
-            "avatar": lambda: self._avatar(avatar, inputs),
+            **{name: lambda: self._avatar(avatar, inputs) for name in AVATARS},
         }
         if method not in makers:
             raise UserError(f"--methods {method} is not known: expected some of {', '.join(METHODS)}")
@@ -112,26 +112,6 @@ class Maker:
         avatar = Avatar.load(folder)
         frames = [avatar.render(inputs.params[k], inputs.camera) for k in range(inputs.params.batch[0])]
         return Made(torch.stack([f.rgb for f in frames]).clamp(0, 1), torch.stack([f.normal for f in frames]))
-
-    def fit_avatar(self, folder: Path, reference: Clip, drivers: list[Clip]) -> None:
-        """Make a reference's avatar: generate its training clip with other people's motion, and fit; resumes."""
-        if not (folder / "clip" / "transforms.json").exists():
-            portrait = load_portrait(reference, self.model.config.size)
-            crop = self.model.config.expression.size
-            found = [load_driving(c, self.head, crop) for c in drivers]
-            shape = found[0].params.shape[:1]
-            params = [replace(d.params, shape=shape.expand(len(d), -1)) for d in found]
-            joined = Driving(_joined(params), torch.cat([d.crops for d in found]), found[0].fps)
-            p = self.preset
-            synthesize(
-                portrait, joined, folder / "clip", self.head, "diffusion", self.model, p.views, p.frames, self.sample
-            )
-        if not (folder / "avatar" / "metrics.json").exists():
-            fit(Clip(folder / "clip"), folder / "avatar", FIT_PRESETS[self.preset_name][1], self.seed)
-
-
-def _joined(parts: list[HeadParams]) -> HeadParams:
-    return HeadParams.stack([p[i] for p in parts for i in range(p.batch[0])])
 
 
 def read_results(folder: Path, name: str, frames: int, size: int) -> Made | None:

@@ -24,10 +24,12 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.images import composite, encode_normals, write_image
 from geodiff4d.data.clip import Clip
+from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
     Case,
     Extent,
     WorldClip,
+    all_clips,
     cross_cases,
     found_clips,
     render_world_clip,
@@ -36,9 +38,9 @@ from geodiff4d.evaluate.cases import (
     world_clips,
 )
 from geodiff4d.evaluate.identity import SHIPPED as IDENTITY
-from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_driver, prepare_reference
+from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_reference
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
-from geodiff4d.evaluate.methods import DEFAULT_METHODS, METHODS, Made, Maker, read_results
+from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import Track, load_model, load_portrait, unchanged
 from geodiff4d.presets import preset
@@ -50,7 +52,6 @@ VERSION = 1
 WORLD_SIZE = 256
 KEPT = 4
 """Frames of a case that are kept for everyone to look at, unless all are."""
-AVATAR_DRIVERS = 6
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Work:
     case: Case
     other: Case
     """Of another person: whose reference the control gets."""
-    drivers: tuple[Case, ...]
-    """Of other people: what the avatar is trained to perform."""
+    lessons: Lessons
+    """Of the reference's avatars."""
 
 
 def run_protocol(
@@ -116,35 +117,29 @@ def run_protocol(
         clips = [Path(p) for p in in_processes(jobs, workers, progress, "rendering people")]
     else:
         clips = found_clips(data, extent)
-    works = _works(self_cases(clips, extent) if protocol == "self" else cross_cases(clips, extent))
+    cases = self_cases(clips, extent) if protocol == "self" else cross_cases(clips, extent)
+    works = _works(cases, clips if data is None else all_clips(data), extent)
     first: dict[str, Work] = {}
     for work in works:
         first.setdefault(work.case.reference_name, work)
     jobs = [(_reference, settings, w) for w in first.values()]
     list(in_processes(jobs, workers, progress, "tracking references"))
-    if "avatar" in settings.methods:
-        list(in_processes([(_avatar, settings, w) for w in first.values()], workers, progress, "fitting avatars"))
+    jobs = [(_avatar, settings, w, m) for m in AVATARS if m in settings.methods for w in first.values()]
+    list(in_processes(jobs, workers, progress, "fitting avatars"))
     found = list(in_processes([(_score, settings, w) for w in works], workers, progress, "scoring clips"))
     if all("failed" in f for f in found):
         raise UserError(f"no clip could be tracked; the first: {found[0]['failed']}")
     return [w.case for w in works], found
 
 
-def _works(cases: list[Case]) -> list[Work]:
+def _works(cases: list[Case], clips: list[Path], extent: Extent) -> list[Work]:
     subjects = [subject_of(Clip(c.reference.clip)) for c in cases]
-    drivers = [subject_of(Clip(c.driving.clip)) for c in cases]
+    lessons = lessons_of(cases, clips, extent)
     out = []
     for i, case in enumerate(cases):
         order = [j % len(cases) for j in range(i + 1, i + len(cases))]
         other = next((j for j in order if subjects[j] != subjects[i]), i)
-        # Avatars perform many people's motion in training, their own never.
-        foreign = [j for j in order if drivers[j] != subjects[i]] or [i]
-        seen: dict[tuple[Path, int], Case] = {}
-        for j in foreign:
-            seen.setdefault((cases[j].driving.clip, cases[j].driving.camera), cases[j])
-        picked = list(seen.values())
-        spread = picked[:: max(1, len(picked) // AVATAR_DRIVERS)][:AVATAR_DRIVERS]
-        out.append(Work(case, cases[other], tuple(spread)))
+        out.append(Work(case, cases[other], lessons[i]))
     return out
 
 
@@ -208,20 +203,13 @@ def _reference(settings: Settings, work: Work) -> str | None:
     return None
 
 
-def _avatar(settings: Settings, work: Work) -> str | None:
-    maker, size = maker_of(settings), maker_of(settings).model.config.size
-    folder = settings.out / "avatars" / work.case.reference_name
-    note = {"fingerprint": settings.makers}
-    if (folder / "made.json").exists() and read_json(folder / "made.json") == note:
-        return None
-    try:
-        reference = prepare_reference(settings.out, work.case, maker.head, size, settings.tracking)
-        tracked = [prepare_driver(settings.out, c, maker.head, size, settings.tracking) for c in work.drivers]
-    except UserError as error:  # the tracker sees no face: the reference's clips fail by themselves
-        return str(error)
-    maker.fit_avatar(folder, reference, tracked)
-    write_json(folder / "made.json", note)
-    return None
+def _avatar(settings: Settings, work: Work, method: str) -> None:
+    folder, maker = _avatar_folder(settings, work, method), maker_of(settings)
+    make_avatar(method, maker, settings.out, folder, work.case, work.lessons, settings.tracking, settings.makers)
+
+
+def _avatar_folder(settings: Settings, work: Work, method: str) -> Path:
+    return settings.out / f"{method}s" / work.case.reference_name
 
 
 def _score(settings: Settings, work: Work) -> dict[str, Any]:
@@ -240,7 +228,8 @@ def _score(settings: Settings, work: Work) -> dict[str, Any]:
             note = known
     if rival is not None and note.get("rivals", {}).get(settings.results_name) != rival:
         note["scores"].pop(settings.results_name, None)
-    wanted = [m for m in settings.methods if m not in note["scores"]]
+    _look_at_avatars(note, settings, work)
+    wanted = [m for m in settings.methods if m not in note["scores"] and m not in note["unavailable"]]
     if wanted or (rival is not None and settings.results_name not in note["scores"]):
         try:
             inputs = prepare_case(settings.out, work.case, maker.head, maker.model.config.size, settings.tracking)
@@ -256,6 +245,19 @@ def _score(settings: Settings, work: Work) -> dict[str, Any]:
     return {**note, "scores": {m: note["scores"][m] for m in asked if m in note["scores"]}}
 
 
+def _look_at_avatars(note: dict[str, Any], settings: Settings, work: Work) -> None:
+    """Forget scores of avatars that were made anew, and note why others are not there."""
+    known, note["unavailable"] = note.setdefault("avatars", {}), {}
+    for method in AVATARS:
+        if method in settings.methods:
+            made = avatar_note(_avatar_folder(settings, work, method))
+            if known.get(method) != made:
+                note["scores"].pop(method, None)
+                known[method] = made
+            if "failed" in made:
+                note["unavailable"][method] = made["failed"]
+
+
 def _add_scores(
     note: dict[str, Any], folder: Path, settings: Settings, work: Work, inputs: Inputs, wanted: Sequence[str]
 ) -> None:
@@ -265,21 +267,20 @@ def _add_scores(
     shown = [inputs.driving.frame(i) for i in range(len(inputs.driving))]
     trial = Trial(judges, inputs, torch.stack([composite(f.image, f.mask) for f in shown]))
     other = _other(settings, work, maker, inputs.portrait)
-    avatar = settings.out / "avatars" / work.case.reference_name / "avatar"
     last = len(driving) - 1
     kept = range(last + 1) if settings.keep == "all" else sorted({round(k * last / (KEPT - 1)) for k in range(KEPT)})
     scores: dict[str, Scores] = note["scores"]
     for method in wanted:
         if method == "perception":
             continue
-        made = maker.make(method, inputs, driving, other, avatar)
+        made = maker.make(method, inputs, driving, other, _avatar_folder(settings, work, method) / "avatar")
         scores[method], _ = trial.score(made.rgb, made.normal)
         _keep(folder / method, made, kept)
         if method == "video_model":
             generated = made
     if "perception" in wanted:
         if "video_model" not in wanted:
-            generated = maker.make("video_model", inputs, driving, other, avatar)
+            generated = maker.make("video_model", inputs, driving, other, folder)
         assert generated.rgb is not None
         scores["perception"] = trial.score_perceived(judges.observe(quantised(generated.rgb), inputs), size)
     if settings.results is not None and settings.results_name not in scores:

@@ -10,7 +10,7 @@ from geodiff4d.evaluate.judges import MEASURES
 from geodiff4d.evaluate.methods import CONTROLS
 from geodiff4d.evaluate.metrics import Estimate
 from geodiff4d.evaluate.report import Grid, Note, Plot, Report, Section, Table, build_report, interval_plot
-from geodiff4d.evaluate.tables import bins, estimates, metrics_of, ranked, table_markdown, title
+from geodiff4d.evaluate.tables import bins, estimates, metrics_of, ranked, table_markdown, title, unavailable
 
 SHOWN = 4
 """Clips from either end of the order."""
@@ -95,7 +95,7 @@ def _explained(metrics: dict[str, Any]) -> str:
 
 
 def _notes(metrics: dict[str, Any]) -> list[Note]:
-    lines = [f"{MEASURES[k].title}: n/a, {why}." for k, why in metrics["missing"].items()]
+    lines = [f"{MEASURES[k].title}: n/a, {why}." for k, why in metrics["missing"].items()] + unavailable(metrics)
     notes = [Note("\n\n".join(lines))] if lines else []
     if metrics["failed"]:
         notes.append(Note(f"{len(metrics['failed'])} clips could not be tracked and count for nobody.", "warn"))

@@ -29,6 +29,7 @@ COMPARISONS = (
     ("video_model", "pose_map", ("normal_deg",)),
     ("avatar", "video_model", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
     ("avatar", "mesh_warp", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
+    ("avatar", "avatar_true", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
 )  # fmt: skip
 
 
@@ -90,6 +91,9 @@ def metrics_of(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out["failed"] = {f["case"]: f["failed"] for f in found if "failed" in f}
     measured = next((f["judges"] for f in found if "judges" in f), {})
     out["judges"] = measured
+    absent = {m for f in found for m in f.get("unavailable", {})}
+    reasons = {m: [f["unavailable"][m] for f in found if m in f.get("unavailable", {})] for m in ordered(list(absent))}
+    out["unavailable"] = {m: {"clips": len(why), "why": why[0]} for m, why in reasons.items()}
     known = {k for m in scores.methods for k, v in summary[m].items() if k != "interval" and v is not None}
     out["missing"] = {k: m.missing or "not measured" for k, m in MEASURES.items() if k not in known}
     return out
@@ -137,6 +141,7 @@ def table_markdown(metrics: dict[str, Any], heading: str) -> str:
         lines.append(_row([("*" + title(method) + "*") if method in CONTROLS else title(method), *cells]))
     lines += ["", "↑ higher is better, ↓ lower. – : the method has no such output."]
     lines += [f"n/a, {MEASURES[k].title}: {why}." for k, why in metrics["missing"].items()]
+    lines += unavailable(metrics)
     lines += [f"{MEASURES[k].title}: {name}." for k, name in metrics["judges"].items()]
     if metrics["failed"]:
         lines += ["", f"{len(metrics['failed'])} clips count for nobody, since they could not be tracked:"]
@@ -148,6 +153,12 @@ def table_markdown(metrics: dict[str, Any], heading: str) -> str:
     for name, part in metrics["yaw"].items():
         lines += _yaw_lines(name, part, methods)
     return "\n".join(lines) + "\n"
+
+
+def unavailable(metrics: dict[str, Any]) -> list[str]:
+    """Say which methods have no frames of some clips, and why."""
+    rows = metrics["unavailable"].items()
+    return [f"n/a for {row['clips']} clips, {title(m)}: {row['why']}." for m, row in rows]
 
 
 def _yaw_lines(name: str, part: dict[str, Any], methods: Sequence[str]) -> list[str]:
