@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,12 +119,15 @@ def result(args: Args, seed: int, variant: str, clips: dict[bool, Clip]) -> dict
     config = configured(args, variant)
     name = f"{seed}_{variant.replace(' ', '_')}_{args.preset}_{config.iterations}"
     figures = args.out / "results" / f"{name}.json"
-    if not figures.exists():
+    described = json.loads(json.dumps(asdict(config)))
+    if not figures.exists() or read_json(figures).get("config") != described:
+        # Fitted with other settings, or not at all.
+        shutil.rmtree(args.out / "avatars" / name, ignore_errors=True)
         print(f"{time.strftime('%H:%M:%S')} fitting {name}", flush=True)
         normals = normal_estimator() if config.normal_source == "estimator" else None
         clip = clips[variant.startswith("disturbed")]
         metrics = fit(clip, args.out / "avatars" / name, config, 0, progress.track, normals)
-        write_json(figures, metrics)
+        write_json(figures, metrics | {"config": described})
         print(json.dumps({k: metrics[k] for k in ("held_out_views", "held_out_times")}), flush=True)
     return read_json(figures)
 

@@ -7,8 +7,9 @@ noised reference; a schedule that ends in plain noise, as the shipped model's, s
 Finished rows are kept. Prints a Markdown table.
 """
 
+import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def result(
     args: Args, name: str, config: SampleConfig, head: Head, model: VideoModel, pairs: list[Shots]
 ) -> dict[str, Any]:
     """Generate and score all pairs, unless their figures are there: one number a pair, and CPU seconds a frame."""
-    path = args.out / "results" / f"{name}.json"
-    if path.exists():
+    path, described = args.out / "results" / f"{name}.json", json.loads(json.dumps(asdict(config)))
+    if path.exists() and read_json(path).get("config") == described:
         return read_json(path)
     scores: dict[str, list[float]] = {}
     seconds = 0.0
@@ -86,7 +87,7 @@ def result(
         seconds += time.process_time() - begun
         for key, value in score(truth, made.rgb, made.normal).items():
             scores.setdefault(key, []).append(value)
-    found = {"scores": scores, "cpu_seconds_per_frame": seconds / (args.frames * len(pairs))}
+    found = {"scores": scores, "cpu_seconds_per_frame": seconds / (args.frames * len(pairs)), "config": described}
     write_json(path, found)
     return found
 
