@@ -20,7 +20,7 @@ from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_track
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
-from geodiff4d.tracking.fit import FRONT, fit
+from geodiff4d.tracking.fit import FRONT, fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 from geodiff4d.tracking.matte import matte
@@ -98,6 +98,17 @@ def test_video_shares_identity_and_follows_motion(head):
     assert (result.params.eyes_pose[-1, 1] - truth.eyes_pose[-1, 1]).abs() < 0.08
     # The mean motion is the camera's, so the clip's head stays at the origin.
     assert result.params.translation.mean(0).abs().max() < 1e-5
+
+
+def test_the_start_repeats_to_the_bit(head):
+    config = FitConfig()
+    seen = observe(head, detections(head, motion(head, 1), 0.3), config.weighting)
+    small, K = landmark_head(head, seen.landmarks), pinhole(FOCAL, WIDTH, HEIGHT).double()
+    layout, elsewhere, starts = Layout(small), [], set()
+    for k in range(100):
+        elsewhere.append(torch.zeros(7 * k + 1))
+        starts.add(tuple(weak_perspective(small, layout, seen, K).frame.flatten().tolist()))
+    assert len(starts) == 1
 
 
 def test_outliers_lose_their_weight(head):

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
-from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, rig
 from geodiff4d.data.synthetic.world import chosen_views
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
+from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, driving_crop, generate, lifted, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.sample import SampleConfig
@@ -154,21 +153,6 @@ def _same(a: Camera, b: Camera) -> bool:
     return (a.width, a.height) == (b.width, b.height) and bool(
         torch.equal(a.K, b.K) and torch.equal(a.T_cam_world, b.T_cam_world)
     )
-
-
-def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:
-    """Move heads of another shape to where the tracked ones are seen, as large as they are.
-
-    Of two pictures of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
-    look alike; one's shape at the other's distance would be too large or too small. The larger stands farther away.
-    One size counts for all frames, so that a clip is as steady as its tracking.
-    """
-    region, T = cuts.head_region(head), camera.expand(params.batch[0]).T_cam_world
-    a, b = (transform(T, head.pose(p.without_expression()).vertices[:, region]) for p in (params, tracked))
-    ca, cb = a.mean(1), b.mean(1)
-    scale = (b - cb[:, None]).norm() / (a - ca[:, None]).norm()
-    shift = cb / scale - ca
-    return replace(params, translation=params.translation + shift @ camera.T_cam_world[:3, :3])
 
 
 def following(portrait: Portrait, driving: Driving, head: Head) -> tuple[Driving, Camera]:

@@ -11,6 +11,7 @@ from geodiff4d.data.store import Store, StoreConfig, build_store
 from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.tracks import TrackConfig, TrackStore, build_tracks
 from geodiff4d.presets import Preset
+from geodiff4d.tracking.relabel import render_tracked
 
 Built = TypeVar("Built")
 
@@ -27,7 +28,8 @@ def rendered_stores(folder: Path, p: Preset, workers: int) -> dict[str, Store]:
     """Render the preset's stores of single pictures below a folder, or open them."""
 
     def built(name: Split, config: StoreConfig) -> Store:
-        return with_bar(name, config.subjects, partial(build_store, folder / name, config, workers))
+        render = render_tracked if config.parameters == "tracked" else None
+        return with_bar(name, config.subjects, partial(build_store, folder / name, config, workers, render=render))
 
     return {"train": built("train", p.store), "val": built("val", p.val_store)}
 

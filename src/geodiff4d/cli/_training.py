@@ -152,6 +152,11 @@ def _from_stable_diffusion(
 def _store_batches(
     args: Args, p: Preset, model: VideoModelConfig, codec: Codec, config: ImageTraining
 ) -> tuple[Batches, Batches]:
+    p = replace(
+        p,
+        store=replace(p.store, parameters=args.parameters),
+        val_store=replace(p.val_store, parameters=args.parameters),
+    )
     with _one_first():
         stores = rendered_stores(_world(args), p, args.workers)
         latents = _encoded(stores, codec, args.out, "synthetic" not in args.ablate)

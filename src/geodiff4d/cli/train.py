@@ -38,6 +38,9 @@ class Args:
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()
     """Switch parts off: joint (no normals), domain-attention, cross-view (drive by the target itself), synthetic (train
     on normals as an estimator gives them), warp."""
+    parameters: Literal["disturbed", "tracked"] = "disturbed"
+    """Of the open world's heads in the image stage: the truth with a tracker's error, or what our tracker sees in the
+    rendered pictures (slower to render by a quarter of a second a picture)."""
     bf16: bool = True
     """Compute in bf16 where the machine has it."""
     recompute: bool = False

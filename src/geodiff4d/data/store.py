@@ -7,10 +7,11 @@ picture, and the face crop. Built once in parallel; one subject is the unit of w
 
 import json
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,6 +59,8 @@ class StoreConfig:
     seed: int = 0
     world: int = WORLD_VERSION
     """Version of the open world: pictures of another are not mixed in."""
+    parameters: Literal["disturbed", "tracked"] = "disturbed"
+    """Head parameters: the truth with a tracker's error, or what our tracker sees (`tracking/relabel.py`)."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -160,11 +163,11 @@ def build_store(
 
     `render` fills a subject's rows of the store in a folder; the default draws independent instants.
     """
-    render = render or _render_subject
+    render = render or render_subject
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "store.json"
-    if path.exists() and json.loads(path.read_text()) != asdict(config):
+    if path.exists() and asdict(StoreConfig()) | json.loads(path.read_text()) != asdict(config):
         raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
     if not path.exists():
         for name, (shape, kind) in config.arrays(len(openhead().template)).items():
@@ -211,7 +214,7 @@ def draw_cameras(config: StoreConfig, seed: int) -> Camera:
     return Camera.stack([front[0], *(others[k] for k in range(config.views - 1))])
 
 
-def _render_subject(folder: Path, s: int) -> None:
+def render_subject(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
     store = Store(folder, writable=True)
     c = store.config
@@ -222,7 +225,7 @@ def _render_subject(folder: Path, s: int) -> None:
     # Independent instants: every one gets its own draw of the tracker's error.
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
     posed = head.pose(tracked)
-    moved = head.pose(_as_read(tracked, m, c.seed * 100_000 + s))
+    moved = head.pose(as_read(tracked, m, c.seed * 100_000 + s))
     still = head.pose(tracked.without_expression())
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
@@ -242,46 +245,61 @@ def render_instant(
     posed: PosedHead, standing: PosedHead, moved: Float[Tensor, "verts 3"], cameras: Camera,
 ) -> None:  # fmt: skip
     """Render one instant from all its views and write the rows of the store."""
+    c = store.config
+    frames = subject.render(truth.map(lambda x: x.expand(c.views, *x.shape)), cameras, c.supersample)
+    rgb = composite(frames.rgb, frames.mask)
+    store.rgb[s, i] = _u8(rgb)
+    store.normal[s, i] = _u8(encode_normals(frames.normal, frames.mask))
+    store.cover[s, i] = _u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])
+    write_conditions(store, s, i, rgb, frames.mask, [posed] * c.reference_views, standing, moved, cameras)
+
+
+def write_conditions(
+    store: Store, s: int, i: int, rgb: Float[Tensor, "views 3 size size"], mask: Float[Tensor, "views 1 size size"],
+    posed: Sequence[PosedHead], standing: PosedHead, moved: Float[Tensor, "verts 3"], cameras: Camera,
+) -> None:  # fmt: skip
+    """Write what an instant's tracked head says of its pictures.
+
+    Args:
+        posed: the head as tracked in each view that can be a portrait.
+        standing: the head without expression; all views see it where it is.
+        moved: its vertices, moved as an expression latent would.
+    """
     head, c, still = openhead(), store.config, standing.vertices
     v = c.views
     store.T_world_joint[s, i] = standing.T_world_joint[:2].numpy()
     store.T_cam_world[s, i], store.K[s, i] = cameras.T_cam_world.numpy(), cameras.K.numpy()
-    frames = subject.render(truth.map(lambda x: x.expand(v, *x.shape)), cameras, c.supersample)
-    rgb = composite(frames.rgb, frames.mask)
     fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
     mesh = head.pose(head.neutral(v))
-    normals, mask = render_normals(
+    normals, shown = render_normals(
         type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments
     )
     focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
     focus = interpolate(fragments, head.faces, focus)
     points = head.landmarks68.on(still, head.faces)
-
-    def u8(x: Tensor) -> np.ndarray:
-        return (x.clamp(0, 1) * 255).round().byte().numpy()
-
-    store.rgb[s, i] = u8(rgb)
-    store.normal[s, i] = u8(encode_normals(frames.normal, frames.mask))
-    store.pose[s, i] = u8(encode_normals(normals, mask))
+    store.pose[s, i] = _u8(encode_normals(normals, shown))
     for prefix, vertices in (("", still), ("moved_", moved)):
         small = rasterize(vertices.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
         getattr(store, f"{prefix}face")[s, i] = small.face_index.to(torch.int16).numpy()
-        getattr(store, f"{prefix}bary")[s, i] = u8(small.bary[..., :2].movedim(-1, 1))
-    store.cover[s, i] = u8(avg_pool2d(frames.mask, c.size // c.grid)[:, 0])
-    store.focus[s, i] = u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])
+        getattr(store, f"{prefix}bary")[s, i] = _u8(small.bary[..., :2].movedim(-1, 1))
+    store.focus[s, i] = _u8(max_pool2d(avg_pool2d(focus, c.size // c.grid), 3, 1, 1)[:, 0])
     for k in range(v):
         box = face_crop_box(cameras[k].project(points)[0])
-        store.crop[s, i, k] = u8(crop_image(rgb[k], box, c.crop))
-    for k in range(c.reference_views):
-        portrait = complete(head, rgb[k], posed.vertices, cameras[k], frames.mask[k], c.texels)
+        store.crop[s, i, k] = _u8(crop_image(rgb[k], box, c.crop))
+    for k, own in enumerate(posed):
+        portrait = complete(head, rgb[k], own.vertices, cameras[k], mask[k], c.texels)
         seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
         store.carried[s, i, k] = seen.half().numpy()
-        store.texture[s, i, k] = u8(portrait.texture)
-        sheet = lift(head, posed, cameras[k], (frames.mask[k] > 0.5).float())
+        store.texture[s, i, k] = _u8(portrait.texture)
+        sheet = lift(head, own, cameras[k], (mask[k] > 0.5).float())
         store.relief[s, i, k], store.follows[s, i, k] = sheet.points.half().numpy(), sheet.follows.half().numpy()
 
 
-def _as_read(tracked: HeadParams, motion: HeadParams, seed: int) -> HeadParams:
+def _u8(x: Tensor) -> np.ndarray:
+    return (x.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def as_read(tracked: HeadParams, motion: HeadParams, seed: int) -> HeadParams:
     """Give tracked heads the motion that a readout of the expression latent would: shrunk, noisy, gaze at rest.
 
     The shares are what a regression explains on held-out people (docs/LOG.md).
@@ -297,8 +315,8 @@ def _as_read(tracked: HeadParams, motion: HeadParams, seed: int) -> HeadParams:
 
 
 def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Tensor:
-    """Gather rows of a memory-mapped array as float32."""
-    return torch.from_numpy(np.ascontiguousarray(array[index])).float().div_(scale)
+    """Copy rows of a memory-mapped array as float32."""
+    return torch.from_numpy(np.array(array[index])).float().div_(scale)
 
 
 def carried_pixels(

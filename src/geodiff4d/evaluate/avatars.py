@@ -26,7 +26,8 @@ from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepa
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import HeadParams
-from geodiff4d.pipeline import Driving, load_driving, load_portrait, placed, plan_clip, synthesize, write_planned
+from geodiff4d.pipeline import Driving, load_driving, load_portrait, plan_clip, synthesize, write_planned
+from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, with_identity_of
 
 FILMS = 6

@@ -28,8 +28,9 @@ from geodiff4d.evaluate.cases import Case, Source
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.pairs import FACE_MARGIN_PX, FACE_REGIONS
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import load_portrait, placed
+from geodiff4d.pipeline import load_portrait
 from geodiff4d.render.meshes import interpolate, rasterize
+from geodiff4d.tracking.placed import placed
 from geodiff4d.tracking.track import TrackConfig, track_frames
 from geodiff4d.video.generate import Portrait, with_identity_of
 

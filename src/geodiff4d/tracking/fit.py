@@ -103,7 +103,8 @@ def weak_perspective(head: Head, layout: Layout, seen: Observed, K: Float[Tensor
     u = (seen.points - K[:2, 2]) / K[0, 0]
     weight = seen.weight[seen.seen][0][:, None]
     flat = (weight * (X - middle)).expand(len(u), -1, -1)
-    A = torch.linalg.lstsq(flat, weight * (u - u.mean(1, keepdim=True))).solution.mT
+    # Not lstsq's default, whose last bits depend on where in memory its arguments happen to lie.
+    A = torch.linalg.lstsq(flat, weight * (u - u.mean(1, keepdim=True)), driver="gels").solution.mT
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
     top = U @ Vh
     R_cam = torch.cat([top, torch.linalg.cross(top[:, 0], top[:, 1])[:, None]], 1)
