@@ -43,7 +43,7 @@ from geodiff4d.presets import ablated, preset
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batch, Batches, encode_store
 from geodiff4d.video.expression import ExpressionEncoder
-from geodiff4d.video.generate import Portrait, condition_images, driving_crop, foreground, lifted, moved_by
+from geodiff4d.video.generate import BARE, Portrait, condition_images, coverage, driving_crop, lifted, moved_by
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.sample import sample
 from geodiff4d.video.train import ImageTraining, train_image
@@ -260,7 +260,7 @@ def frames_of(
     images = model.decode_latents(z)[0].movedim(2, 1).clamp(0, 1)
     if not model.config.normals:
         return images[0], None
-    return images[0], decode_normals(images[1]) * (foreground(images[1]) > 0)
+    return images[0], decode_normals(images[1]) * (coverage(images[1]) > BARE)
 
 
 def perceived(detector: EmbeddedDetector, rgb: Float[Tensor, "t 3 height width"]) -> Tensor:

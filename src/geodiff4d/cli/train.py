@@ -40,7 +40,7 @@ class Args:
     on normals as an estimator gives them), warp."""
     parameters: Literal["disturbed", "tracked"] = "disturbed"
     """Of the open world's heads in the image stage: the truth with a tracker's error, or what our tracker sees in the
-    rendered pictures (slower to render by a quarter of a second a picture)."""
+    rendered pictures, a quarter of a second each."""
     bf16: bool = True
     """Compute in bf16 where the machine has it."""
     recompute: bool = False

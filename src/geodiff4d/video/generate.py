@@ -23,6 +23,8 @@ from geodiff4d.video.windows import runs_of
 
 TEXELS = 256
 """Side of the completed texture; the same as in training."""
+BARE, SOLID = 0.25, 0.5
+"""Coverage at which a pixel is background, and foreground: an outline that the model is unsure of becomes a line."""
 
 
 @dataclass(frozen=True)
@@ -161,22 +163,36 @@ def generate(
         mask = torch.ones_like(rgb[:, :1])
         return Generated(rgb, torch.zeros_like(rgb), mask, model.expression.tokens(latents)[0])
     encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
-    mask = foreground(encoded)
+    cover = coverage(encoded)
+    mask = ((cover - BARE) / (SOLID - BARE)).clamp(0, 1)
     return Generated(
-        composite(rgb, mask), decode_normals(encoded) * (mask > 0), mask, model.expression.tokens(latents)[0]
-    )
+        composite(unmixed(rgb, cover), mask), decode_normals(encoded) * (mask > 0), mask,
+        model.expression.tokens(latents)[0],
+    )  # fmt: skip
 
 
-def foreground(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) -> Float[Tensor, "t 1 height width"]:
-    """Read the foreground off encoded normals: grey is "no surface", so a normal's length tells.
+def coverage(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) -> Float[Tensor, "t 1 height width"]:
+    """Read off encoded normals how much of a pixel a surface covers: grey is "no surface", so a normal's length tells.
 
     Where the model wavers between two surfaces, their mean is short: gaps up to `gap` of the picture's side are closed.
     """
-    length = (normals * 2 - 1).square().sum(1, keepdim=True).sqrt()
-    mask = ((length - 0.2) / 0.3).clamp(0, 1)
+    length = (normals * 2 - 1).square().sum(1, keepdim=True).sqrt().clamp(max=1)
     side = 2 * round(gap * normals.shape[-1]) + 1
-    grown = max_pool2d(mask, side, 1, side // 2)
+    grown = max_pool2d(length, side, 1, side // 2)
     return -max_pool2d(-grown, side, 1, side // 2)
+
+
+def unmixed(
+    rgb: Float[Tensor, "t 3 height width"], cover: Float[Tensor, "t 1 height width"], full: float = 0.9,
+    least: float = 0.55,
+) -> Float[Tensor, "t 3 height width"]:  # fmt: skip
+    """Take the grey background out of decoded frames: an unsure outline is a mean of outlines, half of it background.
+
+    Args:
+        full: coverage that counts as all.
+        least: below it no more is taken out, for what is left is noise.
+    """
+    return ((rgb - 0.5) / (cover / full).clamp(least, 1) + 0.5).clamp(0, 1)
 
 
 def _conditions(
