@@ -4,7 +4,6 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from geodiff4d.video.detail import restore_detail
-from geodiff4d.video.generate import coverage, unmixed
 
 SIZE = 128
 
@@ -82,39 +81,3 @@ def test_trust_is_steady():
     a = restore_detail(soft, dark, everywhere(), everywhere(), 0.2)
     b = restore_detail(soft, dark - 0.004, everywhere(), everywhere(), 0.2)
     assert (a - b).abs().max() < 0.02
-
-
-def disc(softness: float) -> torch.Tensor:
-    """How much of each pixel a round head covers, its outline `softness` pixels wide."""
-    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
-    away = ((x - SIZE / 2) ** 2 + (y - SIZE / 2) ** 2).sqrt()
-    return ((40.3 - away) / softness + 0.5).clamp(0, 1)[None, None]
-
-
-def test_grey_is_taken_out_of_an_unsure_outline():
-    cover = disc(12.0)
-    colour = torch.tensor([0.1, 0.3, 0.8]).view(1, 3, 1, 1)
-    mixed = colour * cover + 0.5 * (1 - cover)
-    out = unmixed(mixed, cover, full=1.0, least=0.5)
-    half = cover.expand_as(out) >= 0.5
-    assert (out - colour).abs()[half].max() < 1e-5
-    # Noise in what is hardly covered is not blown up.
-    noisy = unmixed(0.5 + 0.01 * torch.randn(mixed.shape), cover)
-    assert (noisy - 0.5).abs().max() < 0.1
-
-
-def test_sharp_frames_stay_as_they_are():
-    cover = disc(0.01)
-    rgb = torch.rand(1, 3, SIZE, SIZE) * cover + 0.5 * (1 - cover)
-    assert torch.allclose(unmixed(rgb, cover) * cover, rgb * cover, atol=1e-6)
-
-
-def test_coverage_is_a_normals_length_without_gaps():
-    cover = disc(12.0)
-    normals = 0.5 + 0.5 * cover * torch.tensor([0.0, 0.6, 0.8]).view(1, 3, 1, 1)
-    crease = normals.clone()
-    crease[..., SIZE // 2] = 0.5 + 0.2 * (normals[..., SIZE // 2] - 0.5)
-    for image in (normals, crease):
-        found = coverage(image)
-        assert (found - cover).abs()[..., 44:84, 44:84].max() < 1e-5
-        assert found[..., :16, :].max() == 0

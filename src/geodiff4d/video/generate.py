@@ -7,7 +7,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import max_pool2d
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, decode_normals, encode_normals
@@ -18,13 +17,12 @@ from geodiff4d.render.relief import LiftedPortrait, lift_portrait
 from geodiff4d.video.detail import restore_detail
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
+from geodiff4d.video.outline import coverage, freed
 from geodiff4d.video.sample import SampleConfig, sample
 from geodiff4d.video.windows import runs_of
 
 TEXELS = 256
 """Side of the completed texture; the same as in training."""
-BARE, SOLID = 0.25, 0.5
-"""Coverage at which a pixel is background, and foreground: an outline that the model is unsure of becomes a line."""
 
 
 @dataclass(frozen=True)
@@ -163,36 +161,9 @@ def generate(
         mask = torch.ones_like(rgb[:, :1])
         return Generated(rgb, torch.zeros_like(rgb), mask, model.expression.tokens(latents)[0])
     encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
-    cover = coverage(encoded)
-    mask = ((cover - BARE) / (SOLID - BARE)).clamp(0, 1)
-    return Generated(
-        composite(unmixed(rgb, cover), mask), decode_normals(encoded) * (mask > 0), mask,
-        model.expression.tokens(latents)[0],
-    )  # fmt: skip
-
-
-def coverage(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) -> Float[Tensor, "t 1 height width"]:
-    """Read off encoded normals how much of a pixel a surface covers: grey is "no surface", so a normal's length tells.
-
-    Where the model wavers between two surfaces, their mean is short: gaps up to `gap` of the picture's side are closed.
-    """
-    length = (normals * 2 - 1).square().sum(1, keepdim=True).sqrt().clamp(max=1)
-    side = 2 * round(gap * normals.shape[-1]) + 1
-    grown = max_pool2d(length, side, 1, side // 2)
-    return -max_pool2d(-grown, side, 1, side // 2)
-
-
-def unmixed(
-    rgb: Float[Tensor, "t 3 height width"], cover: Float[Tensor, "t 1 height width"], full: float = 0.9,
-    least: float = 0.55,
-) -> Float[Tensor, "t 3 height width"]:  # fmt: skip
-    """Take the grey background out of decoded frames: an unsure outline is a mean of outlines, half of it background.
-
-    Args:
-        full: coverage that counts as all.
-        least: below it no more is taken out, for what is left is noise.
-    """
-    return ((rgb - 0.5) / (cover / full).clamp(least, 1) + 0.5).clamp(0, 1)
+    rgb, mask = freed(rgb, coverage(encoded))
+    normal = decode_normals(encoded) * (mask > 0)
+    return Generated(composite(rgb, mask), normal, mask, model.expression.tokens(latents)[0])
 
 
 def _conditions(
