@@ -37,16 +37,16 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 USAGE = "usage: geodiff4d [-h] [--version] [--debug] COMMAND …"
-ENVIRONMENT_ERRNOS = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.EMFILE,
-}
-"""Failures of the user's machine, not of the program: one line is enough."""
+SPACE, RIGHTS = "free some space or choose another --out", "choose another --out or check its permissions"
+FOLDER = "expected a folder where there is a file, or a file where there is a folder: choose another --out"
+ADVICE = {
+    errno.ENOSPC: SPACE, errno.EDQUOT: SPACE,
+    errno.EROFS: RIGHTS, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
+    errno.EEXIST: FOLDER, errno.ENOTDIR: FOLDER, errno.EISDIR: FOLDER,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+}  # fmt: skip
+"""Failures of the user's machine, not of the program, and what to do: one line is enough."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,12 +105,12 @@ def explain(error: Exception) -> tuple[str, int]:
         # The reader left (`| head`): keep the interpreter from complaining again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "the reader of the output went away", 141
-    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRNOS:
+    if isinstance(error, OSError) and error.errno in ADVICE:
         where = f" ({error.filename})" if error.filename else ""
-        return f"{(error.strerror or text).lower()}{where}: free some space or choose another --out", 2
+        return f"{(error.strerror or text).lower()}{where}: {ADVICE[error.errno]}", 2
     if "No space left on device" in text:
         # safetensors and torch wrap the system's error in their own.
-        return f"no space left on device ({type(error).__name__}): free some space or choose another --out", 2
+        return f"no space left on device ({type(error).__name__}): {SPACE}", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({text or 'no detail'}): choose a smaller --preset, or fewer views or frames", 2
     return (
