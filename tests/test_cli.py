@@ -9,10 +9,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from geodiff4d import cli
 from geodiff4d.cli import COMMANDS, doctor, main, progress
+from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.data.clip import ClipWriter
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,35 @@ def test_errors_are_one_line(command, capsys, error, code, message):
     err = capsys.readouterr().err
     assert err.startswith(f"geodiff4d probe: {message}")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"), (errno.EACCES, "check its permissions"), (errno.EEXIST, "expected a folder"),
+        (errno.ENOTDIR, "expected a folder"), (errno.EISDIR, "expected a folder"), (errno.ENAMETOOLONG, "shorter name"),
+    ],
+)  # fmt: skip
+def test_advice_fits_the_failure(command, capsys, number, advice):
+    command(raising(OSError(number, "Something failed", "some/path")))
+    assert main(["probe"]) == 2
+    line = capsys.readouterr().err
+    assert advice in line and "some/path" in line and ("space" in line) == (number == errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "line", ["track {0}/me.jpg", "fit {0}/clip", "animate --portrait {0}/me.jpg --driving {0}/clip",
+             "synthesize --portrait {0}/me.jpg --driving {0}/clip"],
+)  # fmt: skip
+def test_no_command_replaces_what_it_reads(capsys, tmp_path, line):
+    with ClipWriter(tmp_path / "clip") as clip:
+        clip.add(0, 0, torch.zeros(3, 4, 4), Camera(torch.eye(4), torch.eye(3), 4, 4))
+    (tmp_path / "me.jpg").write_bytes(b"a picture")
+    for out in (tmp_path, tmp_path / "clip"):
+        if out == tmp_path or not line.startswith("track"):
+            assert main([*line.format(tmp_path).split(), "--out", str(out)]) == 2
+            assert "give --out a new or empty folder" in capsys.readouterr().err
+    assert (tmp_path / "me.jpg").exists() and (tmp_path / "clip/transforms.json").exists()
 
 
 def test_debug_lets_the_traceback_through(command):

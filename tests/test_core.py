@@ -384,18 +384,87 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"] and (tmp_path / "x.png").read_bytes() == before
 
 
+def made(target, mark):
+    with files.fresh_folder(target) as folder:
+        (folder / mark).write_text("{}")
+
+
 def test_a_fresh_folder_replaces_the_old_one_only_on_success(tmp_path):
     target = tmp_path / "out"
-    with files.fresh_folder(target) as folder:
-        (folder / "a").write_text("1")
+    made(target, "config.json")
     with pytest.raises(KeyboardInterrupt), files.fresh_folder(target) as folder:
         (folder / "b").write_text("2")
         raise KeyboardInterrupt
-    assert [p.name for p in target.iterdir()] == ["a"]
-    with files.fresh_folder(target) as folder:
-        (folder / "c").write_text("3")
-    assert [p.name for p in target.iterdir()] == ["c"]
+    assert [p.name for p in target.iterdir()] == ["config.json"]
+    (target / ".DS_Store").touch()
+    made(target, "side_by_side.mp4")
+    assert [p.name for p in target.iterdir()] == ["side_by_side.mp4"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fresh_folder_leaves_what_is_not_ours(tmp_path, monkeypatch):
+    album, nerf, here = tmp_path / "album", tmp_path / "nerf", tmp_path / "here"
+    for folder in (album, nerf, here / "below"):
+        folder.mkdir(parents=True)
+    (album / "me.jpg").write_bytes(b"mine")
+    (album / "config.json").write_text("{}")
+    (nerf / "transforms.json").write_text('{"frames": []}')
+    monkeypatch.chdir(here / "below")
+    for target in (album, nerf):
+        with pytest.raises(UserError, match="did not write: give --out a new or empty"):
+            made(target, "config.json")
+    for target in (Path("."), Path(".."), here, tmp_path):
+        with pytest.raises(UserError, match="is the folder you are in"):
+            made(target, "config.json")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="your home folder"):
+        made(tmp_path / "home", "config.json")
+    assert sorted(p.name for p in album.iterdir()) == ["config.json", "me.jpg"] and len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_fresh_folder_never_replaces_what_is_read(tmp_path):
+    made(tmp_path / "clip", "config.json")
+    for source in (tmp_path / "clip", tmp_path / "clip/config.json", tmp_path / "other/../clip"):
+        with pytest.raises(UserError, match="would be replaced"):
+            files.refuse_foreign(tmp_path / "clip", source)
+    files.refuse_foreign(tmp_path / "clip", tmp_path / "clip2")
+
+
+def test_a_fresh_folder_follows_a_link(tmp_path):
+    made(tmp_path / "disk", "config.json")
+    (tmp_path / "out").symlink_to("disk")
+    made(tmp_path / "out", "scores.json")
+    assert (tmp_path / "out").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["scores.json"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_fresh_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    made(tmp_path / "out", "config.json")
+    replace_, whole = files.os.replace, []
+
+    def fails(a, b):
+        whole.append(list(tmp_path.rglob("config.json")))
+        if str(a).endswith(".part"):
+            raise OSError(errno.EIO, "broken")
+        replace_(a, b)
+
+    monkeypatch.setattr(files.os, "replace", fails)
+    with pytest.raises(OSError, match="broken"):
+        made(tmp_path / "out", "scores.json")
+    assert all(whole) and [p.name for p in tmp_path.rglob("*")] == ["out", "config.json"]
+
+
+def test_two_writers_do_not_mix_and_the_dead_leave_nothing(tmp_path, monkeypatch):
+    with files.fresh_folder(tmp_path / "out") as mine:
+        monkeypatch.setattr(files.os, "getpid", lambda: 1)
+        with files.fresh_folder(tmp_path / "out") as theirs:
+            assert theirs != mine
+            (theirs / "config.json").touch()
+        assert not list(mine.iterdir())
+        (mine / "config.json").write_text("mine")
+        (tmp_path / ".out.999999999.part").mkdir()
+        (tmp_path / ".out.999999999.old").mkdir()
+    assert (tmp_path / "out/config.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_fresh_folder_refuses_to_replace_a_file(tmp_path):

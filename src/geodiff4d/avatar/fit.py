@@ -23,7 +23,7 @@ from geodiff4d.avatar.refine import RefineConfig
 from geodiff4d.avatar.start import start
 from geodiff4d.avatar.surface import RemeshConfig, Surface, own_surface, remesh
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, write_json
+from geodiff4d.core.files import fresh_folder, refuse_foreign, write_json
 from geodiff4d.core.images import write_image
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.clip import Clip
@@ -146,8 +146,7 @@ def fit(
         raise UserError(
             f"normals come from the {config.normal_source}, but an estimator was {'' if normals else 'not '}given"
         )
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: expected a folder to write to, or a new name")
+    refuse_foreign(out, clip.folder)
     head = load_head(clip.head_name)
     frames = Frames(clip, head, config.hold_out, normals)
     with _repeatable(config.device):

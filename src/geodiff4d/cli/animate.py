@@ -29,7 +29,7 @@ def run(args: Args) -> None:
 
     from geodiff4d.cli.progress import track
     from geodiff4d.core.errors import UserError
-    from geodiff4d.core.files import fresh_folder
+    from geodiff4d.core.files import fresh_folder, refuse_foreign
     from geodiff4d.core.images import encode_normals
     from geodiff4d.core.video import write_video
     from geodiff4d.pipeline import animate, following
@@ -37,6 +37,7 @@ def run(args: Args) -> None:
 
     if args.camera == "driver" and args.pose == "still":
         raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
+    refuse_foreign(args.out, args.portrait, args.driving)
     job = prepare(args, track, args.frames)
     n, own = len(job.driving), job.portrait.params
     if args.camera == "driver":

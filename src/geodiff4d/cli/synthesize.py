@@ -21,8 +21,10 @@ class Args(GenerationArgs):
 def run(args: Args) -> None:
     from geodiff4d.cli.progress import track
     from geodiff4d.core.errors import UserError
+    from geodiff4d.core.files import refuse_foreign
     from geodiff4d.pipeline import synthesize
 
+    refuse_foreign(args.out, args.portrait, args.driving)
     job = prepare(args, track)
     views, frames = args.views or job.preset.views, args.frames or job.preset.frames
     if not 1 <= views <= 16 or frames < views:

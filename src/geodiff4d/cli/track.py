@@ -15,7 +15,7 @@ class Args:
     input: Annotated[Path, tyro.conf.Positional]
     """Picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face."""
     out: Path
-    """Clip folder to write; it replaces an older one."""
+    """Clip folder to write; it replaces an older one, and nothing else."""
     head: str = "openhead"
     """`openhead`, your FLAME file (.pkl; docs/FLAME.md), or an .npz head (docs/OPENHEAD.md)."""
     detector: Literal["embedded", "mediapipe"] | None = None
@@ -31,11 +31,13 @@ class Args:
 
 def run(args: Args) -> None:
     from geodiff4d.cli import progress
+    from geodiff4d.core.files import refuse_foreign
     from geodiff4d.heads import load_head
     from geodiff4d.tracking.detect import MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
     from geodiff4d.tracking.track import TrackConfig, default_detector, track
 
+    refuse_foreign(args.out, args.input)
     config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()

@@ -1,5 +1,6 @@
 """Files that are whole or absent, and model folders (`config.json` + safetensors shards)."""
 
+import glob
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,19 @@ from geodiff4d.core.packing import unpacked
 SHARD_BYTES = 15_000_000
 MAX_ARRAYS_BYTES = 256 * 1024**2
 """What an .npz of a user's may unpack to; tracks of heads have some megabytes."""
+WRITTEN = {
+    "transforms.json": "transforms_*.json canonical_flame_param.npz images fg_masks normals flame_param reference.png "
+    "reference_normal.png expression_tokens.safetensors overlay.png overlay.mp4",
+    "config.json": "model*.safetensors diffusion_pytorch_model*.safetensors avatar.safetensors params.npz preview.png "
+    "metrics.json fit.json log.jsonl gaussian_avatars.npz",
+    "point_cloud.ply": "flame_param.npz geodiff4d.npz",
+    "sequence.json": "frame_*.ply",
+    "side_by_side.mp4": "video.mp4 normals.mp4",
+    "scores.json": "driver_c*.png video_model_c*.png mesh_warp_c*.png truth_*.png",
+}
+"""The folders that we write: the file that each has, and what may stand beside it."""
+STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file browsers leave."""
 
 
 @contextmanager
@@ -29,7 +44,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
     """Yield a name to write to that takes the place of `path` only if the block succeeds, and else is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = _beside(path, "part")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -84,23 +99,84 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged or holds more than plain arrays ({reason})") from None
 
 
+def refuse_foreign(path: Path, *inputs: Path) -> Path:
+    """Check that a new folder may take the place of `path`; returns it resolved.
+
+    Raises:
+        UserError: it is a file, the folder one is in or one above it, the home folder, a folder with something in it
+            that is not ours, or a folder with one of the `inputs`.
+    """
+    whole = Path(path).resolve()
+    if whole.exists() and not whole.is_dir():
+        raise UserError(f"{path} is a file: expected a folder to write to, or a new name")
+    for kept, what in (
+        (Path.cwd(), "the folder you are in"),
+        (Path(os.environ.get("HOME") or "/"), "your home folder"),
+    ):
+        if whole in (kept.resolve(), *kept.resolve().parents):
+            raise UserError(f"{path} is {what}, or one above it: give --out a new or empty folder")
+    for source in inputs:
+        if whole in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"{source} lies in {path}, which would be replaced: give --out a new or empty folder")
+    if whole.is_dir() and not _is_ours(whole):
+        raise UserError(f"{path} holds files that geodiff4d did not write: give --out a new or empty folder")
+    return whole
+
+
+def _is_ours(folder: Path) -> bool:
+    names = {p.name for p in folder.iterdir()}.difference(STRAY)
+    for mark, beside in WRITTEN.items():
+        if mark in names and all(name == mark or any(fnmatch(name, p) for p in beside.split()) for name in names):
+            # Others write NeRF-style folders as well.
+            return mark != "transforms.json" or '"geodiff4d"' in (folder / mark).read_text(errors="replace")[:1000]
+    return not names
+
+
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder that takes the place of `path` only if the block succeeds."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: expected a folder to write to, or a new name")
+    """Yield an empty folder that takes the place of `path` only if the block succeeds.
+
+    Raises:
+        UserError: what is there is not ours to replace (`refuse_foreign`).
+    """
+    path = refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
+    temporary, old = _beside(path, "part"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        # Renamed, not removed: whenever the process dies, one of the two is whole.
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
         raise
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left == old or _is_left(left.name.removeprefix(f".{path.name}.")):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Name a temporary that no other process has."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _is_left(name: str) -> bool:
+    """Whether `PID.part` or `PID.old` was left by a process that is gone."""
+    pid, _, kind = name.partition(".")
+    if kind not in ("part", "old") or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def save_model(folder: Path, config: Any, state: dict[str, Tensor]) -> None:
