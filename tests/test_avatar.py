@@ -4,10 +4,13 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from avatars import painted_avatar, talking
 from geodiff4d.avatar import drive
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_frames, sample_surface, to_local
 from geodiff4d.avatar.densify import DensifyConfig
@@ -17,6 +20,7 @@ from geodiff4d.avatar.losses import position_tolerance, ssim
 from geodiff4d.avatar.model import Avatar, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
 from geodiff4d.avatar.shoulders import continued
+from geodiff4d.avatar.surface import RemeshConfig, remesh
 from geodiff4d.cli.fit import Args as FitArgs
 from geodiff4d.cli.fit import run as run_fit
 from geodiff4d.cli.render import Args as RenderArgs
@@ -342,3 +346,61 @@ def test_a_body_goes_on_below_what_enough_cameras_see():
     body = continued(possible, known)[..., 0]
     # The columns, from below: known above and carried down; ended by a picture of background; never there.
     assert body.tolist() == [[True, True, True, False], [False, True, True, True], [False] * 4]
+
+
+def _harmed(tensors: dict, config: dict, params: dict, harm: str) -> None:
+    """Do to an avatar's parts what a damaged disk or an unfriendly file would."""
+    changed = {
+        "negative face": lambda t: {"face_index": t["face_index"] - 10**9},
+        "int32 face": lambda t: {"face_index": t["face_index"].int()},
+        "short means": lambda t: {"means": t["means"][:5].clone()},
+        "flat means": lambda t: {"means": t["means"][:, :2].contiguous()},
+        "whole means": lambda t: {"means": t["means"].int()},
+        "nan means": lambda t: {"means": t["means"] * float("nan")},
+        "short quats": lambda t: {"quats": t["quats"][:5].clone()},
+        "short opacities": lambda t: {"opacity_logits": t["opacity_logits"][:5].clone()},
+        "infinite scales": lambda t: {"log_scales": t["log_scales"] + float("inf")},
+        "nan camera": lambda t: {"T_cam_world": t["T_cam_world"] * float("nan")},
+        "zero K": lambda t: {"K": t["K"] * 0},
+    }
+    if harm in changed:
+        tensors |= changed[harm](tensors)
+    elif harm == "no frames":
+        params |= {k: v[:0] for k, v in params.items()}
+    elif harm == "nan frames":
+        params["expr"] = params["expr"] * np.nan
+    else:
+        key, value = harm.split("=")
+        config[key] = float(value) if key == "fps" else int(value)
+
+
+@pytest.mark.parametrize("harm", [
+    "negative face", "int32 face", "short means", "flat means", "whole means", "nan means", "short quats",
+    "short opacities", "infinite scales", "nan camera", "zero K", "no frames", "nan frames", "fps=0", "fps=nan",
+    "fps=1e9", "width=0", "width=1000000000",
+])  # fmt: skip
+def test_avatars_that_would_read_foreign_memory_or_show_garbage_are_refused(head, tmp_path, harm):
+    avatar = painted_avatar(head, talking(head, 3), size=16)
+    avatar.save(tmp_path)
+    tensors, config = load_file(tmp_path / "avatar.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    params = dict(np.load(tmp_path / "params.npz"))
+    _harmed(tensors, config, params, harm)
+    save_file(tensors, tmp_path / "avatar.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    np.savez(tmp_path / "params.npz", **params)
+    with pytest.raises(UserError, match=r"damaged avatar|the camera has NaN|focal length 0|at 0×") as caught:
+        Avatar.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["faces", "head_face", "corners"])
+def test_a_surface_that_points_outside_itself_is_refused(head, name):
+    surface = remesh(head, RemeshConfig(16))
+    surface.check(head)
+    for value in (-1, 10**6):
+        broken = getattr(surface, name).clone()
+        broken.view(-1)[0] = value
+        with pytest.raises(ValueError, match="points outside"):
+            replace(surface, **{name: broken}).check(head)
+    with pytest.raises(ValueError, match="expected"):
+        replace(surface, bary=surface.bary.double()).check(head)

@@ -125,6 +125,8 @@ class Body:
             return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
 
         surface = Surface(**part("surface"), remeshed=True) if described.get("remeshed") else own_surface(head)
+        if surface.remeshed:
+            surface.check(head)
         code = ExpressionCode.from_tensors(part("code")) if part("code") else None
         deformation = dynamics = maps = None
         if code is not None and "deformation" in described:

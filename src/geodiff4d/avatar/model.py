@@ -1,5 +1,6 @@
 """The avatar: a head and the Gaussians bound to it, rendered as RGB, normals and alpha in one pass (Sec. 3.3)."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.geometry import quat_to_matrix
+from geodiff4d.core.images import MAX_PIXELS
+from geodiff4d.data.importing import camera_checked
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.gaussians import Gaussians, rasterize
@@ -23,6 +26,7 @@ from geodiff4d.render.riding import shortest_axes
 
 FORMAT_VERSION = 2
 """1 had Gaussians on the head's own mesh alone."""
+MAX_FPS = 1000.0
 
 
 @dataclass(frozen=True)
@@ -143,19 +147,63 @@ class Avatar:
             )
         try:
             tensors = load_file(folder / "avatar.safetensors")
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    raise ValueError(f"{name} has NaN or infinite numbers")
             camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
             shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
             tokens, head, described = tensors.pop("tokens", None), load_head(config["head"]), config.get("parts") or {}
             parts = Body.restored(head, described, tensors) if described else None
             local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
             avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            _check(avatar, str(folder))
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{folder} is a damaged avatar ({error}): fit or copy it again") from None
-        if len(local) and int(local.face_index.max()) >= len(avatar.body.surface.faces):
-            raise UserError(f"{folder} was made for another version of the head {config['head']!r}: fit it again")
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{folder} is a damaged avatar ({reason}): fit or copy it again") from None
         return avatar
+
+
+def _check(avatar: Avatar, where: str) -> None:
+    """Refuse what would pose or render as garbage: the compiled loops read past the end of short tensors.
+
+    Raises:
+        ValueError: a tensor, the camera, the rate or the sequence is not an avatar's; UserError for another head's.
+    """
+    local, camera, sequence, count = avatar.local, avatar.camera, avatar.sequence, len(avatar.local)
+    shapes = {"means": (3,), "quats": (4,), "log_scales": (3,), "opacity_logits": (), "color_logits": (3,)}
+    for name, row in shapes.items():
+        tensor: Tensor = getattr(local, name)
+        if tensor.dtype != torch.float32 or tensor.shape != (count, *row):
+            raise ValueError(f"{name} is {_described(tensor)}, expected float32 {[count, *row]}")
+    if local.features is not None and (local.features.dim() != 2 or len(local.features) != count):
+        raise ValueError(f"features is {_described(local.features)}, expected a row for each of {count} Gaussians")
+    if local.face_index.dtype != torch.int64 or local.face_index.dim() != 1:
+        raise ValueError(f"face_index is {_described(local.face_index)}, expected int64 in one row")
+    if count and int(local.face_index.min()) < 0:
+        raise ValueError("face_index has negative numbers")
+    if count and int(local.face_index.max()) >= len(avatar.body.surface.faces):
+        raise UserError(f"{where} was made for another version of the head {avatar.head.name!r}: fit it again")
+    if camera.T_cam_world.shape != (4, 4) or camera.K.shape != (3, 3):
+        raise ValueError("T_cam_world and K are not one camera's")
+    camera_checked(camera.T_cam_world, camera.K, camera.width, camera.height, where)
+    if camera.width * camera.height > MAX_PIXELS:
+        raise ValueError(f"the camera has {camera.width}×{camera.height} pixels, expected at most {MAX_PIXELS:,}")
+    if not (math.isfinite(avatar.fps) and 0 < avatar.fps <= MAX_FPS):
+        raise ValueError(f"fps is {avatar.fps}, expected more than 0 and at most {MAX_FPS:g}")
+    rows = [v for v in vars(sequence).values() if v is not None]
+    if len({len(v) if v.dim() > 1 else -1 for v in rows}) != 1 or rows[0].dim() < 2 or not len(rows[0]):
+        raise ValueError("params.npz has no timesteps, or not equally many of everything")
+    if not all(bool(v.isfinite().all()) for v in rows):
+        raise ValueError("params.npz has NaN or infinite numbers")
+    avatar.head.pose(replace(sequence[0], shape=avatar.shape))
+    if avatar.tokens is not None and len(avatar.tokens) != len(rows[0]):
+        raise ValueError(f"tokens of {len(avatar.tokens)} timesteps, expected {len(rows[0])}")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def render_splats(

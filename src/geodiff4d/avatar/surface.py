@@ -72,6 +72,24 @@ class Surface:
         a, b, c = (values.index_select(-2, self.corners[:, i]) * self.bary[:, i, None] for i in range(3))
         return a + b + c
 
+    def check(self, head: Head) -> None:
+        """Refuse a surface that was read and points outside itself or the head.
+
+        Raises:
+            ValueError: what of it does, or has another shape or type than a surface's.
+        """
+        verts, faces = len(self.corners), len(self.faces)
+        ends = {"faces": verts, "head_face": len(head.faces), "corners": len(head.template)}
+        shapes = {"faces": (faces, 3), "head_face": (faces,), "corners": (verts, 3), "bary": (verts, 3),
+                  "uv": (verts, 2), "of_grid": (faces,), "covered": (len(head.faces),)}  # fmt: skip
+        kinds = {"bary": torch.float32, "uv": torch.float32, "of_grid": torch.bool, "covered": torch.float32}
+        for name, shape in shapes.items():
+            value: Tensor = getattr(self, name)
+            if value.shape != shape or value.dtype != kinds.get(name, torch.int64):
+                raise ValueError(f"surface.{name} is {value.dtype} {list(value.shape)}, expected {list(shape)}")
+            if name in ends and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < ends[name]:
+                raise ValueError(f"surface.{name} points outside of the {ends[name]} that there are")
+
     def compact(self) -> "Surface":
         """Leave out points that no triangle has."""
         used, faces = self.faces.unique(return_inverse=True)
