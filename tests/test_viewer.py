@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import socket
 import threading
 
 import pytest
@@ -116,3 +117,30 @@ def test_command(avatar, tmp_path, capsys):
     with Server(studio, "127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot listen"):
         Server(studio, "127.0.0.1", first.server_port)
     assert main(["view", str(tmp_path / "a"), "--port", "99999"]) == 2
+
+
+def test_a_picture_that_fails_ends_the_server(avatar, monkeypatch):
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("no rate")
+
+    monkeypatch.setattr(Studio, "render", fails)
+    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "127.0.0.1", 0) as server:
+        with pytest.raises(ZeroDivisionError, match="no rate"):
+            server.serve_forever(0.01)
+        assert studio.stopped
+
+
+def test_numbers_without_end_are_refused(server):
+    status, _ = ask(server, "POST", "/view", '{"yaw": 1' + "0" * 400 + "}", Content_Type="application/json")
+    assert status == 400
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("192.168.1.7:80", 200), ("[fe80::1]:80", 200), ("localhost", 200), (socket.gethostname(), 200),
+    ("evil.example", 403), ("127.0.0.1.evil.example:80", 403),
+])  # fmt: skip
+def test_a_server_for_the_network_answers_to_addresses_and_its_own_names(avatar, host, status):
+    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "0.0.0.0", 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        assert ask(server, "GET", "/about", Host=host)[0] == status
+        server.shutdown()

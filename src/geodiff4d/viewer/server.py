@@ -4,8 +4,10 @@ It binds to this machine alone unless told otherwise, and answers only to its ow
 can reach it through a browser (DNS rebinding, cross-site requests).
 """
 
+import ipaddress
 import json
 import math
+import socket
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,17 @@ class Server(ThreadingHTTPServer):
             UserError: it is taken, or the address is not this machine's.
         """
         self.studio = studio
-        self.names = {*LOOPBACK, host} if host in LOOPBACK else None
+        self.local = host in LOOPBACK
+        self.names = {*LOOPBACK, host.lower()} | (set() if self.local else own_names())
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port or --host") from None
+
+    def service_actions(self) -> None:
+        """End `serve_forever` with what ended the studio, if something did: nothing new would be shown."""
+        if self.studio.failure is not None:
+            raise self.studio.failure
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that goes away in the middle of a picture is no error."""
@@ -78,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             try:
                 self.server.studio.show(view_from(json.loads(self.rfile.read(int(length))), self.server.studio))
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
                 self.send_error(400, " ".join(str(error).split())[:100])
             else:
                 self.send_response(204)
@@ -88,8 +96,9 @@ class Handler(BaseHTTPRequestHandler):
         """Refuse requests that were meant for somebody else, or sent by another page."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        known = self.server.names is None or name.strip("[]") in self.server.names
+        name = (host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host).strip("[]").lower()
+        # No page elsewhere can make a browser send a bare address as Host, only a name of its own.
+        known = name in self.server.names or (not self.server.local and is_address(name))
         if known and origin in (None, f"http://{host}"):
             return True
         self.send_error(403)
@@ -123,6 +132,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
         """Keep the terminal quiet."""
+
+
+def own_names() -> set[str]:
+    """What this machine calls itself, also with `.local`, as phones on the same network find it."""
+    name = socket.gethostname().lower()
+    return {name, f"{name.partition('.')[0]}.local"}
+
+
+def is_address(name: str) -> bool:
+    """Tell an IP address from a name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def about(studio: Studio) -> dict[str, Any]:

@@ -61,6 +61,8 @@ class Studio:
         self._live: HeadParams | None = None
         self._changed, self._stopped, self._dirty = threading.Condition(), False, True
         self.picture, self.number, self.rate = b"", 0, 0.0
+        self.failure: Exception | None = None
+        """What ended the rendering before its time."""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Studio":
@@ -138,6 +140,14 @@ class Studio:
         return replace(self.camera, T_cam_world=step @ T)
 
     def _run(self) -> None:
+        try:
+            self._render_on()
+        except Exception as error:
+            with self._changed:
+                self.failure, self._stopped = error, True
+                self._changed.notify_all()
+
+    def _render_on(self) -> None:
         began, played = time.monotonic(), -1
         while True:
             with self._changed:
