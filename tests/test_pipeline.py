@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flame_files import arrays, write_beside, write_model
 from geodiff4d import pipeline
 from geodiff4d.core.errors import UserError
 from geodiff4d.data import crops as cuts
@@ -70,6 +71,21 @@ def test_clip_cameras_see_the_whole_head(pair, head):
     torch.testing.assert_close(side, torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)
     positions = cameras.position
     assert torch.pdist(positions).min() > 0.2, "cameras stand apart [m]"
+
+
+def test_a_flame_head_makes_a_clip_too(pair, tmp_path):
+    write_beside(tmp_path, a := arrays())
+    flame = load_head(write_model(tmp_path / "flame2023.pkl", a))
+    rest = flame.neutral(3)
+    portrait = replace(pair.portrait, params=rest[0])
+    cameras = clip_cameras(flame, portrait, VIEWS, SIZE)
+    points = flame.template[cuts.head_region(flame)]
+    xy, _ = cameras.project(points.expand(VIEWS, -1, -1))
+    torch.testing.assert_close((xy.amax(1) - xy.amin(1)).amax(1), torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)
+    driving = replace(pair.driving, params=rest)
+    clip = synthesize(portrait, driving, tmp_path / "clip", flame, "warp", views=1, frames=1)
+    clip.require_head(flame.name)
+    assert len(clip) == 1
 
 
 # What a driver gives

@@ -15,7 +15,8 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, rig
+from geodiff4d.data.crops import head_region
+from geodiff4d.data.synthetic.cameras import canonical_crop, rig
 from geodiff4d.data.synthetic.world import chosen_views
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
@@ -195,7 +196,7 @@ def plan_shots(driving_frames: int, views: int, frames: int) -> list[Shot]:
 def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
     """Return the rig's chosen cameras, cropped around the portrait's head at rest."""
     neutral = replace(head.neutral(1), shape=portrait.params.shape[None], static_offset=None)
-    points = head.pose(neutral).vertices[0][head_region()]
+    points = head.pose(neutral).vertices[0][head_region(head)]
     return canonical_crop(rig(size)[torch.tensor(chosen_views(views))], points, size)
 
 

@@ -18,7 +18,9 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, orbit, rig
+from geodiff4d.data.crops import head_region
+from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, rig
+from geodiff4d.data.synthetic.cameras import head_region as world_region
 from geodiff4d.data.synthetic.expressions import expression_track
 from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
@@ -62,10 +64,9 @@ class Pair:
         A picture does not tell how large a head is: where the tracked one is smaller, the true one is seen from as
         much farther away. Both stand upright in the head's frame, so that no rotation is left to align.
         """
-        region = head_region()
         tracked = replace(head.neutral(1), shape=self.portrait.params.shape[None])
-        a = head.pose(tracked).vertices[0][region]
-        b = self.subject.vertices(self.subject.params(torch.zeros(1, 52)))[0][region]
+        a = head.pose(tracked).vertices[0][head_region(head)]
+        b = self.subject.vertices(self.subject.params(torch.zeros(1, 52)))[0][world_region()]
         ca, cb = a.mean(0), b.mean(0)
         scale = (b - cb).norm() / (a - ca).norm()
         T = cameras.T_cam_world.clone()
@@ -143,14 +144,14 @@ def _portrait_pose(head: Head, subject: SyntheticSubject) -> tuple[HeadParams, C
 
 def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) -> None:
     params, camera = _portrait_pose(head, subject)
-    points = subject.vertices(params)[0][head_region()]
+    points = subject.vertices(params)[0][world_region()]
     camera = loosely(camera, points, size)
     out = subject.render(params, camera)
     write_image(path, out.rgb[0])
 
 
 def _film(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
-    camera = loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
+    camera = loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
     out = driver.render(motion, camera.expand(motion.batch[0]))
     write_video(path, iter(out.rgb), 24.0)
 
@@ -166,7 +167,7 @@ def loosely(camera: Camera, points: Float[Tensor, "n 3"], size: int) -> Camera:
 def _portrait(path: Path, head: Head, subject: SyntheticSubject, size: int) -> Portrait:
     true, camera = _portrait_pose(head, subject)
     tracked = disturbed(true, seed=subject.seed)
-    camera = canonical_crop(camera, head.pose(tracked.without_expression()).vertices[0][head_region()], size)
+    camera = canonical_crop(camera, head.pose(tracked.without_expression()).vertices[0][head_region(head)], size)
     out = subject.render(true, camera)
     write_image(path, out.rgb[0])
     write_image(path.with_name("portrait_mask.png"), out.mask[0])
@@ -174,7 +175,7 @@ def _portrait(path: Path, head: Head, subject: SyntheticSubject, size: int) -> P
 
 
 def _driver_clip(folder: Path, driver: SyntheticSubject, motion: HeadParams, tracked: HeadParams, size: int) -> None:
-    camera = canonical_crop(rig(size)[8:9], driver.vertices(motion[:1])[0][head_region()], size)
+    camera = canonical_crop(rig(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
     n = motion.batch[0]
     out = driver.render(motion, camera.expand(n))
     with ClipWriter(
@@ -222,6 +223,6 @@ def silhouette_orbit(pair: Pair, head: Head, size: int, count: int, degrees: flo
     """Render the subject at rest around ±`degrees`, for the avatar's silhouettes."""
     azimuth = torch.linspace(-degrees, degrees, count)
     at_rest = replace(head.neutral(1), shape=pair.portrait.params.shape[None])
-    points = head.pose(at_rest).vertices[0][head_region()]
+    points = head.pose(at_rest).vertices[0][head_region(head)]
     cameras = canonical_crop(orbit(azimuth, torch.zeros(count), size), points, size)
     return cameras, truth_frames(pair, head, pair.subject.params(torch.zeros(count, 52)), cameras)
