@@ -14,7 +14,7 @@ from geodiff4d.video.attention import GroupNorm
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel, VideoModelConfig
-from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.sample import SampleConfig, bf16_is_native, sample
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 
@@ -221,6 +221,12 @@ def test_no_step_makes_the_host_wait():
         torch.tensor([1.0], device="meta") + there(1)
         torch.zeros(1).to("meta")
     assert traffic.seen, "the watch itself works"
+
+
+def test_emulated_bf16_is_not_chosen(monkeypatch):
+    """A card before Ampere emulates bf16: right, and slower than float32."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not bf16_is_native(torch.device("cuda"))
 
 
 @torch.no_grad()

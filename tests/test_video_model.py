@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
+from geodiff4d.core.images import encode_normals
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.pairs import PairConfig, draw_pairs
 from geodiff4d.data.store import Store, StoreConfig
@@ -446,6 +447,31 @@ def test_a_portrait_is_driven(codec, name):
             torch.rand(2, 3, 16, 16, generator=g), FAST,
         )  # fmt: skip
         assert not torch.equal(own.rgb, made.rgb)
+
+
+@torch.no_grad()
+def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
+    head, model, g = load_head("openhead"), build(PAPER, codec), torch.Generator().manual_seed(0)
+    normal = torch.nn.functional.normalize(torch.randn(3, SIZE, SIZE, generator=g), dim=0)
+    picture, mask = torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE)
+    portrait = Portrait(picture, mask, cameras(head, 0.0)[0], head.neutral(), normal)
+    starts = []
+
+    def spy(model, conditions, latents, reference, start, *rest, **more):
+        starts.append(start)
+        return sample(model, conditions, latents, reference, start, *rest, **more)
+
+    monkeypatch.setattr("geodiff4d.video.generate.sample", spy)
+    crops = torch.rand(2, 3, 16, 16, generator=g)
+    given = (model, head, portrait, head.neutral(2), cameras(head, -0.3, 0.4), crops)
+    generate(*given, FAST)
+    own = [codec.encode(x[None])[0] for x in (portrait.on_grey, encode_normals(normal, mask))]
+    torch.testing.assert_close(starts.pop(), torch.stack(own)[None])
+    # Without an estimator's, the normals are the model's own: sampled from noise.
+    generate(*given[:2], replace(portrait, normal=None), *given[3:], FAST)
+    assert starts[0] is None and torch.equal(starts[1][:, 0], codec.encode(picture[None]))
+    generate(*given, replace(FAST, start="noise"))
+    assert starts[2] is None
 
 
 @torch.no_grad()

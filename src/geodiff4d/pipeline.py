@@ -284,11 +284,9 @@ def write_planned(
         for t in order:
             clip.add_params(t, plan.driving.params[t])
         for i, s in enumerate(plan.shots):
-            clip.add(
-                s.timestep, s.camera, made.rgb[i].cpu(), plan.rig[s.camera], made.mask[i].cpu(), made.normal[i].cpu()
-            )
+            clip.add(s.timestep, s.camera, made.rgb[i], plan.rig[s.camera], made.mask[i], made.normal[i])
         clip.set_reference(portrait.on_grey)
-        rows = {s.timestep: made.tokens[i].cpu() for i, s in enumerate(plan.shots)}
+        rows = {s.timestep: made.tokens[i] for i, s in enumerate(plan.shots)}
         clip.set_tokens(torch.stack([rows[t] for t in order]))
     return Clip(out)
 

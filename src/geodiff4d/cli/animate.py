@@ -56,8 +56,8 @@ def run(args: Args) -> None:
         job.driving.crops, size=portrait.shape[-2:], mode="bilinear", align_corners=False
     )
     with fresh_folder(args.out) as folder:
-        write_video(folder / "video.mp4", made.rgb.cpu(), job.driving.fps)
-        write_video(folder / "normals.mp4", normals.cpu(), job.driving.fps)
-        rows = (torch.cat([portrait, crops[i], made.rgb[i].cpu(), normals[i].cpu()], -1) for i in range(n))
+        write_video(folder / "video.mp4", made.rgb, job.driving.fps)
+        write_video(folder / "normals.mp4", normals, job.driving.fps)
+        rows = (torch.cat([portrait, crops[i], made.rgb[i], normals[i]], -1) for i in range(n))
         write_video(folder / "side_by_side.mp4", rows, job.driving.fps)
     print(f"{args.out}: {n} frames; side_by_side.mp4 shows portrait, driver, result and normals")

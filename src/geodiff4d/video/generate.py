@@ -123,7 +123,7 @@ def generate(
     progress: Callable[[int], None] = lambda n: None,
     drop_expression: bool = False,
 ) -> Generated:
-    """Generate one frame for each (head pose, camera, driving crop).
+    """Generate one frame for each (head pose, camera, driving crop), on the model's device; the result is on the CPU.
 
     Args:
         params: target head parameters in the portrait's shape (`with_identity_of`); their expression is not read.
@@ -156,14 +156,14 @@ def generate(
     z = sample(model, conditions, driven, kv, start, config, progress, runs_of(cameras), words)
     with alone(model, "codec", offload=config.offload):
         images = _decode(model, z, head, texture, params, cameras, moved, config)
-    rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
+    rgb, tokens = rearrange(images[:, 0], "1 c t h w -> t c h w"), model.expression.tokens(latents)[0].cpu()
     if not model.config.normals:
-        mask = torch.ones_like(rgb[:, :1])
-        return Generated(rgb, torch.zeros_like(rgb), mask, model.expression.tokens(latents)[0])
+        rgb = rgb.cpu()
+        return Generated(rgb, torch.zeros_like(rgb), torch.ones_like(rgb[:, :1]), tokens)
     encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
     rgb, mask = freed(rgb, coverage(encoded))
     normal = decode_normals(encoded) * (mask > 0)
-    return Generated(composite(rgb, mask), normal, mask, model.expression.tokens(latents)[0])
+    return Generated(composite(rgb, mask).cpu(), normal.cpu(), mask.cpu(), tokens)
 
 
 def _conditions(

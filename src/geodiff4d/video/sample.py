@@ -80,7 +80,7 @@ def autocast(device: torch.device, enabled: bool):
 def bf16_is_native(device: torch.device) -> bool:
     """Whether the machine computes in bf16 rather than emulating it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
