@@ -15,6 +15,7 @@ from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.train import train_image
+from geodiff4d.video.vae import StableCodec
 from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, UNET, build, tiny_codec
 
 
@@ -67,6 +68,17 @@ def test_batches_are_ranges_of_samples():
     assert_close(batch.reference[1], all_in_all.codec.encode(x.reference[None])[0])
     resized = batches(encoded_pose=False)[3]
     assert resized.pose.shape == (2, 3, 4, 8, 8) and resized.reference_pose.shape == (2, 3, 8, 8)
+
+
+def test_examples_follow_the_codec_to_its_device(monkeypatch):
+    """Stable Diffusion's autoencoder has parameters and no buffers."""
+    with torch.device("meta"):
+        codec = StableCodec(None)
+    seen: list[str] = []
+    monkeypatch.setattr(codec, "encode", lambda x: seen.append(x.device.type) or x[:, :, ::8, ::8])
+    given = MixedBatches(Mixture([Film(3)], CLIP), codec, 2)
+    monkeypatch.setattr(given, "_weight", lambda e, side: e.mask.new_ones(2, 1, 1, 4, side, side))
+    assert given[0].crops.device.type == "meta" and set(seen) == {"meta"}
 
 
 def test_padding_and_unknown_normals_count_nothing():

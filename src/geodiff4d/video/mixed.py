@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from itertools import count
+from itertools import chain, count
 
 import torch
 from einops import rearrange
@@ -60,7 +60,7 @@ class MixedBatches:
     @torch.no_grad()
     def encode(self, e: Example) -> Batch:
         """Turn decoded examples into latents, conditions and weights, on the codec's device."""
-        device = next(iter(self.codec.buffers()), torch.empty(0)).device
+        device = next(chain(self.codec.parameters(), self.codec.buffers())).device
         e = replace(e, **{f.name: v.to(device) for f in fields(Example) if (v := getattr(e, f.name)) is not None})
         rgb, normal = (self._latents(x) for x in (e.rgb, e.normal))
         side = rgb.shape[-1]
