@@ -39,7 +39,7 @@ from geodiff4d.video.model import (
 from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.recode import recode, starting_weights
 from geodiff4d.video.sample import SampleConfig, sample
-from geodiff4d.video.train import ImageTraining, train_image
+from geodiff4d.video.train import ImageTraining, _check_finite, train_image
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 from geodiff4d.video.warm_start import REGIONS, fit_motion_code, fit_motion_readout, warm_start
@@ -665,6 +665,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(codec, b
     assert all(p.isfinite().all() for p in load_video_model(tmp_path / "model").parameters())
     whole = train_image(tmp_path, EMBEDDED, codec, batches, config)
     assert all(p.isfinite().all() for p in whole.parameters())
+
+
+def test_between_checks_a_bad_gradient_touches_no_weight(codec, batches, tmp_path, monkeypatch):
+    """As on a GPU, which is not asked at every step: the next one that is asked tells."""
+    told: list[float] = []
+    monkeypatch.setattr(
+        "geodiff4d.video.train._check_finite", lambda loss, norm, bad, step, folder: told.append(bad.item())
+    )
+    poisoned = Poisoned(batches.store, batches.latents, batches.pairs, batches.seed)
+    whole = train_image(tmp_path, EMBEDDED, codec, poisoned, replace(TRAINING, steps=4))
+    assert told == [0, 0, 1, 1] and all(p.isfinite().all() for p in whole.parameters())
+    monkeypatch.undo()
+    fine = torch.ones(())
+    _check_finite(fine, fine, torch.zeros(()), 3, tmp_path)
+    with pytest.raises(UserError, match="since the last line"):
+        _check_finite(fine, fine, torch.ones(()), 3, tmp_path)
 
 
 def test_accumulated_batches_make_one_step(codec, batches, tmp_path):

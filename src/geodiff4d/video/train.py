@@ -134,6 +134,9 @@ def train_image(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
     clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
+    # Once a gradient was not finite, fused AdamW is told on the device to leave the weights alone, without a wait.
+    bad = torch.zeros((), device=accelerator.device)
+    optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # what a GradScaler sets
     if isinstance(batches, MixedBatches):
         batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
     for step in range(first, config.steps):
@@ -153,10 +156,14 @@ def train_image(
             per_domain += error.detach()
         norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
         loss, last = per_domain.mean(), step == config.steps - 1
-        logs, saves = step % config.log_every == 0 or last, (step + 1) % config.save_every == 0 or last
-        # A GPU is asked only where it must answer anyway; weights are not touched by a step that went wrong.
+        logs = step % config.log_every == 0 or last
+        timed = watch is not None and clock.old(config.save_minutes)
+        saves = timed or (step + 1) % config.save_every == 0 or last
+        assert isinstance(norm, Tensor)
+        torch.maximum(bad, 1 - torch.isfinite(norm).to(bad), out=bad)
+        # A GPU is asked only where it must answer anyway.
         if accelerator.device.type == "cpu" or logs or saves:
-            _check_finite(loss, norm, step, folder.path)
+            _check_finite(loss, norm, bad, step, folder.path)
         prepared.step()
         prepared.zero_grad(set_to_none=True)
         _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
@@ -169,7 +176,7 @@ def train_image(
             record |= clock.at(step)
             watch.log(record)
             progress(step, config.steps, record)
-        if saves or clock.old(config.save_minutes):
+        if saves:
             tensors = {f"model.{k}": v for k, v in trained_state(model).items()}
             folder.save(tensors | {f"ema.{k}": v for k, v in ema.items()} | optimiser_tensors(optimiser), step + 1)
             model.save(folder.path / "model", ema)
@@ -235,16 +242,17 @@ def _restore(
     restore_optimiser(optimiser, tensors)
 
 
-def _check_finite(loss: Tensor, norm: Tensor | float | None, step: int, folder: Path) -> None:
+def _check_finite(loss: Tensor, norm: Tensor, bad: Tensor, step: int, folder: Path) -> None:
     """Stop before a bad gradient reaches the weights.
 
     Raises:
-        UserError: the loss or the gradient's norm is not finite.
+        UserError: the loss is not finite, or a gradient's norm was not since the last check (`bad` is above 0).
     """
-    if math.isfinite(loss.item()) and (norm is None or math.isfinite(float(norm))):
+    if math.isfinite(loss.item()) and bad.item() == 0:
         return
     raise UserError(
-        f"step {step}: loss {loss.item():.3g}, gradient norm {float(norm or 0):.3g}: expected finite numbers; "
+        f"step {step}: loss {loss.item():.3g}, gradient norm {norm.item():.3g}: expected finite numbers, here and "
+        f"since the last line of the log; "
         f"the last good checkpoint stays in {folder}: run again with a lower rate"
     )
 
