@@ -103,7 +103,9 @@ PRESETS: dict[str, tuple[str, FitConfig]] = {
         FitConfig(
             iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
             color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
-            refine=RefineConfig(expr=1e-4, pose=1e-5, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8),
+            refine=RefineConfig(
+                expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8
+            ),
             remesh=RemeshConfig(128),
             deformation=DeformationConfig(size=128, channels=64, levels=6, lr=1e-4),
             dynamics=DynamicsConfig(features=16, hidden=64, lr=1e-4, feature_lr=2.5e-3),

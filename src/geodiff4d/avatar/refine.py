@@ -18,7 +18,9 @@ class RefineConfig:
 
     expr: float = 2e-3
     pose: float = 2e-4
-    """Rotation, neck, jaw and eyes [rad]."""
+    """Rotation and neck [rad]."""
+    face: float = 2e-4
+    """Jaw and eyes [rad]: expression to the paper, which leaves both out of its pose maps."""
     translation: float = 4e-5
     """Metres."""
     shape: float = 2e-3
@@ -62,5 +64,8 @@ class Refinement:
 
     def groups(self, config: RefineConfig) -> list[dict]:
         """Return Adam's parameter groups at their peak rates."""
-        rates = {"expr": config.expr, "eyelids": config.expr, "translation": config.translation, "shape": config.shape}
+        rates = {
+            "expr": config.expr, "eyelids": config.expr, "jaw_pose": config.face, "eyes_pose": config.face,
+            "translation": config.translation, "shape": config.shape,
+        }  # fmt: skip
         return [{"params": [r], "peak": rates.get(n, config.pose), "name": n} for n, r in self.residuals.items()]
