@@ -30,7 +30,7 @@ from geodiff4d.video.objective import Draws, Objective, averaged, trained_state
 from geodiff4d.video.preview import generated_latents, sheet
 from geodiff4d.video.recompute import recompute_activations
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import draw, train_image
+from geodiff4d.video.train import ImageTraining, draw, train_image
 from test_video_model import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
 
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
@@ -139,6 +139,17 @@ def test_flicker_is_what_changes_otherwise_than_the_truth():
     assert flicker(truth + jitter, truth, inside) == pytest.approx(25.5, rel=1e-4)
     assert flicker(truth + jitter * (1 - inside), truth, inside) == pytest.approx(0, abs=1e-4)
     assert flicker(truth[:1].expand_as(truth), truth, inside) > 10, "a frozen film misses the motion"
+
+
+def test_expressions_are_dropped_by_the_frame_and_later_by_the_clip(codec, clips):
+    model, batch = build(VIDEO, codec), clips[0]
+    for parts in ("all", "temporal"):
+        config = replace(STAGE2, parts=parts, drop_expression=0.1)
+        dropped = torch.cat([draw(model, batch, config, i).drop_expression for i in range(1000)])
+        assert dropped.shape == (2000, 4) and abs(dropped.float().mean().item() - 0.1) < 0.02
+        mixed = dropped.any(1) & ~dropped.all(1)
+        assert mixed.any() == (parts == "all"), "guidance's null branch is a clip without any expression"
+    assert ImageTraining().drop_expression == 0.1
 
 
 def test_some_clips_start_where_a_sampler_does(codec, clips):

@@ -10,16 +10,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
+from geodiff4d.avatar.refine import Refinement
 from geodiff4d.cli import _training
 from geodiff4d.cli._stores import is_footage
 from geodiff4d.cli.train import Args, run
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.mixture import Mixture, MixtureConfig
-from geodiff4d.presets import PRESETS, preset, with_temporal_modules
+from geodiff4d.data.synthetic.cameras import openhead
+from geodiff4d.presets import PRESETS, ablated, preset, with_temporal_modules
+from geodiff4d.video.batches import UNIFORM
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import train_image
+from geodiff4d.video.train import _rate, train_image
 from geodiff4d.video.watch import Watch
 from test_mixed import CLIP, Film
 from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, tiny_codec
@@ -86,6 +90,25 @@ def test_wrong_options_are_one_line(tmp_path, args, says):
     with pytest.raises(UserError, match=says) as error:
         run(Args(**{"out": tmp_path / "out", "preset": "embedded", **args}))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_paper_preset_is_the_papers():
+    """Sec. 4.1, 4.2 and S-A; rates stay where they are once warm."""
+    p, fitted = preset("paper"), FIT_PRESETS["paper"][1]
+    for stage, steps, references, targets in ((p.image, 80_000, 32, 1), (p.video, 20_000, 8, 16)):
+        assert (stage.steps, stage.pairs.references, stage.pairs.targets) == (steps, references, targets)
+        assert stage.lr == 1e-5 and stage.accumulate == 1 and stage.drop_expression == 0.1 and stage.recompute
+        assert stage.steadiness == stage.sampled_starts == stage.warm_start == 0 and stage.weights == UNIFORM
+        assert {_rate(step, stage) for step in (stage.warmup, steps // 2, steps - 1, steps)} == {1.0}
+        assert stage.preview.guidance == 2.5 and stage.preview.steps > 1
+    assert (p.sample.steps, p.sample.guidance, p.sample.start, p.sample.window) == (25, 2.5, "reference", 16)
+    assert p.model.size == 512 and p.model.diffusion.prediction == "epsilon" and not p.model.warp
+    assert (p.views, p.frames, fitted.iterations) == (12, 200, 100_000)
+    peaks = {g["name"]: g["peak"] for g in Refinement(openhead().neutral(2)).groups(fitted.refine)}
+    moved = ("expr", "jaw_pose", "eyes_pose")
+    assert {peaks.pop(n) for n in moved} == {1e-4} and set(peaks.values()) == {1e-5}
+    with pytest.raises(UserError, match="no warped portrait"):
+        ablated(p, ("warp",))
 
 
 def test_every_preset_has_a_second_stage():

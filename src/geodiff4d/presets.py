@@ -126,13 +126,17 @@ PRESETS: dict[str, Preset] = {
         "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
         model=VideoModelConfig(),
         codec=CodecTraining(),
-        image=ImageTraining(steps=80_000, pairs=PairConfig(references=32, targets=1)),
+        image=ImageTraining(
+            steps=80_000, pairs=PairConfig(references=32, targets=1), hold=1.0, recompute=True,
+            preview=SampleConfig(steps=10, guidance=2.5),
+        ),
         store=StoreConfig(subjects=20_000, instants=8, views=16, size=512, crop=224, texels=512, grid=64),
         val_store=StoreConfig("val", subjects=64, instants=4, views=8, size=512, crop=224, texels=512, grid=64),
         sample=SampleConfig(),
         views=12, frames=200,
         video=ImageTraining(
-            steps=20_000, pairs=PairConfig(references=8, targets=16), parts="temporal", recompute=True
+            steps=20_000, pairs=PairConfig(references=8, targets=16), hold=1.0, parts="temporal", recompute=True,
+            preview=SampleConfig(steps=10, guidance=2.5),
         ),
         tracks=TrackConfig(subjects=5_000, frames=48, portraits=4, views=4),
         val_tracks=TrackConfig(subjects=16, frames=32, portraits=1),
@@ -153,7 +157,7 @@ def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairCo
     """Switch parts of the video model off (Table 2, and our warp): (model, pairing).
 
     Raises:
-        UserError: an unknown part.
+        UserError: an unknown part, or the warp of a preset that has none.
     """
     model, pairs = p.model, p.image.pairs
     for part in parts:
@@ -164,6 +168,8 @@ def ablated(p: Preset, parts: tuple[str, ...]) -> tuple[VideoModelConfig, PairCo
         elif part == "cross-view":
             pairs = replace(pairs, cross_view=False)
         elif part == "warp":
+            if not model.warp:
+                raise UserError("--ablate warp: this preset has no warped portrait to switch off: leave the option out")
             planes = model.unet.in_channels - model.unet.out_channels - 2
             model = replace(
                 model, warp=False, surroundings=False, unet=replace(model.unet, in_channels=planes),

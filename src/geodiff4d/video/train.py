@@ -43,7 +43,7 @@ class ImageTraining:
     """Factor on the encoder's rate."""
     warmup: int = 100
     hold: float = 0.4
-    """Share of the steps before the rate decays along a cosine."""
+    """Share of the steps before the rate decays along a cosine; 1 keeps it."""
     weight_decay: float = 1e-2
     clip: float = 1.0
     accumulate: int = 1
@@ -288,7 +288,7 @@ def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
 
 def _rate(step: int, config: ImageTraining) -> float:
     progress = step / config.steps
-    if progress < config.hold:
+    if progress < config.hold or config.hold >= 1:
         return min(1.0, (step + 1) / config.warmup)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - config.hold) / (1 - config.hold)))
 
@@ -301,7 +301,9 @@ def draw(model: VideoModel, batch: Batch, config: ImageTraining, index: int) -> 
     t = ((steps - 0.01) * torch.rand(b, generator=g) ** config.timestep_power).long()
     # Drawn on the CPU, where every machine draws the same; only the shape of the target is needed.
     noise = model.diffusion.noise_like(torch.empty(batch.target[:, : len(model.config.domains)].shape), g)
-    dropped = torch.rand(b, frames, generator=g) < config.drop_expression
+    # Stage 2 drops whole clips: the null branch of guidance is a clip without any expression.
+    clips = config.parts == "temporal"
+    dropped = (torch.rand(b, 1 if clips else frames, generator=g) < config.drop_expression).expand(b, frames)
     kept = torch.rand(b, generator=g) >= config.drop_warp
     started = None
     if config.sampled_starts:
