@@ -216,7 +216,7 @@ def test_plain_people_are_all_those_who_are_not_randomised():
 
 
 def test_people_are_varied():
-    """Shares of what the design asks for, over three hundred people (nobody is built)."""
+    """Shares of traits, over three hundred people (nobody is built)."""
     drawn = []
     for seed in range(300):
         rng = generator("subject", "train", seed, "traits")

@@ -233,7 +233,7 @@ def animate(
 def warp_frames(
     portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged
 ) -> Generated:
-    """Mesh warp as a generator (design §8): the portrait's texture on the tracked head, in the driver's expression.
+    """Mesh warp as a generator: the portrait's texture on the tracked head, in the driver's expression.
 
     Hair and shoulders come along on a sheet (`render/relief.py`).
     """

@@ -1,4 +1,4 @@
-"""Benchmarks: each measures one hot path and returns its row (design §11)."""
+"""Benchmarks: each measures one hot path and returns its row (docs/BENCHMARKS.md)."""
 
 from collections.abc import Callable
 from typing import Any

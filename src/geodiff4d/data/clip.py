@@ -1,6 +1,6 @@
 """The one data contract: frames of one person, with cameras, masks, normals and head parameters.
 
-On disk a clip is VHAP's NeRF-style export (facts: `transforms.json`, OpenGL camera-to-world, `flame_param/`), extended
+On disk a clip is VHAP's NeRF-style export (`transforms.json`, OpenGL camera-to-world, `flame_param/`), extended
 by `normals/`, expression tokens and the reference portrait, so a VHAP export is a clip and a clip with a FLAME head is
 a VHAP export. In memory everything follows the project's conventions (OpenCV, metres, [0, 1]).
 """

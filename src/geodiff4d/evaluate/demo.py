@@ -1,4 +1,4 @@
-"""The demo: a portrait becomes an avatar, and eight pairs say how well (design §11; the controls of `metrics.json`)."""
+"""The demo: a portrait becomes an avatar, and eight pairs say how well (the controls of `metrics.json`)."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Mesh warp: a portrait's texture carried by the tracked head into another view (design: beyond the paper).
+"""Mesh warp: a portrait's texture carried by the tracked head into another view (beyond the paper).
 
 `carry` notes where each vertex lies in the portrait and whether it is seen there; `warp` then paints any other view of
 the same mesh with the portrait's own pixels. `complete` goes on to a full texture: what the portrait hides comes from

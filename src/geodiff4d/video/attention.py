@@ -2,7 +2,7 @@
 
 Parameter names are those of diffusers' `BasicTransformerBlock`, so Stable Diffusion 1.5 weights fit. Ours / theirs:
 self-attention sees the tokens of *both* domains side by side (`H × 2W`, Sec. 3.2) and, behind its own keys and values,
-those of the reference network (X-NeMo's reader; facts A).
+those of the reference network (X-NeMo's `mutual_self_attention.py`).
 """
 
 from dataclasses import dataclass

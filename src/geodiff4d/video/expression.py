@@ -1,7 +1,7 @@
 """The pose-free expression encoder (Sec. 3.1): a face crop becomes a 1-D latent, and that becomes tokens.
 
-Sizes follow X-NeMo (facts A): latent 512, 32 tokens of 16, fixed sine-cosine positions. Trained by the denoising loss
-alone; pose-free because the pose map already tells the pose and because driving and target views differ.
+Sizes follow X-NeMo's motion encoder: latent 512, 32 tokens of 16, fixed sine-cosine positions. Trained by the denoising
+loss alone; pose-free because the pose map already tells the pose and because driving and target views differ.
 """
 
 import math

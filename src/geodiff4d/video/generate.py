@@ -57,7 +57,7 @@ class Generated:
 
 
 def with_identity_of(portrait: Portrait, driver: HeadParams) -> HeadParams:
-    """Give the driver's motion the portrait's shape: the driver's own would leak its identity (design, pose maps)."""
+    """Give the driver's motion the portrait's shape: the driver's own would leak its identity (docs/CONVENTIONS.md)."""
     batch = driver.batch
     return replace(
         driver,

@@ -3,7 +3,7 @@
 Reads a folder in diffusers' layout (`unet/config.json` + `diffusion_pytorch_model.safetensors`, whole or sharded).
 Every tensor must find its place: what may be missing (ours alone) or left over (a reference network ends early) is
 listed here, and anything else is refused by name. The first convolution grows from SD's 4 channels to ours, the new
-ones at zero, so that a fresh model computes what Stable Diffusion does (facts J).
+ones at zero, so that a fresh model computes what Stable Diffusion does.
 """
 
 from dataclasses import dataclass, replace
@@ -63,7 +63,7 @@ class LoadReport:
 def unet_config(folder: Path, in_channels: int | None = None, reference: bool = False) -> UNetConfig:
     """Build our configuration from a diffusers UNet folder's config.json.
 
-    `attention_head_dim` is the *number* of heads, as in every SD 1.x folder (facts A).
+    `attention_head_dim` is the *number* of heads, as diffusers reads every SD 1.x folder.
 
     Args:
         in_channels: input channels of ours (latent and pose map: 7); None keeps the folder's.

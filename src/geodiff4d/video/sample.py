@@ -227,7 +227,7 @@ def _predict(model: VideoModel, z: Tensor, t: Tensor, given: _Given) -> Tensor:
 
 
 def _blur(z: Float[Tensor, "1 d c h w"], kernel: int = 9, sigma: float = 18.0) -> Float[Tensor, "1 d c h w"]:
-    """X-NeMo's start: the reference latent through a Gaussian (facts A)."""
+    """X-NeMo's start: the reference latent through a Gaussian (its kernel of 9, σ 18)."""
     x = torch.arange(kernel, dtype=z.dtype, device=z.device) - kernel // 2
     g = torch.exp(-0.5 * (x / sigma).square())
     g = (g / g.sum())[None, None]

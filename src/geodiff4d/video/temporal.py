@@ -1,6 +1,6 @@
 """Temporal modules: every pixel attends along the frames of its own clip (Sec. 3.2, stage 2).
 
-Sizes and order are X-NeMo's (facts A; AnimateDiff's design): group norm → linear → blocks of self-attention over time,
+Sizes and order are X-NeMo's, the design AnimateDiff's: group norm → linear → blocks of self-attention over time,
 each behind sinusoidal positions, and a feed-forward → a linear that starts at zero. A model with fresh modules
 therefore equals the image model it grew from.
 """
@@ -17,7 +17,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import FeedForward, GroupNorm, Layout, MultiHead
 
 MAX_FRAMES = 32
-"""Positions that exist (facts A): the longest window."""
+"""Positions that exist in X-NeMo and AnimateDiff: the longest window."""
 
 FILTER_GAIN = 25.0
 """The filter's few numbers have further to go than a network's weights: with this, one learning rate serves both."""

@@ -1,4 +1,4 @@
-"""The open world: synthetic people, their motions, cameras and clips (design §6), a pure function of (seed, split)."""
+"""The open world (docs/WORLD.md): synthetic people, motions, cameras and clips, a pure function of (seed, split)."""
 
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, random_cameras, rig
 from geodiff4d.data.synthetic.expressions import ACTIONS, TRACK_KINDS, expression_track, random_expression

@@ -2,7 +2,7 @@
 
 A subject is harder than the head that tracks it: its identity comes from a wider basis than OpenHead exposes, its
 surface carries smooth offsets of its own, its actions have personal strengths, sides and shapes, and its hair, beard,
-glasses and clothes lie outside the head mesh (design: the world must be harder than its tracker).
+glasses and clothes lie outside the head mesh (docs/WORLD.md).
 """
 
 from dataclasses import dataclass, replace
