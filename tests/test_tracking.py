@@ -16,7 +16,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
-from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_track, head_region
+from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
@@ -444,8 +444,6 @@ def test_crops():
     point = torch.tensor([[0.01, 0.02, 0.03]])
     (xy,), (xy_crop,) = c.project(point)[0], c.cropped(*box, 64).project(point)[0]
     torch.testing.assert_close((xy - torch.tensor(box[:2])) * 64 / box[2], xy_crop)
-    track = face_crop_track(torch.rand(9, 5, 2) * 10 + 20)
-    assert len({side for _, _, side in track}) == 1
 
 
 @pytest.mark.assets

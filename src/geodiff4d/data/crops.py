@@ -1,8 +1,8 @@
 """Where to cut: the canonical crop of every image, and the driving crop of the face.
 
 Canonical (docs/CONVENTIONS.md): square, centred on the projected head, side 1.6 × its box, fixed per clip and camera.
-Driving: 1.1 × the face's box, its size fixed over a clip and its centre smoothed (X-NeMo: square of the first frame,
-centres through a Gaussian of σ = 5 frames).
+Driving: 1.1 × the face's box, of every frame by itself (X-NeMo: one size per clip, its centres through a Gaussian of
+σ = 5 frames).
 
 Boxes are (left, top, side) in pixels of the uncut image and may reach beyond it.
 """
@@ -16,7 +16,6 @@ from geodiff4d.heads.rig import Head
 
 CANONICAL_SCALE = 1.6
 FACE_SCALE = 1.1
-SMOOTHING_FRAMES = 5.0
 
 
 def head_region(head: Head) -> Bool[Tensor, " verts"]:
@@ -52,23 +51,6 @@ def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) 
     side = float(scale * (high - low).max())
     left, top = ((low + high) / 2 - side / 2).tolist()
     return left, top, side
-
-
-def face_crop_track(
-    points: Float[Tensor, "frames points 2"], scale: float = FACE_SCALE
-) -> list[tuple[float, float, float]]:
-    """Return one driving crop per frame: the median side for all, and centres smoothed over time."""
-    low, high = points.amin(1), points.amax(1)
-    side = float(scale * (high - low).amax(-1).median())
-    centres = smoothed((low + high) / 2, SMOOTHING_FRAMES)
-    return [(float(x) - side / 2, float(y) - side / 2, side) for x, y in centres]
-
-
-def smoothed(values: Float[Tensor, "frames channels"], sigma: float) -> Float[Tensor, "frames channels"]:
-    """Smooth over frames with a Gaussian of `sigma` frames, renormalised at both ends."""
-    t = torch.arange(len(values), dtype=values.dtype, device=values.device)
-    weights = torch.exp(-0.5 * ((t[:, None] - t) / sigma).square())
-    return (weights / weights.sum(1, keepdim=True)) @ values
 
 
 def crop_image(
