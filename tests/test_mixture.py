@@ -14,7 +14,7 @@ from geodiff4d.data import store as stores
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.clip_footage import ClipFootage, open_footage
 from geodiff4d.data.footage import Footage, FrameKey, Take, kind_of
-from geodiff4d.data.mixture import Mixture, MixtureConfig, collate, loader, rank_indices
+from geodiff4d.data.mixture import Mixture, MixtureConfig, collate
 from geodiff4d.data.store import StoreConfig, build_store
 from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, orbit
 from geodiff4d.heads.rig import HeadParams
@@ -48,20 +48,14 @@ def stills(n=50):
     return Paper("stills", [take(f"{i}", 1, 1, temporal=False) for i in range(n)])
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_and_resuming_draw_the_same_samples(ranks):
+def test_resuming_draws_the_same_samples():
     mixture = Mixture([rig(), stills()], MixtureConfig(frames=3), seed=7)
     alone = [mixture.sample(i) for i in range(5 * 8)]
     again = Mixture([rig(), stills()], MixtureConfig(frames=3), seed=7)
     for step in (4, 2, 0, 3, 1):
-        shared = [again.sample(i) for r in range(ranks) for i in rank_indices(step, 8, r, ranks)]
-        assert shared == alone[step * 8 : (step + 1) * 8]
+        batch = range(step * 8, (step + 1) * 8)
+        assert [again.sample(i) for i in batch] == alone[batch.start : batch.stop]
     assert Mixture([rig(), stills()], MixtureConfig(frames=3), seed=8).sample(0) != alone[0]
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="multiple of 4"):
-        rank_indices(0, 6, 0, 4)
 
 
 @pytest.mark.parametrize("targets", ["images", "clip"])
@@ -302,27 +296,6 @@ def test_stage_two_pads_by_repeating(data):
             v = getattr(x, k)
             assert torch.equal(v[n:], v[n - 1 : n].expand_as(v[n:])) and v.isfinite().all(), k
     assert sources == {(0, 5), (1, 1)}
-
-
-def test_loader_reads_each_process_its_part(data):
-    mixture = Mixture([data / "rig", data / "stills"], CONFIG)
-    whole = next(iter(loader(mixture, 4, start=2)))
-    parts = [next(iter(loader(mixture, 4, start=2, stop=3, rank=r, ranks=2))) for r in range(2)]
-    before = torch.random.get_rng_state()
-    steps = list(loader(mixture, 2, start=0, stop=2))
-    assert len(steps) == 2 and torch.equal(before, torch.random.get_rng_state())
-    for k, v in vars(whole).items():
-        if v is not None:
-            torch.testing.assert_close(torch.cat([getattr(p, k) for p in parts]), v, rtol=0, atol=0, equal_nan=True)
-    assert whole.rgb.shape == (4, 2, 3, SIZE, SIZE)
-
-
-@pytest.mark.slow
-def test_workers_change_nothing(data):
-    mixture = Mixture([data / "rig"], CONFIG)
-    one, two = (list(loader(mixture, 2, stop=3, workers=w)) for w in (0, 1))
-    for a, b in zip(one, two, strict=True):
-        assert torch.equal(a.rgb, b.rgb) and torch.equal(a.driving, b.driving)
 
 
 def test_stores_and_clips_mix(data, tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """Training samples from a mixture of footage: cross-view pairs (Sec. 3.1), weighted sampling (Sec. 3.2), clips (4.1).
 
 Sample `i` is a function of (footage, configuration, seed, i) and of nothing else: `Mixture.sample` draws indices,
-`Mixture[i]` decodes them. A step's batch is a range of consecutive samples of which every process takes its part
-(`rank_indices`), so that resuming, more processes or more workers change nothing.
+`Mixture[i]` decodes them. A batch is a range of consecutive samples (`video.mixed`), so that resuming, more processes
+or more workers change nothing.
 
 A sample has one reference and some targets of the same person; each target is driven by another camera of its instant
 wherever there is one. Stage 1 draws targets freely; stage 2 takes consecutive frames of one camera, all driven by one
@@ -13,7 +13,7 @@ source's share is its importance times its samples. Ours: a sample is one camera
 picture, and no source falls below `least_share`, so that small synthetic sets stay represented.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig, augment_crops
@@ -90,7 +90,6 @@ class Example:
     """A decoded sample, or a batch of them with one more axis in front. Pictures in [0, 1] on plain grey."""
 
     reference: Float[Tensor, "*b 3 size size"]
-    reference_mask: Float[Tensor, "*b 1 size size"]
     reference_normal: Float[Tensor, "*b 3 size size"]
     reference_pose: Float[Tensor, "*b 3 size size"]
     rgb: Float[Tensor, "*b frames 3 size size"]
@@ -154,7 +153,7 @@ class Mixture(Dataset):
 
     Example:
         >>> mixture = Mixture([Path("data/nersemble"), Path("data/synthhuman")], MixtureConfig())  # doctest: +SKIP
-        >>> for step, batch in enumerate(loader(mixture, 32)): ...  # doctest: +SKIP
+        >>> batch = collate([mixture[i] for i in range(32)])  # doctest: +SKIP
     """
 
     def __init__(
@@ -224,7 +223,7 @@ class Mixture(Dataset):
         pad = torch.arange(c.frames).clamp(max=n - 1)
         padded = {k: v[pad] for k, v in out.items()}
         return Example(
-            reference=ref.rgb[0], reference_mask=ref.mask[0], reference_normal=ref.normal[0],
+            reference=ref.rgb[0], reference_normal=ref.normal[0],
             reference_pose=ref.pose[0], valid=torch.tensor(s.valid), **padded,
         )  # fmt: skip
 
@@ -309,53 +308,3 @@ def collate(examples: list[Example]) -> Example:
     columns = {f.name: [getattr(e, f.name) for e in examples] for f in fields(Example)}
     stacked: dict[str, Any] = {k: None if v[0] is None else torch.stack(v) for k, v in columns.items()}
     return Example(**stacked)
-
-
-def rank_indices(step: int, batch: int, rank: int = 0, ranks: int = 1) -> range:
-    """Return the global sample indices of one process in one step; together the processes draw the same batch.
-
-    Raises:
-        UserError: the batch does not divide among the processes.
-
-    Example:
-        >>> rank_indices(10, 8, rank=1, ranks=2)
-        range(84, 88)
-    """
-    if batch % ranks:
-        raise UserError(f"a batch of {batch} does not divide among {ranks} processes: choose a multiple of {ranks}")
-    each = batch // ranks
-    return range(step * batch + rank * each, step * batch + (rank + 1) * each)
-
-
-class _Steps:
-    """Batches of indices from a step on, for ever or up to `stop`."""
-
-    def __init__(self, batch: int, start: int, stop: int | None, rank: int, ranks: int):
-        self.batch, self.start, self.stop, self.rank, self.ranks = batch, start, stop, rank, ranks
-        rank_indices(0, batch, rank, ranks)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = self.start
-        while self.stop is None or step < self.stop:
-            yield list(rank_indices(step, self.batch, self.rank, self.ranks))
-            step += 1
-
-
-def loader(
-    mixture: Mixture, batch: int, start: int = 0, stop: int | None = None, rank: int = 0, ranks: int = 1,
-    workers: int = 0,
-) -> DataLoader:  # fmt: skip
-    """Iterate over decoded batches of this process from step `start` on, read ahead by worker processes.
-
-    It must not be given to Accelerate's `prepare`: it is divided among processes already.
-    """
-    # A generator of its own: torch's would otherwise be advanced, and a resumed run would differ.
-    return DataLoader(
-        mixture, batch_sampler=_Steps(batch, start, stop, rank, ranks), collate_fn=collate, num_workers=workers,
-        multiprocessing_context="spawn" if workers else None, worker_init_fn=_one_thread,
-        generator=torch.Generator(), persistent_workers=workers > 0,
-    )  # fmt: skip
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
