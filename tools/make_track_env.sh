@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .track-env, the landmark detector's own environment (about 300 MB), and try it.
+# Make .track-env, the landmark detector's own environment (about 400 MB), and try it.
 #
 # mediapipe 0.10.21 is the last release with the face models inside its wheel. It declares numpy < 2 and jax (800 MB)
 # that face mesh and selfie segmentation do not use, so it is installed without its dependencies beside those it does
