@@ -11,6 +11,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.cameras import head_region
+from geodiff4d.evaluate.demo import _forget_others as forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
 from geodiff4d.evaluate.pairs import scored_shots, silhouette_orbit, truth_frames
 from geodiff4d.heads import load_head
@@ -238,6 +239,38 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
         assert calls == [2]
         monkeypatch.setattr(pipeline, "synthesize", None)
     assert (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_keeps_to_one_reconstruction(pair, head, tmp_path, monkeypatch):
+    monkeypatch.setattr("geodiff4d.avatar.fit.fit", lambda *a: None)
+
+    def go(portrait=pair.portrait, driving=pair.driving, out=tmp_path / "run", frames=2, **options):
+        pipeline.reconstruct(portrait, driving, out, head, "warp", None, "debug", 1, frames, **options)
+
+    go()
+    go(sample=SampleConfig(offload=True, together=False, chunk=1))
+    dimmed = replace(pair.portrait, image=pair.portrait.image * 0.9)
+    others: list[dict] = [
+        {"portrait": dimmed}, {"driving": pair.driving.select([1, 0])}, {"frames": 3}, {"seed": 1},
+        {"sample": SampleConfig(steps=3)},
+    ]  # fmt: skip
+    for other in others:
+        with pytest.raises(UserError, match="holds another reconstruction: give --out a new folder"):
+            go(**other)
+    (tmp_path / "run/reconstruction.json").unlink()
+    with pytest.raises(UserError, match="holds another reconstruction"):
+        go()
+
+
+def test_a_demo_of_other_weights_starts_afresh(tmp_path):
+    for name in ("clip", "avatar.run", "pairs"):
+        (tmp_path / name).mkdir()
+    forget_others(tmp_path, "a")
+    assert (tmp_path / "avatar.run").exists()
+    forget_others(tmp_path, "a")
+    assert (tmp_path / "avatar.run").exists()
+    forget_others(tmp_path, "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["demo.json"]
 
 
 # The demo's pairs

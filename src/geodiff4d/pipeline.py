@@ -13,6 +13,8 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.crops import head_region
@@ -317,12 +319,20 @@ def reconstruct(
     preset: str = "embedded", views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(),
     seed: int = 0, progress: Track = unchanged,
 ) -> Path:  # fmt: skip
-    """Go the whole way: clip, avatar, driven video. Finished stages are kept, so the same call resumes."""
+    """Go the whole way: clip, avatar, driven video. Finished stages are kept, so the same call resumes.
+
+    Raises:
+        UserError: `out` holds a reconstruction of something else.
+    """
     from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
     from geodiff4d.avatar.fit import fit
 
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    weights = None if model is None else (model.config, model.state_dict())
+    # How much memory sampling takes may change from call to call.
+    drawn = replace(sample, **{k: getattr(SampleConfig(), k) for k in ("offload", "together", "chunk")})
+    driven = (driving.params, driving.crops, driving.fps)
+    _claim(out, fingerprint(portrait, driven, generator, weights, views, frames, drawn, seed, preset))
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:
@@ -330,3 +340,16 @@ def reconstruct(
     if not (out / "avatar" / "metrics.json").exists():
         fit(clip, out / "avatar", FIT_PRESETS[preset][1], seed, progress)
     return out
+
+
+def kept_stages(out: Path) -> list[str]:
+    """List the finished stages of a reconstruction."""
+    marks = {"clip": "transforms.json", "avatar": "metrics.json"}
+    return [name for name, mark in marks.items() if (Path(out) / name / mark).exists()]
+
+
+def _claim(out: Path, ours: str) -> None:
+    note = out / "reconstruction.json"
+    if (note.exists() and read_json(note)["fingerprint"] != ours) or (kept_stages(out) and not note.exists()):
+        raise UserError(f"{out} holds another reconstruction: give --out a new folder, or remove it")
+    write_json(note, {"fingerprint": ours})

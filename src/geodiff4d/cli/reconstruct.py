@@ -1,5 +1,6 @@
 """Portrait and driver in, avatar and driven video out: synthesize, fit and render in one go."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,8 @@ class Args(GenerationArgs):
     """Options of `geodiff4d reconstruct`."""
 
     out: Path
-    """Folder to write: portrait/ (as tracked), clip/, avatar/, avatar.mp4, report.html. Finished stages are kept."""
+    """Folder to write: portrait/ (as tracked), clip/, avatar/, avatar.mp4, report.html. The same command, on as many
+    threads, keeps finished stages; another is refused."""
     views: int | None = None
     """Cameras, of the rig's 16; by default the preset's."""
     frames: int | None = None
@@ -22,15 +24,23 @@ def run(args: Args) -> None:
     import json
 
     from geodiff4d.cli.progress import track
+    from geodiff4d.core.files import refuse_foreign
     from geodiff4d.evaluate.reconstruction import finish
-    from geodiff4d.pipeline import reconstruct
+    from geodiff4d.pipeline import kept_stages, reconstruct
 
-    job = prepare(args, track, tracked_to=args.out / "portrait")
+    begun = (args.out / "reconstruction.json").exists()
+    for name in ("portrait", "clip", "avatar"):
+        refuse_foreign(args.out / name)
+    # Before anybody knows whose reconstruction is there, nothing of it is replaced.
+    job = prepare(args, track, tracked_to=None if begun or kept_stages(args.out) else args.out / "portrait")
+    kept = kept_stages(args.out)
     views, frames = args.views or job.preset.views, args.frames or job.preset.frames
     reconstruct(
         job.portrait, job.driving, args.out, job.head, args.generator, job.model, args.preset, views, frames,
         job.sample, args.seed, track,
     )  # fmt: skip
+    if kept:
+        print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
     finish(args.out, job.portrait, job.driving, args.generator, track)
     psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
     found = "too few frames to hold one out" if psnr is None else f"{psnr:.1f} dB on held-out generated frames"

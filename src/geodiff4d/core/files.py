@@ -107,8 +107,8 @@ def refuse_foreign(path: Path, *inputs: Path) -> Path:
             that is not ours, or a folder with one of the `inputs`.
     """
     whole = Path(path).resolve()
-    if whole.exists() and not whole.is_dir():
-        raise UserError(f"{path} is a file: expected a folder to write to, or a new name")
+    for file in (p for p in (whole, *whole.parents) if p.exists() and not p.is_dir()):
+        raise UserError(f"{file} is a file: expected a folder to write to, or a new name")
     for kept, what in (
         (Path.cwd(), "the folder you are in"),
         (Path(os.environ.get("HOME") or "/"), "your home folder"),

@@ -1,6 +1,5 @@
 """The demo: a portrait becomes an avatar, and eight pairs say how well (the controls of `metrics.json`)."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -21,6 +20,7 @@ from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
@@ -148,19 +148,16 @@ def run_demo(
 
 def _fingerprint(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> str:
     """Hash what the clip and the avatar depend on."""
-    digest = hashlib.blake2b(f"{WORLD_VERSION} {config} {sample} {model.config}".encode(), digest_size=16)
-    for value in model.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return fingerprint(WORLD_VERSION, config, sample, model.config, model.state_dict())
 
 
-def _forget_others(out: Path, fingerprint: str) -> None:
+def _forget_others(out: Path, ours: str) -> None:
     """Remove the stages another configuration or other weights left in the folder."""
     note = out / "demo.json"
-    if note.exists() and json.loads(note.read_text()).get("fingerprint") != fingerprint:
-        for stale in ("clip", "avatar", "avatar.checkpoint", "frames", "pairs"):
+    if note.exists() and json.loads(note.read_text()).get("fingerprint") != ours:
+        for stale in ("clip", "avatar", "avatar.run", "frames", "pairs"):
             shutil.rmtree(out / stale, ignore_errors=True)
-    write_json(note, {"fingerprint": fingerprint})
+    write_json(note, {"fingerprint": ours})
 
 
 def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> dict[str, Any]:
