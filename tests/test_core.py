@@ -231,6 +231,33 @@ def test_alpha_is_ignored(tmp_path):
     assert images.read_image(tmp_path / "a.png").mul(255).round()[:, 0, 0].tolist() == [10, 20, 30]
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, mode):
+    values = np.array([[0, 257], [25_700, 65_535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    read = images.read_image(tmp_path / "a.png", mode)
+    assert read.mul(255).round()[0].tolist() == [[0, 1], [100, 255]]
+
+
+def test_only_pictures_that_pillow_decodes_itself_are_opened(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "photo.jpg")
+    with Image.open(tmp_path / "photo.jpg") as image:
+        assert image.format == "EPS"
+    with pytest.raises(UserError, match="is not an image that can be read"):
+        images.read_image(tmp_path / "photo.jpg")
+
+
+def test_what_may_not_be_read_says_so(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    images.write_image(tmp_path / "a.png", torch.rand(3, 4, 4))
+    monkeypatch.setattr(images, "open_image", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(permission denied\)"):
+        images.read_image(tmp_path / "a.png")
+
+
 def truncated(path):
     images.write_image(path, torch.rand(3, 64, 64))
     path.write_bytes(path.read_bytes()[:500])
@@ -260,6 +287,7 @@ def large(path):
         (lambda p: p.write_bytes(b""), "is not an image that can be read"),
         (truncated, "is truncated or damaged"),
         (bomb, "too large to decode safely|at most 64,000,000"),
+        (lambda p: Image.fromarray(np.ones((2, 2), np.float32)).save(p, "TIFF"), "has 32-bit pixels"),
         (large, "9000×8000 pixels: at most 64,000,000"),
     ],
 )
@@ -337,6 +365,48 @@ def test_a_video_cut_short_yields_what_it_has(tmp_path):
             container.mux(packet)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert 0 < len(list(video.read_video(path))) < 20
+    assert "ends after" in (video.cut_short(path, len(list(video.read_video(path)))) or "")
+
+
+def test_a_cut_copy_of_an_mp4_is_noted(tmp_path):
+    import av
+
+    path = tmp_path / "a.mp4"
+    random = np.random.default_rng(0)
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 64
+        for _ in range(40):
+            noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(stream.encode())
+    assert video.cut_short(path, len(list(video.read_video(path)))) is None
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    count = len(list(video.read_video(path)))
+    assert 0 < count < 30
+    assert f"a.mp4 ends after {count} of about 40 frames" in (video.cut_short(path, count) or "")
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_videos_of_telephones_are_turned_upright(tmp_path, matrix, turns):
+    frame = torch.zeros(3, 32, 64)
+    frame[0, :, :32], frame[1, :16] = 1, 1
+    path = tmp_path / "a.mp4"
+    video.write_video(path, [frame] * 2)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # where its display matrix is (ISO 14496-12, 8.3.2)
+    a, b, c, d = (int(x * 65536).to_bytes(4, "big", signed=True) for x in matrix)
+    data[at : at + 36] = a + b + bytes(4) + c + d + bytes(12) + (1 << 30).to_bytes(4, "big")
+    path.write_bytes(data)
+    expected = torch.rot90(frame, turns, (1, 2))
+    torch.testing.assert_close(next(video.read_video(path)), expected, atol=0.35, rtol=0)
+
+
+def test_videos_too_large_are_refused(tmp_path, monkeypatch):
+    video.write_video(tmp_path / "a.mp4", frames_of_colour(1))
+    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    with pytest.raises(UserError, match="48×32 pixels: at most 1,000"):
+        next(video.read_video(tmp_path / "a.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +414,7 @@ def test_a_video_cut_short_yields_what_it_has(tmp_path):
     [
         (lambda p: None, "does not exist: expected a video file"),
         (lambda p: p.mkdir(), "is a directory: expected a video file"),
-        (lambda p: p.write_text("hello"), "cannot be decoded as video"),
+        (lambda p: p.write_text("hello"), "cannot be decoded as video.*or the file is incomplete: copy it again"),
         (lambda p: p.write_bytes(b""), "cannot be decoded as video"),
     ],
 )

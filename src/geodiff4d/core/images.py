@@ -14,12 +14,20 @@ from geodiff4d.core.files import fresh_file
 
 MAX_PIXELS = 64_000_000
 """Larger pictures are refused before they are decoded: a bomb, or a scan to downscale first."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+"""What is opened, whatever a file's name is: for others, such as EPS, Pillow would start programs of the system."""
+
+
+def open_image(source: Path | io.BytesIO) -> Image.Image:
+    """Open a picture of one of `FORMATS` lazily, as `PIL.Image.open` does."""
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height width"]:
     """Read a picture as float32 in [0, 1], turned upright by its EXIF tag; `mode` is RGB or L.
 
-    An alpha channel is ignored.
+    An alpha channel is ignored, and of 16 bits the upper eight are read.
 
     Raises:
         UserError: missing, a directory, truncated, too large or not an image.
@@ -43,7 +51,7 @@ def decode_image(data: bytes, name: str, mode: str = "RGB") -> Float[Tensor, "ch
 
 def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "channels height width"]:
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise UserError(
                     f"{name} has {image.width}×{image.height} pixels: at most {MAX_PIXELS:,} are read; "
@@ -51,17 +59,28 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
                 )
             from PIL import ImageOps
 
-            array = np.asarray(ImageOps.exif_transpose(image).convert(mode))
+            array = np.asarray(_eight_bits(ImageOps.exif_transpose(image), name).convert(mode))
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read: expected PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name} is too large to decode safely: at most {MAX_PIXELS:,} pixels are read") from None
+    except PermissionError:
+        raise UserError(f"{name} cannot be read (permission denied): change its permissions or copy it") from None
     except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
     tensor = torch.from_numpy(array.copy()).float() / 255
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Scale 16-bit grey, which Pillow would clip to white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(f"{name} has 32-bit pixels: expected 8 or 16 bits per channel; export it as PNG or JPEG")
+    return image
 
 
 def to_uint8(image: Float[Tensor, "channels height width"]) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.video import upright
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.detect import Detection, FollowingDetector
 from geodiff4d.tracking.embedded import EmbeddedDetector
@@ -196,7 +197,7 @@ def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor,
         with av.open(growing or str(source), "r", format=None if growing else "v4l2") as container:
             for frame in container.decode(video=0):
                 count += 1
-                yield torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
+                yield upright(frame, source)
     except (av.FFmpegError, IndexError) as error:
         if not count:
             raise UserError(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.images import read_image
+from geodiff4d.core.images import open_image, read_image
 from geodiff4d.core.video import read_video
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -26,10 +26,8 @@ def is_video(source: Path) -> bool:
         raise UserError(f"{source} does not exist: expected a picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if source.suffix.lower() in PICTURES:
         return False
-    from PIL import Image
-
     try:
-        with Image.open(source):
+        with open_image(source):
             return False
     except Exception:
         return True
@@ -51,12 +49,12 @@ def first_size(frames: Iterator[Tensor]) -> tuple[int, int]:
 
 
 def frame_rate(source: Path) -> float:
-    """Frames per second of a video, 24 where it does not say."""
+    """Frames per second of a video, 24 where it does not say or says something senseless."""
     import av
 
     with av.open(str(source)) as container:
         rate = container.streams.video[0].average_rate
-    return float(rate) if rate else 24.0
+    return float(rate) if rate and 0 < rate <= 1000 else 24.0
 
 
 def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:
@@ -76,10 +74,10 @@ def focal_length(source: Path | None, width: int, height: int, given_px: float |
 def _exif_focal_mm(source: Path) -> float | None:
     if is_video(source):
         return None
-    from PIL import ExifTags, Image
+    from PIL import ExifTags
 
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             value = float(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
     except Exception:
         # Damaged EXIF is no reason to refuse a picture.

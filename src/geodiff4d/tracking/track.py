@@ -19,7 +19,7 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import encode_normals, to_uint8, write_image
-from geodiff4d.core.video import write_video
+from geodiff4d.core.video import cut_short, write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
@@ -153,10 +153,11 @@ def track(
     located = locate(frames, head, detector or default_detector(), config, video, progress, source)
     result, camera, count = located.fit, located.camera, len(located.detections)
     scale = 256 / located.box[2]
+    short = cut_short(source, count) if video and (config.limit is None or count < config.limit) else None
     extra = {
         "source": source.name, "source_size": [width, height], "crop": list(located.box),
         "focal_source": located.focal_source, "focal_px": float(result.camera.K[0, 0]),
-        "notes": notes(source, located.detections), "lost_frames": located.lost,
+        "notes": notes(source, located.detections) + ([short] if short else []), "lost_frames": located.lost,
         "normals": "detector" if any(d is not None and d.normal is not None for d in located.detections) else None,
         "error_px_at_256": result.error * scale,
         "errors_px_at_256": [None if e != e else round(e * scale, 3) for e in result.error_px.tolist()],
