@@ -331,6 +331,10 @@ def test_videos_round_trip(tmp_path):
     assert len(back) == 5
     torch.testing.assert_close(torch.stack(back), torch.stack(frames), atol=0.02, rtol=0)
     assert len(list(video.read_video(tmp_path / "v" / "a.mp4", limit=2))) == 2
+    part = list(video.read_video(tmp_path / "v" / "a.mp4", limit=2, skip=2))
+    assert len(part) == 2 and torch.equal(part[0], back[2])
+    with pytest.raises(UserError, match="has 5 frames: expected more than the 5 that are left out"):
+        list(video.read_video(tmp_path / "v" / "a.mp4", skip=5))
     assert [p.name for p in (tmp_path / "v").iterdir()] == ["a.mp4"]
 
 

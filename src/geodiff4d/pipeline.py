@@ -1,6 +1,5 @@
 """Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
 
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,9 +71,9 @@ def load_model(folder: Path | None = None) -> VideoModel:
 
 
 def tracked(
-    source: Path, head: Head, size: int, limit: int | None = None, progress: Track = unchanged, out: Path | None = None
+    source: Path, head: Head, size: int, out: Path, limit: int | None = None, progress: Track = unchanged, skip: int = 0
 ) -> Clip:
-    """Open a tracked folder, or track a picture or video into `out`, by default a temporary folder.
+    """Open a tracked folder, or track a picture or video into `out`: at most `limit` frames, after the first `skip`.
 
     Raises:
         UserError: the source is unreadable or shows no face.
@@ -86,8 +85,7 @@ def tracked(
         return clip
     from geodiff4d.tracking.track import TrackConfig, track
 
-    out = out or Path(tempfile.mkdtemp(prefix="geodiff4d-")) / "tracked"
-    return track(source, out, head, config=TrackConfig(size=size, limit=limit), progress=progress)
+    return track(source, out, head, config=TrackConfig(size=size, limit=limit, skip=skip), progress=progress)
 
 
 def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
@@ -129,11 +127,15 @@ def load_portrait(clip: Clip, size: int) -> Portrait:
     return Portrait(frame.image, frame.mask, frame.camera, frame.params, normal)
 
 
-def load_driving(clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Track = unchanged) -> Driving:
+def load_driving(
+    clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Track = unchanged, skip: int = 0
+) -> Driving:
     """Read a clip's motion and cut its driving crops, from the first camera of every timestep.
 
+    Takes at most `limit` timesteps, after the first `skip`.
+
     Raises:
-        UserError: the clip has no frames with head parameters.
+        UserError: the clip has no frames with head parameters, or none after the first `skip`.
     """
     first = {}
     for i, record in enumerate(clip.records):
@@ -141,8 +143,10 @@ def load_driving(clip: Clip, head: Head, crop: int, limit: int | None = None, pr
             first.setdefault(record.timestep, i)
     if not first:
         raise UserError(f"{clip.folder} has no frames with head parameters: run `geodiff4d track` on the video first")
+    if skip >= len(first):
+        raise UserError(f"{clip.folder} has {len(first)} frames: expected more than the {skip} that are left out")
     params, crops, cameras = [], [], []
-    for i in progress([first[t] for t in sorted(first)][:limit], "driver"):
+    for i in progress([first[t] for t in sorted(first)][skip:][:limit], "driver"):
         frame = clip.frame(i)
         assert frame.params is not None
         params.append(frame.params)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ def _filmed(avatar: "Avatar", source: Path, args: DrivingArgs, pose: "Pose") -> 
 
     if not source.exists():
         raise UserError(f"--driving {source} does not exist: expected a clip's folder, a video or a .jsonl file")
-    clip = tracked(source, avatar.head, max(avatar.camera.width, 128), progress=progress.track)
-    params = read_sequence(clip, avatar.head)
-    tokens = _tokens(clip, args.model, avatar) if wants_tokens(avatar) else None
+    with TemporaryDirectory(prefix="geodiff4d-") as name:
+        size, out = max(avatar.camera.width, 128), Path(name) / "tracked"
+        clip = tracked(source, avatar.head, size, out, progress=progress.track)
+        params = read_sequence(clip, avatar.head)
+        tokens = _tokens(clip, args.model, avatar) if wants_tokens(avatar) else None
     return performed(avatar, params, tokens, clip.fps, pose, not args.absolute)
 
 

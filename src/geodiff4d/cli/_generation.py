@@ -1,13 +1,20 @@
 """What animate, synthesize and reconstruct share: reading portrait, driver, model and sampling options."""
 
+import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from geodiff4d.cli._device import DeviceName, chosen_device
+
 if TYPE_CHECKING:
+    import torch
+
+    from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
     from geodiff4d.pipeline import Driving, Track
-    from geodiff4d.presets import Preset
+    from geodiff4d.presets import Preset, PresetName
     from geodiff4d.video.generate import Portrait
     from geodiff4d.video.model import VideoModel
     from geodiff4d.video.sample import SampleConfig
@@ -18,12 +25,19 @@ class GenerationArgs:
     """Options that animate, synthesize and reconstruct have in common."""
 
     portrait: Path
-    """Picture of one face, or a tracked folder."""
+    """Picture of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too where FFmpeg reads it, but JPEG keeps
+    the focal length), or a tracked folder."""
     driving: Path
     """Video of one face, or a tracked or synthetic clip folder."""
+    start: float = 0.0
+    """Take the driver from this second on."""
+    seconds: float | None = None
+    """Take at most so many seconds of the driver; by default as many as there are frames to make."""
     generator: Literal["diffusion", "warp"] = "diffusion"
     """diffusion: the video model. warp: the portrait's texture on the head, without a model."""
-    preset: Literal["debug", "embedded"] = "embedded"
+    preset: Literal["debug", "embedded", "paper"] | None = None
+    """How much is made and how it is sampled; by default as the model was trained: paper where its noise schedule is
+    Stable Diffusion's, else embedded."""
     model: Path | None = None
     """Video model folder; by default the one that ships."""
     head: str = "openhead"
@@ -33,6 +47,8 @@ class GenerationArgs:
     guidance: float | None = None
     """Classifier-free guidance on the expression; by default the preset's."""
     sampler: Literal["ddim", "unipc", "dpm++"] | None = None
+    device: DeviceName = "auto"
+    """Where the video model computes; auto: on CUDA if there is any."""
     memory: Literal["fast", "offload"] = "fast"
     """offload: what a stage does not need waits in the host's memory, guidance takes two passes and frames are decoded
     one by one."""
@@ -40,38 +56,135 @@ class GenerationArgs:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a generating command needs."""
+class Setup:
+    """What a generating command knows before it looks at a picture."""
 
+    preset_name: "PresetName"
     preset: "Preset"
     head: "Head"
     model: "VideoModel | None"
-    portrait: "Portrait"
-    driving: "Driving"
     sample: "SampleConfig"
 
 
-def prepare(args: GenerationArgs, progress: "Track", limit: int | None = None, tracked_to: Path | None = None) -> Job:
-    """Load a job's parts; the cheap checks come before the slow ones."""
+@dataclass(frozen=True)
+class Job(Setup):
+    """Everything a generating command needs."""
+
+    portrait: "Portrait"
+    driving: "Driving"
+
+
+def set_up(args: GenerationArgs) -> Setup:
+    """Check the options and load head and model."""
     from geodiff4d.core.errors import UserError
     from geodiff4d.heads import load_head
-    from geodiff4d.pipeline import DEFAULT_CROP, load_driving, load_model, load_portrait, tracked
+    from geodiff4d.pipeline import load_model
     from geodiff4d.presets import preset
 
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise UserError(f"--steps is {args.steps}: expected 1 to 1000")
+    if not 0 <= args.start < float("inf"):
+        raise UserError(f"--start is {args.start}: expected seconds from the driver's first frame, 0 or more")
+    if args.seconds is not None and not 0 < args.seconds < float("inf"):
+        raise UserError(f"--seconds is {args.seconds}: expected more than 0")
     for flag in ("portrait", "driving"):
         if not getattr(args, flag).exists():
             raise UserError(
                 f"--{flag} {getattr(args, flag)} does not exist: expected a picture, a video or a tracked folder"
             )
-    p, head = preset(args.preset), load_head(args.head)
-    model = load_model(args.model) if args.generator == "diffusion" else None
-    size = model.config.size if model else p.model.size
-    portrait = load_portrait(tracked(args.portrait, head, size, 1, progress, tracked_to), size)
-    crop = model.config.expression.size if model else DEFAULT_CROP
-    driving = load_driving(tracked(args.driving, head, size, limit, progress), head, crop, limit, progress)
+    device, head, model = chosen_device(args.device), load_head(args.head), None
+    if args.generator == "diffusion":
+        model = placed_on(load_model(args.model), device)
+    name = args.preset or default_preset(model)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
     if args.memory == "offload":
         wanted |= {"offload": True, "together": False, "chunk": 1}
-    return Job(p, head, model, portrait, driving, replace(p.sample, seed=args.seed, **wanted))
+    p = preset(name)
+    return Setup(name, p, head, model, replace(p.sample, seed=args.seed, **wanted))
+
+
+def default_preset(model: "VideoModel | None") -> "PresetName":
+    """Return the preset that samples a model as it was trained: the paper's starts from a noised reference."""
+    return "embedded" if model is None or model.config.diffusion.zero_terminal else "paper"
+
+
+def placed_on(model: "VideoModel", device: "torch.device") -> "VideoModel":
+    """Move a model to where it computes; one in Stable Diffusion's size goes to a GPU in bf16, as `bench` measures."""
+    import torch
+
+    from geodiff4d.video.sample import bf16_is_native
+    from geodiff4d.video.vae import StableCodec
+
+    if device.type == "cuda" and isinstance(model.codec, StableCodec) and bf16_is_native(device):
+        model = model.compact()
+    with torch.no_grad():
+        return model.to(device)
+
+
+def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:
+    """Return (cameras, frames) of an avatar's training clip, by default the preset's; as many frames for each camera.
+
+    Raises:
+        UserError: the rig has fewer cameras, or there are fewer frames than cameras.
+    """
+    from geodiff4d.core.errors import UserError
+
+    views = setup.preset.views if views is None else views
+    frames = setup.preset.frames if frames is None else frames
+    if not 1 <= views <= 16 or frames < views:
+        raise UserError(f"--views {views} --frames {frames}: expected 1 to 16 cameras and at least one frame for each")
+    return views, frames // views * views
+
+
+def prepare(
+    args: GenerationArgs, setup: Setup, progress: "Track", limit: int | None, tracked_to: Path | None = None
+) -> Job:
+    """Read portrait and driver, at most `limit` frames of it; what is not tracked yet is, and not kept.
+
+    The tracked portrait stays in `tracked_to`, if given.
+    """
+    from geodiff4d.pipeline import DEFAULT_CROP, load_portrait, tracked
+
+    model = setup.model
+    size = model.config.size if model else setup.preset.model.size
+    crop = model.config.expression.size if model else DEFAULT_CROP
+    with tempfile.TemporaryDirectory(prefix="geodiff4d-") as name:
+        clip = tracked(args.portrait, setup.head, size, tracked_to or Path(name) / "portrait", 1, progress)
+        _tell("portrait", clip)
+        portrait = load_portrait(clip, size)
+        driving = _driver(args, setup.head, size, crop, Path(name) / "driving", limit, progress)
+    return Job(**vars(setup), portrait=portrait, driving=driving)
+
+
+def _driver(
+    args: GenerationArgs, head: "Head", size: int, crop: int, out: Path, limit: int | None, progress: "Track"
+) -> "Driving":
+    """Read the part of the driver that was asked for, and say so if there is more of it."""
+    from geodiff4d.data.clip import Clip
+    from geodiff4d.pipeline import load_driving, tracked
+    from geodiff4d.tracking.source import frame_count, frame_rate, is_video
+
+    source, fps, total = args.driving, 24.0, None
+    if source.is_dir():
+        clip = Clip(source)
+        fps, total = clip.fps, len(clip.timesteps)
+    elif is_video(source):
+        fps, total = frame_rate(source), frame_count(source)
+    skip = round(args.start * fps)
+    if args.seconds is not None:
+        asked = max(1, round(args.seconds * fps))
+        limit = asked if limit is None else min(limit, asked)
+    clip = tracked(source, head, size, out, limit, progress, skip)
+    _tell("driving", clip)
+    driving = load_driving(clip, head, crop, limit, progress, skip if source.is_dir() else 0)
+    if total is not None and args.seconds is None and skip + len(driving) < total:
+        took = f"{len(driving)} of its {total} frames, from {args.start:g} s to {args.start + len(driving) / fps:.1f} s"
+        more = "--frames takes more, --start another part"
+        print(f"note: driving: {source} is longer than needed: {took}; {more}", file=sys.stderr)
+    return driving
+
+
+def _tell(what: str, clip: "Clip") -> None:
+    """Pass on what tracking noted."""
+    for note in clip.extra.get("notes", ()):
+        print(f"note: {what}: {note}", file=sys.stderr)

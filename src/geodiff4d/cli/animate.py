@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from geodiff4d.cli._generation import GenerationArgs, prepare
+from geodiff4d.cli._generation import GenerationArgs, prepare, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,10 @@ def run(args: Args) -> None:
 
     if args.camera == "driver" and args.pose == "still":
         raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
+    if args.frames is not None and args.frames < 1:
+        raise UserError(f"--frames is {args.frames}: expected at least 1")
     refuse_foreign(args.out, args.portrait, args.driving)
-    job = prepare(args, track, args.frames)
+    job = prepare(args, set_up(args), track, args.frames)
     n, own = len(job.driving), job.portrait.params
     if args.camera == "driver":
         driving, camera = following(job.portrait, job.driving, job.head)

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, prepare
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,17 @@ class Args(GenerationArgs):
     views: int | None = None
     """Cameras, of the rig's 16; by default the preset's."""
     frames: int | None = None
-    """Frames over all cameras; by default the preset's."""
+    """Frames over all cameras, as many for each of them; by default the preset's."""
 
 
 def run(args: Args) -> None:
     import json
 
+    import torch
+
+    from geodiff4d.avatar.fit import PRESETS
     from geodiff4d.cli.progress import track
+    from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.evaluate.reconstruction import finish
     from geodiff4d.pipeline import kept_stages, reconstruct
@@ -31,12 +35,19 @@ def run(args: Args) -> None:
     begun = (args.out / "reconstruction.json").exists()
     for name in ("portrait", "clip", "avatar"):
         refuse_foreign(args.out / name)
+    setup = set_up(args)
+    views, frames = clip_extent(setup, args.views, args.frames)
+    if PRESETS[setup.preset_name][1].device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"preset {setup.preset_name} fits the avatar on a GPU and torch finds none: "
+            "run `geodiff4d synthesize`, then `geodiff4d fit --preset embedded`"
+        )
     # Before anybody knows whose reconstruction is there, nothing of it is replaced.
-    job = prepare(args, track, tracked_to=None if begun or kept_stages(args.out) else args.out / "portrait")
+    tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
+    job = prepare(args, setup, track, frames, tracked_to)
     kept = kept_stages(args.out)
-    views, frames = args.views or job.preset.views, args.frames or job.preset.frames
     reconstruct(
-        job.portrait, job.driving, args.out, job.head, args.generator, job.model, args.preset, views, frames,
+        job.portrait, job.driving, args.out, job.head, args.generator, job.model, job.preset_name, views, frames,
         job.sample, args.seed, track,
     )  # fmt: skip
     if kept:

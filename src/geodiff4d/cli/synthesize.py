@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, prepare
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,20 +15,18 @@ class Args(GenerationArgs):
     views: int | None = None
     """Cameras, of the rig's 16; by default the preset's."""
     frames: int | None = None
-    """Frames over all cameras; by default the preset's."""
+    """Frames over all cameras, as many for each of them; by default the preset's."""
 
 
 def run(args: Args) -> None:
     from geodiff4d.cli.progress import track
-    from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.pipeline import synthesize
 
     refuse_foreign(args.out, args.portrait, args.driving)
-    job = prepare(args, track)
-    views, frames = args.views or job.preset.views, args.frames or job.preset.frames
-    if not 1 <= views <= 16 or frames < views:
-        raise UserError(f"--views {views} --frames {frames}: expected 1 to 16 cameras and at least one frame for each")
+    setup = set_up(args)
+    views, frames = clip_extent(setup, args.views, args.frames)
+    job = prepare(args, setup, track, frames)
     clip = synthesize(
         job.portrait, job.driving, args.out, job.head, args.generator, job.model, views, frames, job.sample, track
     )

@@ -15,8 +15,8 @@ from geodiff4d.core.files import fresh_file
 from geodiff4d.core.images import MAX_PIXELS, to_uint8
 
 
-def read_video(path: Path, limit: int | None = None) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a video's frames, upright, as float32 RGB in [0, 1]; at most `limit` of them.
+def read_video(path: Path, limit: int | None = None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
+    """Stream a video's frames, upright, as float32 RGB in [0, 1]; at most `limit` of them, after the first `skip`.
 
     Raises:
         UserError: missing, a directory, not a video, too large or without frames. A file cut short yields the frames
@@ -29,7 +29,7 @@ def read_video(path: Path, limit: int | None = None) -> Iterator[Float[Tensor, "
         raise UserError(f"{path} is a directory: expected a video file or a tracked clip (with transforms.json)")
     if not path.exists():
         raise UserError(f"{path} does not exist: expected a video file")
-    count = 0
+    count = -skip
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
@@ -39,13 +39,16 @@ def read_video(path: Path, limit: int | None = None) -> Iterator[Float[Tensor, "
                 if limit is not None and count >= limit:
                     return
                 count += 1
-                yield upright(frame, path)
+                if count > 0:
+                    yield upright(frame, path)
     except av.FFmpegError as error:
-        if count == 0:
+        if count == -skip:
             raise UserError(
                 f"{path} cannot be decoded as video ({error}): expected MP4, MOV, WebM or similar, or the file is "
                 "incomplete: copy it again"
             ) from None
+    if skip and count <= 0:
+        raise UserError(f"{path} has {count + skip} frames: expected more than the {skip} that are left out")
     if count == 0:
         raise UserError(f"{path} has no frames: expected a video with at least one frame")
 

@@ -105,7 +105,7 @@ def track_pair(
 
     def clip(source: Path, out: Path) -> Clip:
         there = (out / "transforms.json").exists()
-        return Clip(out) if there else tracked(source, head, size, progress=progress, out=out)
+        return Clip(out) if there else tracked(source, head, size, out, progress=progress)
 
     portrait = load_portrait(clip(photograph, folder / "portrait"), size)
     return Pair(cast.subject, portrait, load_driving(clip(film, folder / "driving"), head, crop), cast.truth)

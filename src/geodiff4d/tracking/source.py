@@ -33,10 +33,10 @@ def is_video(source: Path) -> bool:
         return True
 
 
-def frames_of(source: Path, limit: int | None) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a source's frames; a picture is one frame."""
+def frames_of(source: Path, limit: int | None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
+    """Stream a source's frames, of a video at most `limit` after the first `skip`; a picture is one frame."""
     if is_video(source):
-        yield from read_video(source, limit)
+        yield from read_video(source, limit, skip)
     else:
         yield read_image(source)
 
@@ -55,6 +55,14 @@ def frame_rate(source: Path) -> float:
     with av.open(str(source)) as container:
         rate = container.streams.video[0].average_rate
     return float(rate) if rate and 0 < rate <= 1000 else 24.0
+
+
+def frame_count(source: Path) -> int | None:
+    """Count a video's frames by what the file says, None where it does not."""
+    import av
+
+    with av.open(str(source)) as container:
+        return container.streams.video[0].frames or None
 
 
 def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:

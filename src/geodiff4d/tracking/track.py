@@ -42,6 +42,8 @@ class TrackConfig:
     """Side of the canonical crop [px]."""
     limit: int | None = None
     """Read at most so many frames of a video."""
+    skip: int = 0
+    """Leave out so many frames of a video first."""
     focal_px: float | None = None
     """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the
     head's size."""
@@ -52,6 +54,8 @@ class TrackConfig:
             raise UserError(f"the crop's size must be 16 to 4096 pixels, got {self.size}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"the limit must be at least one frame, got {self.limit}")
+        if self.skip < 0:
+            raise UserError(f"frames to leave out must not be negative, got {self.skip}")
         if self.focal_px is not None and not self.focal_px > 0:
             raise UserError(f"the focal length must be positive, got {self.focal_px}")
 
@@ -147,7 +151,7 @@ def track(
     source, video = Path(source), is_video(source)
 
     def frames() -> Iterator[Tensor]:
-        return frames_of(source, config.limit)
+        return frames_of(source, config.limit, config.skip)
 
     width, height = first_size(frames())
     located = locate(frames, head, detector or default_detector(), config, video, progress, source)
