@@ -101,6 +101,29 @@ def test_latents_are_encoded_once(codec, tmp_path):
     assert (tmp_path / "latents.npy").stat().st_mtime_ns > when, "another codec makes other latents"
 
 
+def test_encoding_goes_on_where_it_was_cut_off(codec, tmp_path, monkeypatch):
+    monkeypatch.setattr("geodiff4d.video.batches.KEPT_EVERY", 1)
+    store, path = TinyTracks(), tmp_path / "latents.npy"
+    whole = encode_store(store, codec, tmp_path / "whole.npy", chunk=6)
+    chunks: list[int] = []
+    encode = codec.encode
+
+    def killed(x):
+        chunks.append(len(x))
+        if len(chunks) == 7:
+            raise KeyboardInterrupt
+        return encode(x)
+
+    monkeypatch.setattr(codec, "encode", lambda x: encode(x) if x.shape[0] == 1 else killed(x))
+    with pytest.raises(KeyboardInterrupt):
+        encode_store(store, codec, path, chunk=6)
+    done = sum(chunks[:6])
+    chunks[:] = [0] * 100
+    assert (encode_store(store, codec, path, chunk=6) == whole).all()
+    assert sum(chunks) == 3 * np.prod(store.config.shape) - done, "each picture once"
+    assert (encode_store(store, codec, path, chunk=6) == whole).all()
+
+
 def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
     first = build(EMBEDDED, codec)
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}

@@ -21,6 +21,8 @@ from geodiff4d.data.tracks import TrackStore, draw_clips
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
 LATENT_KINDS = ("rgb", "normal", "pose")
+KEPT_EVERY = 64
+"""Chunks of pictures encoded between notes of how far it got."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def encode_store(
 ) -> np.ndarray:
     """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped.
 
-    A finished file of the same store and codec is taken as it is. Without `exact_normals` they are degraded to what an
-    estimator gives (Table 2, "w/o synthetic data").
+    A finished file of the same store and codec is taken as it is; one that was cut off goes on. CUDA encodes where
+    there is CUDA. Without `exact_normals` they are degraded to what an estimator gives (Table 2, "w/o synthetic data").
     """
     n, side = store.config.shape, store.config.size // codec.factor
     built = (store.folder / "store.json").stat().st_mtime_ns if hasattr(store, "folder") else 0
@@ -77,19 +79,34 @@ def encode_store(
     if not exact_normals:
         made_of["normals"] = "as estimated"
     note = path.with_suffix(".json")
-    if path.exists() and note.exists() and read_json(note) == json.loads(json.dumps(made_of)):
-        return np.load(path, mmap_mode="r")
-    note.unlink(missing_ok=True)
-    out = np.lib.format.open_memmap(path, "w+", np.float16, (*n, len(LATENT_KINDS), codec.channels, side, side))
+    known = read_json(note) if path.exists() and note.exists() else {}
+    done = known.pop("encoded", None)
+    if known == json.loads(json.dumps(made_of)):
+        if done is None:
+            return np.load(path, mmap_mode="r")
+        out = np.lib.format.open_memmap(path, "r+")
+    else:
+        note.unlink(missing_ok=True)
+        done = 0
+        out = np.lib.format.open_memmap(path, "w+", np.float16, (*n, len(LATENT_KINDS), codec.channels, side, side))
     flat = out.reshape(-1, *out.shape[3:])
+    home = next(codec.parameters()).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec.to(device)
     for k, kind in enumerate(LATENT_KINDS):
         images = getattr(store, kind).reshape(-1, *getattr(store, kind).shape[3:])
         for i in range(0, len(images), chunk):
+            if k * len(images) + i < done:
+                continue
             x = torch.from_numpy(np.array(images[i : i + chunk])).float() / 255
             if kind == "normal" and not exact_normals:
                 x = as_estimated(x, seed=i)
             with torch.no_grad():
-                flat[i : i + chunk, k] = codec.encode(x).half().numpy()
+                flat[i : i + chunk, k] = codec.encode(x.to(device)).half().cpu().numpy()
+            if (i // chunk + 1) % KEPT_EVERY == 0:
+                out.flush()
+                write_json(note, {**made_of, "encoded": k * len(images) + min(i + chunk, len(images))})
+    codec.to(home)
     out.flush()
     write_json(note, made_of)
     return out
