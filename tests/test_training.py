@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -28,9 +29,10 @@ from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_m
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective, averaged, trained_state
 from geodiff4d.video.preview import generated_latents, sheet
+from geodiff4d.video.processes import share
 from geodiff4d.video.recompute import recompute_activations
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import ImageTraining, draw, train_image
+from geodiff4d.video.train import FREE, ImageTraining, draw, train_image
 from test_video_model import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
 
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
@@ -298,6 +300,7 @@ def test_new_options_do_not_stop_old_runs(tmp_path):
     del known["config"]["save_minutes"]
     (tmp_path / "config.json").write_text(json.dumps(known))
     RunFolder(tmp_path, TRAINING)
+    RunFolder(tmp_path, replace(TRAINING, recompute=not TRAINING.recompute, accumulate=2, preview=FAST), FREE)
     with pytest.raises(UserError, match="another configuration"):
         RunFolder(tmp_path, replace(TRAINING, lr=1.0))
 
@@ -339,6 +342,7 @@ def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     assert len(one) == len(two) == 5
     for step in range(5):
         assert (one[step] - two[step]).norm() <= 1e-5 * one[step].norm(), step
+    assert torch.equal(*(load_file(tmp_path / f"shared{rank}.safetensors")["weight"] for rank in range(2)))
     for rank in range(2):
         said = (tmp_path / f"{rank}.txt").read_text()
         assert "disagree about their configuration" in said and "same command" in said
@@ -373,6 +377,10 @@ def _rank(out: Path) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     seen = gradients_of(out / str(rank), FIVE)
+    torch.manual_seed(rank)
+    net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    share(Accelerator(cpu=True), net)
+    save_file({"weight": net.weight.detach().contiguous()}, out / f"shared{rank}.safetensors")
     if rank == 0:
         save_file({"gradients": torch.stack(seen)}, out / "two.safetensors")
     try:

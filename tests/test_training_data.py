@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +83,12 @@ def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
         (dict(stage="video", preset="debug"), "needs a stage-1 model"),
         (dict(stage="video", preset="debug", start=Path("nowhere")), "not a video model"),
         (dict(stage="image", data=(Path("a"), Path("b"))), "expected one folder"),
+        (dict(stage="video", sd=Path("sd")), "--sd: the video stage does not read it"),
+        (dict(stage="vae", bf16=False), "--no-bf16: the vae stage does not read it"),
+        (dict(stage="perception", save_minutes=1.0), "--save-minutes: the perception stage"),
+        (dict(stage="video", ablate=("cross-view", "joint")), "--ablate joint: the video stage knows cross-view"),
+        (dict(stage="image", accumulate=0), "expected at least 1"),
+        (dict(stage="image", accumulate=3), "4 references cannot be shared by 1 process"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -90,6 +96,15 @@ def test_wrong_options_are_one_line(tmp_path, args, says):
     with pytest.raises(UserError, match=says) as error:
         run(Args(**{"out": tmp_path / "out", "preset": "embedded", **args}))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_the_presets_batch_is_shared_out(monkeypatch):
+    """Over processes and parts: a step sees 32 references, whatever holds them."""
+    monkeypatch.setattr(_training, "_processes", lambda: SimpleNamespace(num_processes=4))
+    config = _training._training(Args("image", Path(), accumulate=2), preset("paper").image)
+    assert config.pairs.references == 4 and config.accumulate == 2
+    with pytest.raises(UserError, match="their product divides 32"):
+        _training._training(Args("image", Path(), accumulate=3), preset("paper").image)
 
 
 def test_the_paper_preset_is_the_papers():

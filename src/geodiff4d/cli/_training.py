@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +25,9 @@ from geodiff4d.video.recode import starting_weights
 from geodiff4d.video.train import ImageTraining, train_image
 from geodiff4d.video.train_codec import train_codec
 from geodiff4d.video.vae import PatchCodec, StableCodec, load_codec
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Codec = PatchCodec | StableCodec
 
@@ -83,6 +86,7 @@ def video(args: Args) -> None:
     model = with_temporal_modules(first.config, p.temporal)
     pairs = replace(p.video.pairs, cross_view="cross-view" not in args.ablate)
     config = _training(args, replace(p.video, pairs=pairs))
+    pairs = config.pairs
     if any(is_footage(folder) for folder in args.data):
         train, val = _mixtures(args, model, first.codec, config, p.clip_augment)
     else:
@@ -103,17 +107,30 @@ def video(args: Args) -> None:
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 
-def _one_first() -> AbstractContextManager[None]:
-    """Let one of several processes (`accelerate launch`) make files that the others then find."""
+def _processes() -> "PartialState":
     import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _one_first() -> AbstractContextManager[None]:
+    """Let one of several processes (`accelerate launch`) make files that the others then find."""
+    return _processes().main_process_first()
 
 
 def _training(args: Args, config: ImageTraining) -> ImageTraining:
+    """Apply the options, and share the preset's batch out: over processes, and over the parts of a step."""
+    whole, processes = config.pairs.references, _processes().num_processes
+    if whole % (processes * args.accumulate):
+        raise UserError(
+            f"a batch of {whole} references cannot be shared by {processes} process(es) in {args.accumulate} part(s): "
+            f"choose processes and --accumulate so that their product divides {whole}"
+        )
+    pairs = replace(config.pairs, references=whole // (processes * args.accumulate))
     return replace(
-        config, seed=args.seed, steps=args.steps or config.steps, autocast=args.bf16,
+        config, pairs=pairs, accumulate=args.accumulate,
+        seed=args.seed, steps=args.steps or config.steps, autocast=args.bf16,
         recompute=args.recompute or config.recompute, save_minutes=args.save_minutes,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Train the codec, the image model, the video model or the perception network; the same command resumes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,6 +43,8 @@ class Args:
     rendered pictures, a quarter of a second each."""
     bf16: bool = True
     """Compute in bf16 where the machine has it."""
+    accumulate: int = 1
+    """Parts that a process takes a step's batch in, one after another: less memory, the same step."""
     recompute: bool = False
     """Gradient checkpointing: less memory for a third more time."""
     save_minutes: float = 10.0
@@ -52,11 +54,31 @@ class Args:
     seed: int = 0
 
 
+_COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
+_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "recompute", "save_minutes"}
+_READ = {
+    "vae": _COMMON, "perception": _COMMON | {"start"}, "video": _COMMON | _LOOP,
+    "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
+}  # fmt: skip
+"""Options that each stage reads."""
+
+
 def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
 
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps is {args.steps}: expected at least 1")
+    if args.accumulate < 1:
+        raise UserError(f"--accumulate is {args.accumulate}: expected at least 1")
+    for option in fields(args):
+        if option.name not in _READ[args.stage] and getattr(args, option.name) != option.default:
+            name = "no-bf16" if option.name == "bf16" else option.name.replace("_", "-")
+            raise UserError(f"--{name}: the {args.stage} stage does not read it: leave it out")
+    if args.stage == "video" and (unread := set(args.ablate) - {"cross-view"}):
+        raise UserError(
+            f"--ablate {' '.join(sorted(unread))}: the video stage knows cross-view alone; other parts are switched "
+            "off in the image stage, whose model it takes"
+        )
     if args.stage in ("vae", "perception") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
     if args.stage == "perception":

@@ -24,16 +24,18 @@ CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
 class RunFolder:
     """`config.json`, `log.jsonl`, `checkpoint.safetensors` and the one before it, `checkpoint-previous.safetensors`.
 
+    Options named in `free` may change from call to call.
+
     Raises:
         UserError: the folder holds a run of another configuration.
     """
 
-    def __init__(self, path: Path, config: Any):
+    def __init__(self, path: Path, config: Any, free: frozenset[str] = frozenset()):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
-        if known.exists() and not _same(json.loads(known.read_text())["config"], ours):
+        if known.exists() and not _same(json.loads(known.read_text())["config"], ours, free):
             raise UserError(
                 f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
             )
@@ -78,10 +80,10 @@ class RunFolder:
         return None
 
 
-def _same(saved: Any, ours: Any) -> bool:
-    """Compare configurations; options that did not exist yet when the run began are not compared."""
+def _same(saved: Any, ours: Any, free: frozenset[str]) -> bool:
+    """Compare configurations; options that are free, or did not exist yet when the run began, are not compared."""
     if isinstance(saved, dict) and isinstance(ours, dict):
-        return saved.keys() <= ours.keys() and all(_same(v, ours[k]) for k, v in saved.items())
+        return saved.keys() <= ours.keys() and all(k in free or _same(v, ours[k], free) for k, v in saved.items())
     return saved == ours
 
 

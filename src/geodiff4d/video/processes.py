@@ -9,6 +9,19 @@ from torch import nn
 from geodiff4d.core.errors import UserError
 
 
+@torch.no_grad()
+def share(accelerator: Any, module: nn.Module) -> None:
+    """Give every process the first one's weights of a module."""
+    if accelerator.num_processes == 1:
+        return
+    from torch.distributed import broadcast
+
+    for value in module.state_dict().values():
+        sent = value.contiguous()  # Convolutions may lie channels-last, which backends refuse.
+        broadcast(sent, 0)
+        value.copy_(sent)
+
+
 def agree(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
     """Compare what every process knows, and the first numbers of every weight.
 

@@ -22,7 +22,7 @@ from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.objective import Draws, Objective, averaged, channels_last, initialise, trained_state, validate
-from geodiff4d.video.processes import agree
+from geodiff4d.video.processes import agree, share
 from geodiff4d.video.recompute import recompute_activations
 from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import PatchCodec, StableCodec
@@ -47,7 +47,8 @@ class ImageTraining:
     weight_decay: float = 1e-2
     clip: float = 1.0
     accumulate: int = 1
-    """Batches whose gradients are averaged for one step; each has `pairs.references × pairs.targets` targets."""
+    """Batches whose gradients are averaged for one step; in every process each has `pairs.references` references, with
+    `pairs.targets` targets each."""
     ema: float = 0.999
     drop_expression: float = 0.1
     """S-A.1."""
@@ -88,6 +89,14 @@ class _Run:
 
     training: ImageTraining
     model: VideoModelConfig
+    batch: int
+    """References of a step, over all processes and parts."""
+
+
+FREE = frozenset({
+    "recompute", "references", "accumulate", "save_minutes", "log_every", "validate_every", "pictures", "preview"
+})  # fmt: skip
+"""What may change when a run goes on: how a step's batch is held, and how one looks at it."""
 
 
 def train_image(
@@ -108,13 +117,15 @@ def train_image(
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     # Nothing reads the reference network's last block beyond the hidden states it hands over: it has no gradient.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
     if not accelerator.is_main_process:
         progress = lambda *a: None  # noqa: E731
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    known = _Run(config, model_config, config.pairs.references * config.accumulate * ranks)
     with accelerator.main_process_first():
-        folder = RunFolder(run, _Run(config, model_config))
+        folder = RunFolder(run, known, FREE)
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
@@ -127,11 +138,12 @@ def train_image(
             model.expression, batches, config.warm_start, config.autocast,
             lambda step, total, record: progress(0, config.steps, record),
         )  # fmt: skip
+        # Every process did the same, but no two cards to the last bit.
+        share(accelerator, model.expression)
         ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
-    agree(accelerator, {"configuration": _Run(config, model_config), "first step": first}, model)
+    agree(accelerator, {"configuration": known, "first step": first}, model)
     objective, prepared = accelerator.prepare(Objective(model, config.steadiness), optimiser)
 
-    rank, ranks = accelerator.process_index, accelerator.num_processes
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
     clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
     # Once a gradient was not finite, fused AdamW is told on the device to leave the weights alone, without a wait.
