@@ -16,7 +16,7 @@ from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_fra
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
 from geodiff4d.avatar.frames import Frames, HoldOut
-from geodiff4d.avatar.losses import position_tolerance, ssim
+from geodiff4d.avatar.losses import position_tolerance
 from geodiff4d.avatar.model import Avatar, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
 from geodiff4d.avatar.shoulders import continued
@@ -34,6 +34,7 @@ from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
+from geodiff4d.render.photometric import ssim
 
 SIZE = 64
 

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.frames import read_sequence
 from geodiff4d.avatar.model import Avatar, AvatarFrame
 from geodiff4d.avatar.relative import MINIMUM, Rest, transferred, transferred_tokens
 from geodiff4d.avatar.sliders import TokenRegressor
@@ -32,6 +31,8 @@ SEEN = 2000
 """Frames that such an estimate looks at, at most: more are thinned out."""
 
 Pose = Literal["fixed", "driver"]
+"""Where the head is. `fixed` keeps it where the avatar was fitted, turned only by the driver's neck: the driver's own
+place belongs to its camera. `driver` takes rotation and translation as they are, for the clip's own cameras."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ def performed(
     """Let the avatar do what a driver does [frames, …].
 
     `relative` takes over how far expressions are from the driver's rest, not the rest itself (`avatar.relative`).
-    `pose` is `driving_params`'s.
     """
     if relative:
         rest, own = Rest.of(avatar.head, driver, tokens), own_rest(avatar)
@@ -131,20 +131,8 @@ def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24
     return Performance(retargeted(avatar, transferred(head, asked, zero, own)), None, fps)
 
 
-def driving_params(avatar: Avatar, clip: Clip, pose: Pose = "fixed") -> HeadParams:
-    """Return a clip's parameters with the avatar's identity, a row per timestep.
-
-    `fixed` keeps the head where the avatar was fitted, turned only by the driver's neck: the driver's own place belongs
-    to the driver's camera. `driver` takes rotation and translation as they are, for the clip's own cameras.
-
-    Raises:
-        UserError: the clip has no parameters, or another head's.
-    """
-    return retargeted(avatar, read_sequence(clip, avatar.head), pose)
-
-
 def retargeted(avatar: Avatar, driver: HeadParams, pose: Pose = "fixed") -> HeadParams:
-    """Give a driver's parameters [frames, …] the avatar's identity; `pose` is `driving_params`'s."""
+    """Give a driver's parameters [frames, …] the avatar's identity."""
     n = driver.batch[0]
     params = replace(driver, shape=avatar.shape.expand(n, -1), static_offset=None)
     if pose == "fixed":

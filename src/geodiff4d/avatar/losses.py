@@ -16,7 +16,6 @@ from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians
 from geodiff4d.avatar.model import AvatarFrame
 from geodiff4d.heads.rig import Head
 from geodiff4d.render.photometric import photometric
-from geodiff4d.render.photometric import ssim as ssim
 
 SKIN_TOLERANCE_M = 0.003
 LOOSE_TOLERANCE_M = 0.060

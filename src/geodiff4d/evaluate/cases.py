@@ -4,8 +4,8 @@ The data are clips: of the open world, rendered here once, or imported ones. Eve
 that everyone who runs a protocol on the same clips measures the same frames.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,6 @@ from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
 from geodiff4d.data.synthetic.world import WORLD_VERSION
 from geodiff4d.evaluate.pairs import loosely
 
-Protocol = Literal["self", "cross", "cross-view"]
 SEQUENCES: tuple[TrackKind, ...] = ("turns", "mixed", "speech", "extremes", "emotions", "tongue")
 """What the open world's people do, a kind per sequence: the first turns the head as far as people do, others less."""
 FPS = 12.0
@@ -238,11 +237,3 @@ def timesteps(clip: Clip, count: int) -> tuple[int, ...]:
     count = min(count, len(steps))
     start = (len(steps) - 1 - (count - 1) * stride) // 2
     return tuple(steps[start + k * stride] for k in range(count))
-
-
-def described(cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Say what every case is, for the files that are left."""
-    for case in cases:
-        yield {"name": case.name, "same": case.same,
-               "reference": asdict(replace(case.reference, clip=Path(case.reference.clip.name))),
-               "driving": asdict(replace(case.driving, clip=Path(case.driving.clip.name)))}  # fmt: skip

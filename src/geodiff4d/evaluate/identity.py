@@ -22,7 +22,6 @@ from torch.nn.functional import interpolate, normalize
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model
-from geodiff4d.data.crops import crop_image
 from geodiff4d.tracking.network import Perception, load_perception
 from geodiff4d.tracking.squares import HeadSquare, cut_square
 
@@ -169,8 +168,3 @@ def aligned(image: Float[Tensor, "3 height width"], points: Float[Tensor, "5 2"]
     centre = middle + torch.view_as_real(offset)
     square = HeadSquare(float(centre[0]), float(centre[1]), ARCFACE_SIZE * size, float(turn.angle()), 0.0)
     return cut_square(image, square, ARCFACE_SIZE)
-
-
-def resized(image: Float[Tensor, "3 height width"], size: int) -> Float[Tensor, "3 size size"]:
-    """Resample a square picture."""
-    return crop_image(image, (0.0, 0.0, float(image.shape[-1])), size)

@@ -8,7 +8,6 @@ The paper names no networks for AKD and AED. Ours, the same for every method and
 - `perception`: the normals that the same network gives on generated RGB, the rival of generated normals.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -108,6 +107,3 @@ def _normals(detection: Detection | None, size: int) -> Tensor:
     normal = crop_image(detection.normal.float(), box, size, fill=0.0)
     length = normal.norm(dim=0, keepdim=True)
     return normal / length.clamp(min=1e-6) * (length > 0.05)
-
-
-Observer = Callable[[Float[Tensor, "frames 3 height width"]], Observed]

@@ -162,12 +162,6 @@ def fill(typing, number):
 
 
 @intrinsic
-def fill_int(typing, number):
-    """One int in all lanes."""
-    return I(number), lambda ctx, b, sig, a: _broadcast(b, ctx.cast(b, a[0], sig.args[0], types.int32))
-
-
-@intrinsic
 def fma(typing, x, y, z):
     """x·y + z."""
     return F(F, F, F), lambda ctx, b, sig, a: _fma(b, *a)

@@ -57,7 +57,6 @@ class LiveFrame:
     """Whether there was a face; else the last one's parameters are repeated."""
     error_px: float
     image: Float[Tensor, "3 height width"]
-    detection: Detection | None
 
 
 def track_live(
@@ -142,7 +141,7 @@ class Follower:
             self.error = float(off.mean())
         params = self.layout.params(self.last, self.fixed[:-1][None]).map(lambda v: v[0].float())
         params = replace(params, translation=params.translation - self._mean)
-        return LiveFrame(params, self.settled.camera, detection is not None, self.error, image, detection)
+        return LiveFrame(params, self.settled.camera, detection is not None, self.error, image)
 
     @property
     def _mean(self) -> Float[Tensor, "3"]:

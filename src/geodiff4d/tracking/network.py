@@ -210,8 +210,3 @@ def gram_schmidt(six: Float[Tensor, "b 6"]) -> Float[Tensor, "b 3 3"]:
 
 def _up(x: Tensor) -> Tensor:
     return interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def parameters(model: nn.Module) -> int:
-    """Count trained numbers."""
-    return sum(p.numel() for p in model.parameters())

@@ -92,19 +92,6 @@ def initialise(model: VideoModel) -> None:
         nn.init.zeros_(parameter)
 
 
-@torch.no_grad()
-def residual_std(batches: Batches, model: VideoModel, n: int = 8) -> tuple[float, float]:
-    """Measure the deviation of `z - base` per domain, cells weighted as the loss does."""
-    total, count = torch.zeros(2), 0
-    for i in range(n):
-        b = batches[10**9 + i]
-        base = model.conditions(ConditionImages(b.warp, b.warp, b.visibility), pose_planes=b.pose).base
-        total += ((b.target - base).square() * b.weight).mean((0, 2, 3, 4, 5))
-        count += 1
-    rgb, normal = (total / count).sqrt().tolist()
-    return round(rgb, 3), round(normal, 3)
-
-
 def trained_state(model: VideoModel) -> dict[str, Tensor]:
     """Return the weights of the trained networks by name; the codec's stay out."""
     return {f"{name}.{k}": v for name, network in model.networks().items() for k, v in network.state_dict().items()}

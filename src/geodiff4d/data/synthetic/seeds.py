@@ -6,7 +6,6 @@ from typing import Literal
 import numpy as np
 
 Split = Literal["train", "val", "test"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def generator(*key: object) -> np.random.Generator:
