@@ -21,7 +21,7 @@ from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
 from geodiff4d.video.image_encoder import ImageEncoder, load_image_encoder
 from geodiff4d.video.unet import UNet, UNetConfig
-from geodiff4d.video.vae import PatchCodec, StableCodec, load_codec
+from geodiff4d.video.vae import Codec, StableCodec, load_codec
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,7 @@ def _fold(x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "n c h w"]:
 class VideoModel(nn.Module):
     """Everything that is trained together, and the codec."""
 
-    def __init__(
-        self, config: VideoModelConfig, codec: PatchCodec | StableCodec, image_encoder: ImageEncoder | None = None
-    ):
+    def __init__(self, config: VideoModelConfig, codec: Codec, image_encoder: ImageEncoder | None = None):
         """`image_encoder` makes the token that SD's text attention reads, where there is one."""
         super().__init__()
         pose = codec.channels if config.pose == "codec" else 3

@@ -7,7 +7,7 @@ diffusers `AutoencoderKL` folder for the paper's scale (latent mean, scaling 0.1
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,22 +18,6 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, load_model, read_json, save_model
-
-
-@runtime_checkable
-class Codec(Protocol):
-    """What the video model needs of a codec; images in [0, 1], latents with about unit variance."""
-
-    channels: int
-    factor: int
-
-    @property
-    def visibility(self) -> Float[Tensor, " c"]:
-        """How much a squared error in each latent channel shows in pixels, mean 1."""
-        ...
-
-    def encode(self, images: Float[Tensor, "n 3 height width"]) -> Float[Tensor, "n c h w"]: ...
-    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 3 height width"]: ...
 
 
 @dataclass(frozen=True)
@@ -206,7 +190,11 @@ class StableCodec(nn.Module):
             self.vae.save_pretrained(temporary)
 
 
-def load_codec(folder: Path) -> "PatchCodec | StableCodec":
+Codec = PatchCodec | StableCodec
+"""Images in [0, 1], latents with about unit variance."""
+
+
+def load_codec(folder: Path) -> Codec:
     """Load a codec by what its `config.json` says it is.
 
     Raises:
