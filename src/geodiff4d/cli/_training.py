@@ -24,12 +24,10 @@ from geodiff4d.video.model import VideoModelConfig, load_video_model
 from geodiff4d.video.recode import starting_weights
 from geodiff4d.video.train import ImageTraining, train_image
 from geodiff4d.video.train_codec import train_codec
-from geodiff4d.video.vae import PatchCodec, StableCodec, load_codec
+from geodiff4d.video.vae import Codec, PatchCodec, StableCodec, load_codec
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-Codec = PatchCodec | StableCodec
 
 
 def report(step: int, total: int, record: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.pairs import PairConfig, Pairs, draw_pairs
 from geodiff4d.data.store import Store, carried_pixels, take
 from geodiff4d.data.tracks import TrackStore, draw_clips
-from geodiff4d.video.vae import PatchCodec, StableCodec
+from geodiff4d.video.vae import Codec
 
 LATENT_KINDS = ("rgb", "normal", "pose")
 KEPT_EVERY = 64
@@ -65,9 +65,7 @@ UNIFORM = WeightConfig(background=1.0, foreground=0.0, focus=0.0)
 """The paper's loss."""
 
 
-def encode_store(
-    store: Store, codec: PatchCodec | StableCodec, path: Path, chunk: int = 32, exact_normals: bool = True
-) -> np.ndarray:
+def encode_store(store: Store, codec: Codec, path: Path, chunk: int = 32, exact_normals: bool = True) -> np.ndarray:
     """Encode pictures, normals and pose maps once: `[subjects, instants, views, 3, c, h, w]` fp16, memory-mapped.
 
     A finished file of the same store and codec is taken as it is; one that was cut off goes on. CUDA encodes where
@@ -112,7 +110,7 @@ def encode_store(
     return out
 
 
-def _fingerprint(codec: PatchCodec | StableCodec) -> str:
+def _fingerprint(codec: Codec) -> str:
     """Tell codecs apart by what they make of a picture."""
     side = 8 * codec.factor
     picture = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from geodiff4d.data.mixture import Example, Mixture, collate
 from geodiff4d.video.batches import UNIFORM, Batch, WeightConfig
-from geodiff4d.video.vae import PatchCodec, StableCodec
+from geodiff4d.video.vae import Codec
 
 
 class MixedBatches:
@@ -23,7 +23,7 @@ class MixedBatches:
     """
 
     def __init__(
-        self, mixture: Mixture, codec: PatchCodec | StableCodec, size: int,
+        self, mixture: Mixture, codec: Codec, size: int,
         weights: WeightConfig = UNIFORM, encoded_pose: bool = False, workers: int = 0,
     ):  # fmt: skip
         """`size` is references per batch; `encoded_pose` as in `Batches`; `workers` decode ahead (`read_ahead`)."""

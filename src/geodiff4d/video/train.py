@@ -25,7 +25,7 @@ from geodiff4d.video.objective import Draws, Objective, averaged, channels_last,
 from geodiff4d.video.processes import agree, share
 from geodiff4d.video.recompute import recompute_activations
 from geodiff4d.video.sample import SampleConfig, autocast
-from geodiff4d.video.vae import PatchCodec, StableCodec
+from geodiff4d.video.vae import Codec
 from geodiff4d.video.warm_start import fit_motion_readout, warm_start
 from geodiff4d.video.watch import Watch
 
@@ -100,7 +100,7 @@ FREE = frozenset({
 
 
 def train_image(
-    run: Path, model_config: VideoModelConfig, codec: PatchCodec | StableCodec, batches: Batches | MixedBatches,
+    run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches | MixedBatches,
     config: ImageTraining, val: Batches | MixedBatches | None = None, start: dict[str, Tensor] | None = None,
     progress: Progress = lambda *a: None,
 ) -> VideoModel:  # fmt: skip
@@ -207,7 +207,7 @@ def train_image(
 
 
 def _build(
-    model_config: VideoModelConfig, codec: PatchCodec | StableCodec, config: ImageTraining,
+    model_config: VideoModelConfig, codec: Codec, config: ImageTraining,
     start: dict[str, Tensor] | None,
 ) -> VideoModel:  # fmt: skip
     """Make the model, from random weights or from `start`, and mark what is trained.
