@@ -10,8 +10,9 @@ def train(
 ) -> None:  # fmt: skip
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
+    from functools import partial
 
-    from geodiff4d.cli.progress import track
+    from geodiff4d.cli._stores import with_bar
     from geodiff4d.tracking.learn import PRESETS, train_perception
     from geodiff4d.tracking.network import load_perception
     from geodiff4d.tracking.people import build_people
@@ -19,16 +20,7 @@ def train(
     p = PRESETS[preset]
     folder, stores = data or out / "data", {}
     for name, config in (("train", p.people), ("val", replace(p.people, split="val", subjects=p.val_subjects))):
-        bar = iter(track(range(config.subjects), f"rendering {name} people"))
-        seen = [0]
-
-        def show(done: int, total: int, bar=bar, seen=seen) -> None:
-            while seen[0] < done:
-                next(bar, None)
-                seen[0] += 1
-
-        stores[name] = build_people(folder / name, config, workers, show)
-        next(bar, None)
+        stores[name] = with_bar(name, config.subjects, partial(build_people, folder / name, config, workers))
 
     def report(step: int, total: int, record: dict) -> None:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
