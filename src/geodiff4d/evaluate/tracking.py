@@ -157,10 +157,7 @@ def aligned_error(points: Float[Tensor, "points 3"], truth: Float[Tensor, "point
 
 
 def _skull(subject: SyntheticSubject, params: HeadParams, camera: Camera) -> Float[Tensor, "3 3"]:
-    own = HeadParams(**{f.name: getattr(params, f.name) for f in fields(params)})
-    posed = subject.rig.pose(HeadParams(
-        own.shape[..., :0], own.expr, own.rotation, own.neck_pose, own.jaw_pose, own.eyes_pose, own.translation
-    ))  # fmt: skip
+    posed = subject.rig.pose(params.without_shape())
     return camera.T_cam_world[:3, :3] @ posed.T_world_joint[0, SKULL_JOINT, :3, :3]
 
 

@@ -55,6 +55,10 @@ class HeadParams:
             eyelids=None if self.eyelids is None else torch.zeros_like(self.eyelids),
         )
 
+    def without_shape(self) -> "HeadParams":
+        """Drop the identity, for a head whose template has it already (an open-world subject's rig)."""
+        return replace(self, shape=self.shape[..., :0], static_offset=None)
+
     def map(self, f: Callable[[Tensor], Tensor]) -> "HeadParams":
         """Apply `f` to every tensor that is present."""
         values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}

@@ -162,7 +162,7 @@ def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
     grown = (SURROUND - 1) / 2 * config.size
     cameras = Camera.stack([c.cropped(-grown, -grown, SURROUND * config.size, config.size) for c in crops])
     frames = subject.render(params, cameras, config.supersample)
-    skull = subject.rig.pose(_own(params)).T_world_joint[:, SKULL_JOINT, :3, :3]
+    skull = subject.rig.pose(params.without_shape()).T_world_joint[:, SKULL_JOINT, :3, :3]
     rows = {
         "rgb": _bytes(composite(frames.rgb, frames.mask)),
         "normal": _bytes(encode_normals(frames.normal, frames.mask)),
@@ -173,13 +173,6 @@ def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
     }
     for name, value in rows.items():
         np.load(folder / f"{name}.npy", mmap_mode="r+")[s] = value
-
-
-def _own(params: HeadParams) -> HeadParams:
-    return HeadParams(
-        params.shape[..., :0], params.expr, params.rotation, params.neck_pose, params.jaw_pose, params.eyes_pose,
-        params.translation,
-    )  # fmt: skip
 
 
 def _bytes(x: Tensor) -> np.ndarray:

@@ -93,7 +93,7 @@ class SubjectMesh:
 
 def pose(rig: Head, params: HeadParams) -> tuple[Float[Tensor, "*batch verts 3"], Float[Tensor, "*batch joints 4 4"]]:
     """Pose a subject's own rig: its identity, not `params.shape`."""
-    posed = rig.pose(replace(params, shape=params.shape[..., :0], static_offset=None))
+    posed = rig.pose(params.without_shape())
     return posed.vertices, posed.T_world_joint
 
 
