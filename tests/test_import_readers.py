@@ -7,9 +7,10 @@ from importlib import import_module
 import pytest
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.progress import unchanged
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.importer import ImportConfig, import_sources
-from geodiff4d.data.importing import Choice, Report, unchanged
+from geodiff4d.data.importing import Choice, Report
 from mini_cap4d import make_cap4d, make_fit
 from mini_datasets import COLOUR_MATRIX, make_nersemble, make_renderme, make_synthhuman, performance
 from mini_pixel3dmm import make_pixel3dmm

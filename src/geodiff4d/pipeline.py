@@ -1,6 +1,5 @@
 """Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.crops import head_region
 from geodiff4d.data.synthetic.cameras import canonical_crop, rig
@@ -27,17 +27,10 @@ from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.sample import SampleConfig
 
 Generator = Literal["diffusion", "warp"]
-Track = Callable[..., Iterable[Any]]
-"""`progress(items, description, total)`: passes items through and shows how far they are."""
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "embedded"
 DEFAULT_CROP = 96
 """Side of driving crops when no model says otherwise."""
-
-
-def unchanged(items: Iterable[Any], description: str = "", total: int | None = None) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ Axes are those of the scenes that the format grew up with (OpenCV, COLMAP): x ri
 to -z, and the units stay metres. Viewers that turn such scenes upright show the head upright.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +21,7 @@ from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, write_json
 from geodiff4d.core.geometry import quat_multiply
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.render.gaussians import Gaussians
 
 FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
@@ -30,8 +29,6 @@ FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
 HALF_TURN = torch.tensor([0.0, 1.0, 0.0, 0.0])
 SMALLEST_M = 1e-9
 FAINTEST = 1e-6
-
-Track = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int 
 
 
 @torch.no_grad()
-def export_sequence(
-    avatar: Avatar, performance: Performance, folder: Path, track: Track = lambda items, *_: items
-) -> int:
+def export_sequence(avatar: Avatar, performance: Performance, folder: Path, track: Track = unchanged) -> int:
     """Write `frame_00000.ply …` and `sequence.json` into a new folder, which appears whole or not at all."""
     with fresh_folder(folder) as temporary:
         for i in track(range(len(performance)), "exporting"):

@@ -20,8 +20,9 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.importing import Choice, Progress, Report, Source, SourceFrame, no_params, unchanged
+from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
 from geodiff4d.data.sheet import fits, sizes, write_sheet
 from geodiff4d.heads import Head
@@ -48,7 +49,7 @@ class ImportConfig:
 def import_sources(
     sources: list[Source], out: Path, origin: str, choice: Choice, report: Report,
     config: ImportConfig = ImportConfig(), head: Head | None = None, estimator: Normals | None = None,
-    progress: Progress = unchanged,
+    progress: Track = unchanged,
 ) -> list[Path]:  # fmt: skip
     """Import every source that is chosen into a clip below `out` and return the clips' folders.
 
@@ -82,7 +83,7 @@ def import_sources(
 
 def import_clip(
     source: Source, folder: Path, origin: str, choice: Choice, report: Report, config: ImportConfig,
-    head: Head | None, estimator: Normals | None, progress: Progress,
+    head: Head | None, estimator: Normals | None, progress: Track,
 ) -> Path:  # fmt: skip
     """Import one source into `folder`, going on where an earlier call stopped.
 

@@ -35,7 +35,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,14 +47,7 @@ from geodiff4d.heads.rig import HeadParams
 
 Wanted = Callable[[int, int], bool]
 """(timestep, camera_index) → is this frame still to be read?"""
-Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
-"""(items, description, total) → the items, shown as they pass."""
 PLACES_SHOWN = 3
-
-
-def unchanged(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 @dataclass(frozen=True)

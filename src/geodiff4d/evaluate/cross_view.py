@@ -20,6 +20,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
 from geodiff4d.core.images import composite, write_image
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.crops import crop_image
 from geodiff4d.data.synthetic.cameras import FRONT_CAMERA
@@ -39,7 +40,7 @@ from geodiff4d.evaluate.protocol import Settings, in_processes, maker_of, render
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
 from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
-from geodiff4d.pipeline import Driving, Track, animate, load_driving, load_model, load_portrait, unchanged
+from geodiff4d.pipeline import Driving, animate, load_driving, load_model, load_portrait
 from geodiff4d.video.generate import with_identity_of
 
 VIEWS = 12

@@ -8,10 +8,11 @@ import torch
 from geodiff4d.avatar.drive import head_centre, orbit, render_sequence, turned
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.images import encode_normals
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, Video, build_report
-from geodiff4d.pipeline import Driving, Track, unchanged
+from geodiff4d.pipeline import Driving
 from geodiff4d.video.generate import Portrait
 
 VIDEO_FRAMES = 96

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import Track, animate, clip_cameras, still_head, unchanged
+from geodiff4d.pipeline import animate, clip_cameras, still_head
 from geodiff4d.video.generate import with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig

@@ -5,7 +5,7 @@ nothing of the camera. A picture in which no face is found counts as a failure. 
 canonical crop of 256. The truth is the subject's own mesh, which the tracker's head can only come near.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +20,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import write_json
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import write_image
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.crops import canonical_crop_box, head_region
 from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression
 from geodiff4d.data.synthetic.cameras import orbit
@@ -170,7 +171,7 @@ def _detected(detection: Detection | None, case: Case, vertices: Tensor, head: H
 
 def evaluate_tracking(
     out: Path, head: Head, detectors: dict[str, Detector], count: int = 100, split: Split = "test",
-    config: TrackConfig = TrackConfig(), progress: Callable[..., Iterable[Any]] = lambda items, *a: items,
+    config: TrackConfig = TrackConfig(), progress: Track = unchanged,
 ) -> dict[str, Any]:  # fmt: skip
     """Track `count` subjects' pictures with each detector; writes `metrics.json` and a sheet of overlays each."""
     scores: dict[str, list[Score | None]] = {name: [] for name in detectors}

@@ -8,12 +8,13 @@ from typing import Any, Literal
 import torch
 
 from geodiff4d.core.files import write_json
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.evaluate.metrics import score
 from geodiff4d.evaluate.pairs import Pair, make_pair, track_pair, truth_frames
 from geodiff4d.evaluate.retrieval import expression_ranks, identity_ranks
 from geodiff4d.heads import Head
-from geodiff4d.pipeline import Track, animate, clip_cameras, still_head, unchanged
+from geodiff4d.pipeline import animate, clip_cameras, still_head
 from geodiff4d.video.flicker import flicker, without_temporal_modules
 from geodiff4d.video.generate import with_identity_of
 from geodiff4d.video.model import VideoModel

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import encode_normals, to_uint8, write_image
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.core.video import cut_short, write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
@@ -58,11 +58,6 @@ class TrackConfig:
             raise UserError(f"frames to leave out must not be negative, got {self.skip}")
         if self.focal_px is not None and not self.focal_px > 0:
             raise UserError(f"the focal length must be positive, got {self.focal_px}")
-
-
-def unchanged(items: Iterable[Any], description: str, total: int | None = None) -> Iterable[Any]:
-    """Show no progress."""
-    return items
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ class Cut:
 
 def track_frames(
     images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), video: bool = True, progress: Callable[..., Iterable[Any]] = unchanged,
+    config: TrackConfig = TrackConfig(), video: bool = True, progress: Track = unchanged,
 ) -> Tracked:  # fmt: skip
     """Track pictures that are in memory; `video` says that they follow each other, all show one person.
 
@@ -135,7 +130,7 @@ def track_frames(
 
 def track(
     source: Path, out: Path, head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), progress: Callable[..., Iterable[Any]] = unchanged,
+    config: TrackConfig = TrackConfig(), progress: Track = unchanged,
 ) -> Clip:  # fmt: skip
     """Track one picture or video and write a clip folder.
 
@@ -204,7 +199,7 @@ def default_detector() -> Detector:
 
 def locate(
     frames: Frames, head: Head, detector: Detector, config: TrackConfig, video: bool,
-    progress: Callable[..., Iterable[Any]] = unchanged, source: Path | None = None,
+    progress: Track = unchanged, source: Path | None = None,
 ) -> Located:  # fmt: skip
     """Detect and fit: where the head is in all frames.
 
