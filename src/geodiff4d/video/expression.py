@@ -54,11 +54,13 @@ class SpatialAttention(nn.Module):
         return x + rearrange(self.out(y), "b (h w) c -> b c h w", h=x.shape[-2])
 
 
-def sine_cosine(positions: int, channels: int) -> Float[Tensor, "positions channels"]:
-    """Fixed 1-D sine-cosine embedding of Vaswani et al."""
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(0, channels, 2) / channels)
-    angles = torch.arange(positions)[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+def sine_cosine(
+    positions: int, channels: int, device: torch.device | None = None
+) -> Float[Tensor, "positions channels"]:
+    """Fixed positions, sine on even and cosine on odd channels (Vaswani et al. 2017, Sec. 3.5)."""
+    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
+    angle = torch.arange(positions, device=device)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :channels]
 
 
 class ExpressionEncoder(nn.Module):

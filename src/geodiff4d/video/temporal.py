@@ -5,8 +5,6 @@ each behind sinusoidal positions, and a feed-forward → a linear that starts at
 therefore equals the image model it grew from.
 """
 
-import math
-
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float
@@ -15,19 +13,13 @@ from torch.nn.functional import avg_pool2d, scaled_dot_product_attention
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import FeedForward, GroupNorm, Layout, MultiHead
+from geodiff4d.video.expression import sine_cosine
 
 MAX_FRAMES = 32
 """Positions that exist in X-NeMo and AnimateDiff: the longest window."""
 
 FILTER_GAIN = 25.0
 """The filter's few numbers have further to go than a network's weights: with this, one learning rate serves both."""
-
-
-def positions(frames: int, channels: int, device: torch.device | None = None) -> Float[Tensor, "frames channels"]:
-    """Sinusoidal positions, sine on even and cosine on odd channels (Vaswani et al. 2017, Sec. 3.5)."""
-    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
-    angle = torch.arange(frames, device=device)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :channels]
 
 
 class SelfAttentionOverTime(MultiHead):
@@ -77,7 +69,7 @@ class TemporalModule(nn.Module):
             valid = repeat(layout.valid, "b t -> (b d h w) t", d=layout.domains, h=h, w=w)
         y = self.proj_in(y)
         # Made where it is used: a copy from the host would make every step wait.
-        place = positions(layout.frames, y.shape[-1], y.device).to(y.dtype)
+        place = sine_cosine(layout.frames, y.shape[-1], y.device).to(y.dtype)
         for norm, attention in zip(self.norms, self.attentions, strict=True):
             y = y + attention(norm(y) + place, valid)
         y = self.proj_out(y + self.ff(self.ff_norm(y)))
