@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,12 @@ from geodiff4d.avatar.surface import RemeshConfig, Surface, own_surface, remesh
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, refuse_foreign, write_json
 from geodiff4d.core.images import write_image
+from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head
 
-Track = Callable[..., Iterable[int]]
 Part = Literal["refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify"]
 PARTS: tuple[Part, ...] = ("refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify")
 STATUS_EVERY = 10
@@ -127,7 +127,7 @@ class _Run:
 
 def fit(
     clip: Clip, out: Path | str, config: FitConfig | None = None, seed: int = 0,
-    track: Track = lambda items, *_: items, normals: NormalSource | None = None,
+    track: Track = unchanged, normals: NormalSource | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit an avatar to `clip`, write it to `out` and return its metrics.
 
