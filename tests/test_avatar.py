@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -228,6 +229,28 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
     assert torch.equal(a.sequence.expr, b.sequence.expr) and torch.equal(a.shape, b.shape)
 
 
+def test_a_fit_is_not_resumed_on_other_pictures(clip, tmp_path):
+    config = replace(PRESETS["debug"][1], iterations=2, gaussians=1, checkpoint_every=1, densify=None)
+
+    def interrupted(items, _):
+        raise KeyboardInterrupt
+
+    mine = edited(clip, tmp_path / "clip", lambda frames: None)
+    with pytest.raises(KeyboardInterrupt):
+        fit(mine, tmp_path / "out", config, track=interrupted)
+    run = tmp_path / "out.run/config.json"
+    known = json.loads(run.read_text())
+    shutil.rmtree(tmp_path / "clip")
+    theirs = edited(clip, tmp_path / "clip", lambda frames: None)
+    picture = theirs.records[0].image_path
+    picture.write_bytes(theirs.records[1].image_path.read_bytes())
+    with pytest.raises(UserError, match="another configuration"):
+        fit(theirs, tmp_path / "out", config)
+    del known["config"]["pictures"]  # As runs were that began before anybody looked.
+    run.write_text(json.dumps(known))
+    fit(theirs, tmp_path / "out", config)
+
+
 def test_ablations():
     config = FitConfig().ablated("refine").ablated("normals")
     assert config.refine is None and config.loss.normals == 0
@@ -261,8 +284,6 @@ def test_fit_command(clip, tmp_path, capsys):
 
 def edited(clip: Clip, folder, change) -> Clip:
     """Copy a clip with its transforms.json changed by `change(frames)`."""
-    import shutil
-
     shutil.copytree(clip.folder, folder)
     meta = json.loads((folder / "transforms.json").read_text())
     change(meta["frames"])

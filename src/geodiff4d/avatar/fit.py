@@ -24,6 +24,7 @@ from geodiff4d.avatar.start import start
 from geodiff4d.avatar.surface import RemeshConfig, Surface, own_surface, remesh
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, refuse_foreign, write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.core.rundir import RunFolder
@@ -123,6 +124,14 @@ class _Run:
     clip: str
     frames: int
     seed: int
+    pictures: str
+    """Fingerprint of the clip: another one may have taken its place."""
+
+
+def _pictures(clip: Clip) -> str:
+    files = [p for r in clip.records for p in (r.image_path, r.mask_path, r.normal_path, r.params_path) if p]
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return fingerprint((clip.folder / "transforms.json").read_text(), stamps)
 
 
 def fit(
@@ -175,7 +184,9 @@ def _fit(
 ) -> dict[str, Any]:
     """Fit or resume, and write the avatar."""
     fitting, explained = prepare(frames, head, config, seed)
-    run = RunFolder(out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed))
+    run = RunFolder(
+        out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed, _pictures(clip))
+    )
     saved = run.load(lambda line: run.log({"warning": line}))
     first = 0
     if saved is not None:
