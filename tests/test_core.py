@@ -1,7 +1,11 @@
 """Geometry, cameras, images, videos and files."""
 
 import errno
+import json
 import math
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -647,6 +651,50 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     (tmp_path / "run/checkpoint-previous.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint"):
         run.load()
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    RunFolder(tmp_path, RunConfig())
+    (tmp_path / "config.json").write_text('{"config"')
+    with pytest.raises(UserError, match="is not valid JSON"):
+        RunFolder(tmp_path, RunConfig())
+
+
+def test_a_record_starts_a_line_of_its_own(tmp_path):
+    run = RunFolder(tmp_path, RunConfig())
+    run.log({"step": 1})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"seco')
+    run.log({"step": 2})
+    run.log({"step": 3})
+    first, half, *rest = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert half == '{"seco' and [json.loads(line)["step"] for line in (first, *rest)] == [1, 2, 3]
+
+
+def test_a_run_is_one_process_s(tmp_path):
+    RunFolder(tmp_path / "run", RunConfig())
+    RunFolder(tmp_path / "run", RunConfig())
+    code = (
+        "import fcntl, sys\n"
+        "try: fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+        "except BlockingIOError: sys.exit(3)"
+    )
+    tried = [sys.executable, "-c", code, tmp_path / "run/.lock"]
+    assert subprocess.run(tried, check=False).returncode == 3
+    shutil.rmtree(tmp_path / "run")
+    RunFolder(tmp_path / "run", RunConfig())
+    assert subprocess.run(tried, check=False).returncode == 3
+    (tmp_path / "theirs").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, tmp_path / "theirs/.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another process is writing to"):
+            RunFolder(tmp_path / "theirs", RunConfig())
+        RunFolder(tmp_path / "theirs", RunConfig(), writes=False)
+        other.communicate(b"\n")
+    RunFolder(tmp_path / "theirs", RunConfig())
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):

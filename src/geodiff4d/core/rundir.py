@@ -1,5 +1,6 @@
 """A training run on disk: configuration, JSONL log, and the checkpoint that a repeated command resumes from."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -15,27 +16,34 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, write_json
+from geodiff4d.core.files import fresh_file, read_json, write_json
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
 """Newest first."""
+_HELD: dict[Path, int] = {}
+"""Locks of this process, which last as long as it does."""
 
 
 class RunFolder:
     """`config.json`, `log.jsonl`, `checkpoint.safetensors` and the one before it, `checkpoint-previous.safetensors`.
 
-    Options named in `free` may change from call to call.
+    Options named in `free` may change from call to call. Of the processes of one run, one `writes`: it keeps other runs
+    out of the folder for as long as it lives.
 
     Raises:
-        UserError: the folder holds a run of another configuration.
+        UserError: the folder holds a run of another configuration, or another process writes to it.
     """
 
-    def __init__(self, path: Path, config: Any, free: frozenset[str] = frozenset()):
+    def __init__(self, path: Path, config: Any, free: frozenset[str] = frozenset(), writes: bool = True):
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
+        if writes:
+            _lock(self.path.resolve())
+            for left in self.path.glob(".*.part"):
+                left.unlink()
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
-        if known.exists() and not _same(json.loads(known.read_text())["config"], ours, free):
+        if known.exists() and not _same(read_json(known)["config"], ours, free):
             raise UserError(
                 f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
             )
@@ -46,8 +54,11 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to `log.jsonl`."""
-        with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps({"seconds": round(time.monotonic() - self.started, 2), **record}) + "\n")
+        with (self.path / "log.jsonl").open("ab+") as file:
+            # A killed process may have left half a line.
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+            file.write((json.dumps({"seconds": round(time.monotonic() - self.started, 2), **record}) + "\n").encode())
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
         """Write the newest checkpoint and keep the one before it."""
@@ -78,6 +89,28 @@ class RunFolder:
         if paths:
             raise UserError(f"no checkpoint in {self.path} can be read: remove the folder to start over")
         return None
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes out of a folder until this one ends.
+
+    Raises:
+        UserError: another one is in it.
+    """
+    held, path = _HELD.get(folder), folder / ".lock"
+    if held is not None and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
+        return
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"another process is writing to {folder}: wait for it, or give --out a new folder") from None
+    except OSError:
+        pass  # Some network file systems have no locks.
+    if held is not None:
+        os.close(held)  # Of a folder that was removed since.
+    _HELD[folder] = lock
 
 
 def _same(saved: Any, ours: Any, free: frozenset[str]) -> bool:

@@ -125,7 +125,7 @@ def train_image(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     known = _Run(config, model_config, config.pairs.references * config.accumulate * ranks)
     with accelerator.main_process_first():
-        folder = RunFolder(run, known, FREE)
+        folder = RunFolder(run, known, FREE, accelerator.is_main_process)
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
