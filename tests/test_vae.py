@@ -1,12 +1,16 @@
 """The codecs: what a linear patch code promises, and Stable Diffusion's autoencoder behind the same interface."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.data.store import Store, StoreConfig
+from geodiff4d.video.train_codec import CodecTraining, train_codec
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig, StableCodec, load_codec
 
 CONFIG = PatchCodecConfig(factor=4, channels=6, trunk=8, detail=8)
@@ -148,3 +152,34 @@ def test_a_stable_codec_survives_its_folder(stable, tmp_path):
     codec.save(tmp_path / "vae")
     images = torch.rand(1, 3, 16, 16)
     assert_close(load_codec(tmp_path / "vae").encode(images), codec.encode(images), atol=0, rtol=0)
+
+
+class TinyStore(Store):
+    """Pictures of noise, two people by two instants by two views."""
+
+    def __init__(self) -> None:
+        self.config = StoreConfig(subjects=2, instants=2, views=2, size=16, crop=16)
+        rng = np.random.default_rng(0)
+        self.rgb, self.normal, self.pose = rng.integers(0, 255, (3, 2, 2, 2, 3, 16, 16)).astype(np.uint8)
+
+
+def test_resumed_codec_training_equals_uninterrupted(tmp_path):
+    class StopError(Exception):
+        pass
+
+    def stop(step, total, record):
+        if step == 3:
+            raise StopError
+
+    config = CodecTraining(CONFIG, steps=4, batch=2, basis_images=4, save_every=2)
+    whole = train_codec(tmp_path / "whole", TinyStore(), config)
+    with pytest.raises(StopError):
+        train_codec(tmp_path / "parts", TinyStore(), config, stop)
+    torch.manual_seed(99)
+    parts = train_codec(tmp_path / "parts", TinyStore(), config)
+    assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
+    seen: list[int] = []
+    again = train_codec(tmp_path / "parts", TinyStore(), config, lambda step, *_: seen.append(step))
+    assert not seen and torch.equal(again.detail[3].weight, whole.detail[3].weight)
+    with pytest.raises(UserError, match="another configuration"):
+        train_codec(tmp_path / "parts", TinyStore(), replace(config, steps=5))

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.core.rundir import RunFolder
+from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.store import Store
 from geodiff4d.video.objective import channels_last
 from geodiff4d.video.sample import autocast
@@ -31,21 +31,27 @@ class CodecTraining:
     basis_images: int = 384
     latent_noise: float = 0.05
     """Noise added to latents, so that the decoder forgives what a sampler leaves."""
+    save_every: int = 250
     seed: int = 0
 
 
 def train_codec(
     run: Path, store: Store, config: CodecTraining, progress: Progress = lambda *a: None, val: Store | None = None
 ) -> PatchCodec:
-    """Fit the basis, then train the decoder on pictures, normals and pose maps; writes `run/vae`."""
+    """Fit the basis, then train the decoder on pictures, normals and pose maps; writes `run/vae`.
+
+    The same call resumes an interrupted run, to the same result.
+    """
     folder = RunFolder(run, config)
     torch.manual_seed(config.seed)
     codec = PatchCodec(config.codec)
-    rng = np.random.default_rng(config.seed)
-    codec.fit_basis(_images(store, rng, config.basis_images))
+    saved = folder.load()
+    if saved is None:
+        codec.fit_basis(_images(store, np.random.default_rng(config.seed), config.basis_images))
     channels_last(codec)
     optimiser = torch.optim.AdamW(codec.parameters(), config.lr, weight_decay=1e-4)
-    for step in range(config.steps):
+    first = 0 if saved is None else _resume(codec, optimiser, *saved)
+    for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = (
                 config.lr
@@ -70,8 +76,18 @@ def train_codec(
                 record |= _codec_psnr(codec, val)
             folder.log(record)
             progress(step, config.steps, record)
+        if (step + 1) % config.save_every == 0 or step == config.steps - 1:
+            state = {f"model.{k}": v for k, v in codec.state_dict().items()}
+            folder.save(state | optimiser_tensors(optimiser) | {"random": torch.get_rng_state()}, step + 1)
     codec.save(folder.path / "vae")
     return codec
+
+
+def _resume(codec: PatchCodec, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor], step: int) -> int:
+    codec.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    restore_optimiser(optimiser, tensors)
+    torch.set_rng_state(tensors["random"])
+    return step
 
 
 def _images(store: Store, rng: np.random.Generator, n: int) -> Float[Tensor, "n 3 height width"]:
