@@ -15,8 +15,10 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.subject import SyntheticSubject
+from geodiff4d.evaluate import pairs
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
+    Case,
     Extent,
     cross_cases,
     found_clips,
@@ -29,7 +31,8 @@ from geodiff4d.evaluate.cross_view import consistency
 from geodiff4d.evaluate.inputs import performed, prepare_case, source_frames
 from geodiff4d.evaluate.judges import MEASURES
 from geodiff4d.evaluate.metrics import psnr
-from geodiff4d.evaluate.protocol import Settings, maker_of, run_protocol, settled
+from geodiff4d.evaluate.protocol import Settings, Work, maker_of, run_protocol, settled
+from geodiff4d.evaluate.protocol import _score as score_case
 from geodiff4d.evaluate.protocol_page import write_results
 from geodiff4d.evaluate.tables import gathered, metrics_of, ordered, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
@@ -130,6 +133,12 @@ def test_inputs_are_written_once_and_read_back(world, tmp_path):
     assert a.truth.face.sum() > 20
     assert (a.truth.normal.norm(dim=1) - a.truth.mask[:, 0]).abs().mean() < 0.1
     assert a.yaw_difference_deg.shape == (2,)
+    # Of another size, and of other frames, it is made again.
+    c = prepare_case(tmp_path, case, head, 48, "clip")
+    assert c.portrait.image.shape[-1] == c.camera.width == 48 and c.truth is not None and len(c.truth.rgb) == 2
+    shorter = replace(case, driving=replace(case.driving, timesteps=case.driving.timesteps[:1]))
+    d = prepare_case(tmp_path, shorter, head, 48, "clip")
+    assert d.truth is not None and len(d.driving) == len(d.truth.rgb) == 1
 
 
 # A whole run
@@ -177,6 +186,39 @@ def test_a_run_goes_on_and_repeats_to_the_digit(world, model, tmp_path):
     write_image(tmp_path / "rival" / name / "00001_rgb.png", torch.zeros(3, 32, 32))
     with pytest.raises(UserError, match="32×32 pixels: expected 64×64"):
         run_protocol("self", settings, SMALL, world[0].parent)
+
+
+def test_scores_of_other_frames_are_made_again(world, model, tmp_path):
+    settings = settled(Settings(tmp_path, "debug", model, methods=("mesh_warp",), tracking="clip"))
+    [case, _] = self_cases(world, SMALL)
+    shorter = replace(case, driving=replace(case.driving, timesteps=case.driving.timesteps[:1]))
+
+    def frames(of: Case) -> int:
+        return len(score_case(settings, Work(of, of, lessons_of([of], world, SMALL)[0]))["yaw_difference_deg"])
+
+    assert frames(shorter) == 1 and frames(case) == 2
+    note = tmp_path / "clips" / case.name / "scores.json"
+    known = json.loads(note.read_text())
+    del known["of"]  # A run from before cases were stamped.
+    note.write_text(json.dumps(known))
+    assert frames(case) == 2 and json.loads(note.read_text()) == known
+
+
+def test_a_tracked_pair_is_of_one_size_and_length(pair, tmp_path, monkeypatch):
+    made = []
+
+    def tracked(source, head, size, progress, out):
+        made.append((source.name, size))
+        return Clip(empty_clip(out, 1, 1, "someone"))
+
+    monkeypatch.setattr(pairs, "_photograph", lambda path, *a: path.touch())
+    monkeypatch.setattr(pairs, "_film", lambda path, *a: path.touch())
+    monkeypatch.setattr(pairs, "tracked", tracked)
+    monkeypatch.setattr(pairs, "load_portrait", lambda *a: pair.portrait)
+    monkeypatch.setattr(pairs, "load_driving", lambda *a: pair.driving)
+    for frames, size in ((3, 64), (3, 64), (5, 64), (5, 48)):
+        pairs.track_pair(tmp_path, load_head(), 0, frames, size, 32)
+    assert made == [(n, s) for s in (64, 64, 48) for n in ("portrait.png", "driving.mp4")]
 
 
 def test_the_upper_bound_is_fitted_to_the_truth_of_other_films(world, model, tmp_path):

@@ -22,7 +22,7 @@ from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.evaluate.cases import Case, Extent, self_cases, subject_of
-from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepare_reference, source_frames
+from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepare_reference, source_frames, stamp
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import HeadParams
@@ -97,7 +97,10 @@ def make_avatar(
     """Make a reference's avatar in FOLDER, or note why there is none; resumes, and keeps what `makers` made."""
     chosen = _taught_by(method, case, lessons)
     note = {"fingerprint": makers, "films": [f"{c.driving.clip.name}_c{c.driving.camera:02d}" for c in chosen]}
+    note["of"] = stamp(case.reference, *(c.driving for c in chosen))
     known = avatar_note(folder)
+    if known:
+        known.setdefault("of", note["of"])  # As they were made before anybody looked.
     if known in (note | {"done": True}, {}, note):
         if "done" in known:
             return

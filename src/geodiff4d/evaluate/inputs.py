@@ -17,6 +17,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
@@ -69,6 +70,18 @@ def prepare_reference(out: Path, case: Case, head: Head, size: int, tracking: Tr
     return _track(out / "references" / case.reference_name, case.reference, head, size, tracking)
 
 
+def stamp(*sources: Source) -> str:
+    """Tell frames of clips apart: which they are, their cameras, and how large their files are."""
+    parts = []
+    for source in sources:
+        clip = Clip(source.clip)
+        chosen = [r for r in clip.records if r.camera_index == source.camera and r.timestep in source.timesteps]
+        parts += [source.clip.name, clip.fps, source.timesteps]
+        pictures = [r.image_path for r in chosen]
+        parts += [r.camera for r in chosen] + [(p.name, p.stat().st_size if p.exists() else 0) for p in pictures]
+    return fingerprint(*parts)
+
+
 def prepare_driver(out: Path, case: Case, head: Head, size: int, tracking: Tracking) -> Clip:
     """Track a case's driver into OUT/drivers; what is there is kept.
 
@@ -85,15 +98,17 @@ def prepare_case(out: Path, case: Case, head: Head, size: int, tracking: Trackin
     Raises:
         UserError: the tracker sees no face.
     """
-    portrait = load_portrait(prepare_reference(out, case, head, size, tracking), size)
+    reference = prepare_reference(out, case, head, size, tracking)
+    portrait = load_portrait(reference, size)
     driving = prepare_driver(out, case, head, size, tracking)
     frames = [driving.frame(i) for i in range(len(driving))]
     tracked = HeadParams.stack([f.params for f in frames if f.params is not None])
     camera = frames[0].camera
     params = placed(head, with_identity_of(portrait, tracked), tracked, camera)
     folder = out / "truth" / case.name
-    if not (folder / "transforms.json").exists():
-        _write_truth(folder, case, driving, params, camera, head)
+    of = fingerprint(reference.extra["of"], driving.extra["of"], case.same)
+    if not (folder / "transforms.json").exists() or Clip(folder).extra.get("of") != of:
+        _write_truth(folder, case, driving, params, camera, head, of)
     truth = None if Clip(folder).extra.get("none") else _read_truth(Clip(folder), tracked, camera, head)
     own = head_yaw(head, HeadParams.stack([portrait.params]), portrait.camera)
     difference = torch.rad2deg(
@@ -118,8 +133,9 @@ def source_frames(source: Source) -> list[ClipFrame]:
 
 
 def _track(folder: Path, source: Source, head: Head, size: int, tracking: Tracking) -> Clip:
-    if (folder / "transforms.json").exists():
-        return Clip(folder)
+    of = fingerprint(stamp(source), head.name, head.template, size, tracking)
+    if (folder / "transforms.json").exists() and (known := Clip(folder)).extra.get("of") == of:
+        return known
     frames, fps = source_frames(source), Clip(source.clip).fps
     images = [f.image for f in frames]
     if tracking == "pixels":
@@ -133,6 +149,7 @@ def _track(folder: Path, source: Source, head: Head, size: int, tracking: Tracki
         cuts = torch.stack([crop_image(i, box, size, fill=0.5) for i in images])
         masks = torch.stack([crop_image(f.mask, box, size, fill=0.0) for f in frames])
     extra = {"crop": list(box), "tracking": tracking, "normals": None if normals is None else "detector"}
+    extra["of"] = of
     with ClipWriter(folder, head.name, fps, extra) as clip:
         for k, t in enumerate(source.timesteps):
             clip.add_params(t, params[k])
@@ -156,11 +173,13 @@ def _own_parameters(frames: list[ClipFrame], source: Source, head: Head) -> Head
 # The truth
 
 
-def _write_truth(folder: Path, case: Case, driving: Clip, params: HeadParams, camera: Camera, head: Head) -> None:
+def _write_truth(
+    folder: Path, case: Case, driving: Clip, params: HeadParams, camera: Camera, head: Head, of: str
+) -> None:
     source, reference = Clip(case.driving.clip), Clip(case.reference.clip)
     box, size = tuple(driving.extra["crop"]), camera.width
     made = "subject_seed" in source.extra and "subject_seed" in reference.extra
-    extra = {"none": not case.same and not made}
+    extra = {"none": not case.same and not made, "of": of}
     with ClipWriter(folder, head.name, source.fps, extra) as clip:
         frames = source_frames(case.driving)
         if not case.same and made:

@@ -6,6 +6,7 @@ tracked (`track_pair`). Tests, whose pictures are too small for that, take the t
 (`make_pair`).
 """
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
@@ -24,7 +27,7 @@ from geodiff4d.data.synthetic.cameras import head_region as world_region
 from geodiff4d.data.synthetic.expressions import expression_track
 from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
-from geodiff4d.data.synthetic.world import disturbed
+from geodiff4d.data.synthetic.world import WORLD_VERSION, disturbed
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.pipeline import (
@@ -97,6 +100,13 @@ def track_pair(
     """
     cast = _cast(head, index, frames, split)
     folder.mkdir(parents=True, exist_ok=True)
+    of = {"of": fingerprint(WORLD_VERSION, head.name, head.template, index, frames, size, split)}
+    if not (folder / "pair.json").exists() or read_json(folder / "pair.json") != of:
+        for name in ("portrait", "driving"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("portrait.png", "driving.mp4"):
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / "pair.json", of)
     photograph, film = folder / "portrait.png", folder / "driving.mp4"
     if not photograph.exists():
         _photograph(photograph, head, cast.subject, size)

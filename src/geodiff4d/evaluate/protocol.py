@@ -38,7 +38,7 @@ from geodiff4d.evaluate.cases import (
     world_clips,
 )
 from geodiff4d.evaluate.identity import SHIPPED as IDENTITY
-from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_reference
+from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_reference, stamp
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
 from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
@@ -219,10 +219,12 @@ def _score(settings: Settings, work: Work) -> dict[str, Any]:
     """
     folder, maker = settings.out / "clips" / work.case.name, maker_of(settings)
     rival = None if settings.results is None else _stamp(settings.results / work.case.name)
-    note: dict[str, Any] = {"case": work.case.name, "fingerprint": settings.fingerprint, "scores": {}}
+    of = stamp(work.case.reference, work.case.driving)
+    note: dict[str, Any] = {"case": work.case.name, "fingerprint": settings.fingerprint, "of": of, "scores": {}}
     if (folder / "scores.json").exists():
         known = read_json(folder / "scores.json")
-        if known.get("fingerprint") != settings.fingerprint:
+        # Runs from before cases were stamped stay as they are.
+        if known.get("fingerprint") != settings.fingerprint or known.get("of", of) != of:
             shutil.rmtree(folder)
         elif "failed" not in known:
             note = known
