@@ -335,6 +335,12 @@ def test_exif_focal_length(tmp_path):
     assert focal_length(None, 360, 240, None) == (None, "assumed")
 
 
+@pytest.mark.parametrize("focal_px", [float("inf"), float("nan"), 1e-30, 10.0, 1e6])
+def test_a_senseless_focal_length_is_refused(focal_px):
+    with pytest.raises(UserError, match="expected 43 to 43267 px for a picture of 360×240"):
+        focal_length(None, 360, 240, focal_px)
+
+
 STUB = """#!{python}
 import json, sys
 from pathlib import Path

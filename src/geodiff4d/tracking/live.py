@@ -24,6 +24,7 @@ from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import observe, shared_points
 from geodiff4d.tracking.problem import Anchor, FitConfig, Problem, limits
 from geodiff4d.tracking.solve import Unknowns, minimise
+from geodiff4d.tracking.source import focal_length
 
 POLL_SECONDS = 0.02
 
@@ -125,7 +126,8 @@ class Follower:
         """Fit the first frames together."""
         height, width = frames[0][0].shape[1:]
         detections = [d for _, d in frames]
-        settled = fit(head, detections, width, height, config.focal_px, config.fit)
+        focal_px, _ = focal_length(None, width, height, config.focal_px)
+        settled = fit(head, detections, width, height, focal_px, config.fit)
         return Follower(head, settled, next(d for d in detections if d is not None), config)
 
     def step(self, image: Float[Tensor, "3 height width"], detection: Detection | None) -> LiveFrame:

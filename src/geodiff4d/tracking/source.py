@@ -70,12 +70,21 @@ def focal_length(source: Path | None, width: int, height: int, given_px: float |
 
     EXIF states the focal length of a full-frame camera (43.27 mm diagonal) with the same field of view; without it the
     fit assumes one (`fit.assumed_focal`).
+
+    Raises:
+        UserError: the given one is not 0.1 to 100 times the picture's diagonal.
     """
+    diagonal = (width**2 + height**2) ** 0.5
     if given_px is not None:
+        if not 0.1 * diagonal <= given_px <= 100 * diagonal:
+            raise UserError(
+                f"the focal length is {given_px:g} px: expected {0.1 * diagonal:.0f} to {100 * diagonal:.0f} px for a "
+                f"picture of {width}×{height}; leave it out if you do not know it"
+            )
         return given_px, "given"
     equivalent = None if source is None else _exif_focal_mm(source)
     if equivalent:
-        return equivalent / FULL_FRAME_DIAGONAL_MM * (width**2 + height**2) ** 0.5, f"exif ({equivalent:g} mm)"
+        return equivalent / FULL_FRAME_DIAGONAL_MM * diagonal, f"exif ({equivalent:g} mm)"
     return None, "assumed"
 
 

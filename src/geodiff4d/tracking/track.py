@@ -207,13 +207,13 @@ def locate(
         UserError: no frame shows a face.
     """
     width, height = first_size(iter(frames()))
+    focal_px, focal_source = focal_length(source, width, height, config.focal_px)
     detections = detector.detect(progress(frames(), "detecting"), video=video)
     if not any(detections):
         raise UserError(
             f"{source or 'the pictures'} shows no face: expected one face, seen from the front or up to 60° from it; "
             "try a picture where it is larger, brighter or upright"
         )
-    focal_px, focal_source = focal_length(source, width, height, config.focal_px)
     result = fit(head, detections, width, height, focal_px, config.fit)
     mesh = head.pose(result.params)
     region = head_region(head)
