@@ -6,6 +6,7 @@ import pickle
 import resource
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,33 @@ def test_hostile_pickles_do_nothing(read, tmp_path):
     # What the check is worth: the standard reader runs the first of them.
     pickle.loads(hostile(marker)["os.system"])  # noqa: S301
     assert marker.exists()
+
+
+def doubled(times: int) -> bytes:
+    """A list of a list twice, and so on: some hundred bytes that stand for two to the power of `times` items."""
+    levels = b"".join(b"(h%ch%clq%c0" % (159 + n, 159 + n, 160 + n) for n in range(1, times))
+    return b"]q\xa00" + levels + b"h%c" % (159 + times)
+
+
+@pytest.mark.parametrize("where", ["a list", "a type", "a sparse matrix"])
+def test_shared_nesting_is_not_spread(read, where):
+    array = pickle.dumps(np.zeros(4), 2)
+    text = b"X\x02\x00\x00\x00f8"
+    assert text in array
+    matrix = scipy.sparse.csc_matrix(np.eye(2))
+    matrix.data = "here"  # pyright: ignore[reportAttributeAccessIssue]
+    sparse = pickle.dumps(matrix, 2)
+    here = b"X\x04\x00\x00\x00here"
+    assert here in sparse
+    data = {
+        "a list": b"\x80\x02" + doubled(60) + b".",
+        "a type": array.replace(text, doubled(60)),
+        "a sparse matrix": sparse.replace(here, doubled(60)),
+    }[where]
+    began = time.monotonic()
+    with pytest.raises(UserError, match="is not read"):
+        read(data)
+    assert time.monotonic() - began < 2
 
 
 def test_nothing_is_imported(read):

@@ -291,6 +291,8 @@ class _Plain:
     def __init__(self, budget: int):
         self.budget = budget
         self.done: dict[int, Any] = {}
+        self.cost: dict[int, int] = {}
+        """What each container took of the budget, with all that is in it."""
 
     def of(self, value: Any, depth: int = 0) -> Any:
         if not isinstance(value, list | tuple | dict | Built | Name):
@@ -301,7 +303,12 @@ class _Plain:
             raise Refused(f"it holds the name {value.text.replace(' ', '.')} as data")
         if id(value) not in self.done:
             self.done[id(value)] = None  # a container inside itself reads as None
+            before = self.budget
             self.done[id(value)] = self._convert(value, depth + 1)
+            self.cost[id(value)] = before - self.budget
+        elif isinstance(self.done[id(value)], list | tuple):
+            # Whoever reads nested lists, as numpy does, goes through a shared one each time.
+            self.spend(self.cost.get(id(value), 0))
         return self.done[id(value)]
 
     def _convert(self, value: Any, depth: int) -> Any:
@@ -347,7 +354,10 @@ class _Plain:
         shape = tuple(int(n) for n in shape)
         if len(shape) > 8 or any(n < 0 for n in shape):
             raise Refused("it has an array of a senseless shape")
-        code, order = str(dtype.arguments[0]), str(dtype.state[1]) if dtype.state else "="
+        code, order = dtype.arguments[0], dtype.state[1] if dtype.state else "="
+        if not isinstance(code, str | bytes) or not isinstance(order, str | bytes):
+            raise Refused("it has an array whose type is not text")
+        code, order = str(code), str(order)
         if re.fullmatch(r"O[48]?", code) and isinstance(raw, list):
             items = [self.of(item, depth) for item in raw]
             return items[0] if shape == () and len(items) == 1 else items
@@ -367,14 +377,16 @@ class _Plain:
     def encoded(self, value: Built) -> bytes:
         text, codec = value.arguments
         if codec not in ("latin1", "latin-1"):
-            raise Refused(f"it has bytes in the code {str(codec)[:20]}")
+            raise Refused("it has bytes in another code than latin1")
         self.spend(len(text))
         return text.encode("latin-1")
 
     def dense(self, kind: str, state: dict) -> np.ndarray:
         """Spread a compressed sparse matrix (columns for csc, rows for csr)."""
         rows, columns = (int(n) for n in (state.get("_shape") or state["shape"]))
-        values, inner, starts = (np.asarray(state[k]) for k in ("data", "indices", "indptr"))
+        values, inner, starts = (state[k] for k in ("data", "indices", "indptr"))
+        if not all(isinstance(x, np.ndarray) for x in (values, inner, starts)):
+            raise Refused("it has a sparse matrix of other things than arrays")
         major, minor = (columns, rows) if kind == "csc" else (rows, columns)
         counts = np.diff(starts)
         sound = len(starts) == major + 1 and (counts >= 0).all() and counts.sum() == len(values) == len(inner)
