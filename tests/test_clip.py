@@ -10,6 +10,7 @@ from geodiff4d.core import files
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
+from geodiff4d.core.images import write_image
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads.rig import HeadParams
 
@@ -125,3 +126,67 @@ def test_damaged_parameters_are_a_user_error(tmp_path, damage, monkeypatch):
     with pytest.raises(UserError, match=r"00001\.npz") as caught:
         Clip(tmp_path / "clip").params(1)
     assert "\n" not in str(caught.value)
+
+
+def set_frame(**values):
+    return lambda meta: meta["frames"][0].update(values)
+
+
+def set_ours(**values):
+    return lambda meta: meta["geodiff4d"].update(values)
+
+
+@pytest.mark.parametrize("harm", [
+    set_frame(fl_x=0), set_frame(fl_y=-3), set_frame(w=0), set_frame(w=float("inf")), set_frame(fl_x=float("nan")),
+    set_frame(file_path="/etc/passwd"), set_frame(file_path="../secret.png"), set_frame(fg_mask_path="a/../../b.png"),
+    set_frame(flame_param_path="../../x.npz"), set_frame(file_path=["a"]), set_ours(fps=0), set_ours(fps=-1),
+    set_ours(fps=float("nan")), set_ours(fps="fast"), set_ours(head=["openhead"]), set_ours(extra=[]),
+    lambda meta: meta.update(geodiff4d="x"), lambda meta: meta.update(frames=None),
+])  # fmt: skip
+def test_senseless_transforms_are_a_user_error(tmp_path, harm):
+    write(tmp_path / "clip")
+    path = tmp_path / "clip/transforms.json"
+    meta = json.loads(path.read_text())
+    harm(meta)
+    path.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="clip") as caught:
+        Clip(tmp_path / "clip")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"fps": 1' + "0" * 5000 + "}", "[" * 100_000])
+def test_files_that_are_json_but_no_clip_are_a_user_error(tmp_path, text):
+    write(tmp_path / "clip")
+    (tmp_path / "clip/transforms.json").write_text(text)
+    with pytest.raises(UserError):
+        Clip(tmp_path / "clip")
+
+
+def test_a_folder_that_is_a_link_out_of_the_clip_is_refused(tmp_path):
+    write(tmp_path / "clip")
+    (tmp_path / "clip/images").rename(tmp_path / "elsewhere")
+    (tmp_path / "clip/images").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="lies outside of it"):
+        Clip(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("folder", ["images", "fg_masks", "normals"])
+def test_a_picture_of_another_size_than_its_cameras_is_refused(tmp_path, folder):
+    write(tmp_path / "clip")
+    write_image(tmp_path / f"clip/{folder}/00000_00.png", torch.rand(3, 24, 32))
+    with pytest.raises(UserError, match="32×24 pixels, but its camera 16×12"):
+        Clip(tmp_path / "clip").frame(0)
+
+
+@pytest.mark.parametrize(("harm", "message"), [
+    (lambda a: {"expr": a["expr"] * np.nan}, "timestep 1: expr has NaN"),
+    (lambda a: {"translation": a["translation"] + 1e6}, "timestep 1: translation has NaN or numbers beyond"),
+    (lambda a: {"jaw_pose": a["jaw_pose"][:, :2]}, "jaw_pose"),
+])  # fmt: skip
+def test_senseless_parameters_are_a_user_error(tmp_path, harm, message):
+    write(tmp_path / "clip")
+    path = tmp_path / "clip/flame_param/00001.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | harm(arrays))
+    with pytest.raises(UserError, match=message):
+        Clip(tmp_path / "clip").params(1)

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import lzma
 import os
 import shutil
 import zipfile
@@ -69,7 +70,7 @@ def read_json(path: Path) -> Any:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
         raise UserError(f"{path} is not valid JSON ({error})") from None
 
 
@@ -92,7 +93,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {k: data[k] for k in data.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected an .npz file") from None
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
+    except (
+        ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, MemoryError
+    ) as error:  # fmt: skip
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:100]

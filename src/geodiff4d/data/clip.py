@@ -22,9 +22,14 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, read_arrays, read_json, write_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
+from geodiff4d.data.importing import camera_checked, inside
 from geodiff4d.heads.rig import HeadParams
 
 FORMAT_VERSION = 1
+MAX_FPS = 1000.0
+MAX_PARAM = 1e3
+"""Radians, metres and standard deviations of people stay far below."""
+SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3, "eyelids": 2}
 
 
 @dataclass(frozen=True)
@@ -77,14 +82,24 @@ class Clip:
                 "synthesize)"
             )
         meta = read_json(self.folder / "transforms.json")
-        extra = meta.get("geodiff4d", {})
-        self.head_name: str = extra.get("head", "flame")
-        self.fps: float = float(extra.get("fps", 24.0))
-        self.extra: dict = extra.get("extra", {})
         try:
+            if not isinstance(meta, dict):
+                raise TypeError(f"(expected an object, got {type(meta).__name__})")
+            extra = meta.get("geodiff4d", {})
+            self.head_name: str = extra.get("head", "flame")
+            self.fps: float = float(extra.get("fps", 24.0))
+            if not 0 < self.fps <= MAX_FPS:
+                raise ValueError(f"fps ({self.fps}: expected more than 0 and at most {MAX_FPS:g})")
+            self.extra: dict = extra.get("extra", {})
+            if not isinstance(self.head_name, str) or not isinstance(self.extra, dict):
+                raise TypeError("head or extra (expected text and an object)")
+            self._checked: set[Path] = set()
             self.records = [self._record(frame, meta) for frame in meta["frames"]]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.folder}/transforms.json is not a clip's: missing or bad field {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.folder}/transforms.json is not a clip's: missing or bad field {reason}") from None
         if not self.records:
             raise UserError(f"{self.folder} has no frames: expected at least one")
 
@@ -95,19 +110,24 @@ class Clip:
         T = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
         if T.shape != (4, 4) or not T.isfinite().all():
             raise ValueError("transform_matrix (expected a finite 4×4 matrix)")
-        determinant = float(torch.linalg.det(T[:3, :3]))
-        if abs(determinant - 1) > 0.03:
-            raise ValueError(f"transform_matrix (expected a rotation, its determinant is {determinant:.3g})")
         K = torch.tensor([[get("fl_x"), 0, get("cx")], [0, get("fl_y"), get("cy")], [0, 0, 1]], dtype=torch.float32)
-        if not K.isfinite().all():
-            raise ValueError("intrinsics (expected finite fl_x, fl_y, cx, cy)")
-        camera = Camera(invert(T @ OPENGL_FROM_OPENCV.double()).float(), K, int(get("w")), int(get("h")))
+        T_world_cam, width, height = T @ OPENGL_FROM_OPENCV.double(), int(get("w")), int(get("h"))
+        camera_checked(T_world_cam, K, width, height, f"{self.folder}/transforms.json, {frame['file_path']}")
+        camera = Camera(invert(T_world_cam).float(), K, width, height)
+
+        def place(name: str) -> Path:
+            """Look at each folder's links once: a clip has thousands of files."""
+            path = self.folder / name
+            if path.parent not in self._checked:
+                inside(self.folder, name)
+                self._checked.add(path.parent)
+            return path
 
         def path(key: str) -> Path | None:
-            return self.folder / frame[key] if frame.get(key) else None
+            return place(frame[key]) if frame.get(key) else None
 
         return FrameRecord(
-            int(frame["timestep_index"]), int(frame["camera_index"]), camera, self.folder / frame["file_path"],
+            int(frame["timestep_index"]), int(frame["camera_index"]), camera, place(frame["file_path"]),
             path("fg_mask_path"), path("normal_path"), path("flame_param_path"),
         )  # fmt: skip
 
@@ -136,26 +156,49 @@ class Clip:
             )
 
     def frame(self, index: int) -> ClipFrame:
-        """Read one frame with everything the clip has for it."""
+        """Read one frame with everything the clip has for it.
+
+        Raises:
+            UserError: a file is missing or damaged, or its size is not the camera's.
+        """
         r = self.records[index]
         image = read_image(r.image_path)
         mask = read_image(r.mask_path, "L") if r.mask_path else torch.ones_like(image[:1])
-        normal = decode_normals(read_image(r.normal_path)) * (mask > 0) if r.normal_path else None
+        normal = decode_normals(read_image(r.normal_path)) if r.normal_path else None
+        for path, picture in ((r.image_path, image), (r.mask_path, mask), (r.normal_path, normal)):
+            if picture is not None and picture.shape[1:] != (r.camera.height, r.camera.width):
+                raise UserError(
+                    f"{path} has {picture.shape[2]}×{picture.shape[1]} pixels, but its camera {r.camera.width}×"
+                    f"{r.camera.height}: make them equal, in the file or in {self.folder.name}/transforms.json"
+                )
         params = self.params(r.timestep) if r.params_path else None
+        normal = None if normal is None else normal * (mask > 0)
         return ClipFrame(r.timestep, r.camera_index, r.camera, image, mask, normal, params)
 
     def params(self, timestep: int) -> HeadParams:
         """Read the head parameters of a timestep (no batch axis).
 
         Raises:
-            UserError: the clip has none for it.
+            UserError: the clip has none for it, or what it has is no person's.
         """
         paths = [r.params_path for r in self.records if r.timestep == timestep and r.params_path]
         if not paths or not paths[0].exists():
             raise UserError(
                 f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first"
             )
-        return read_params(paths[0])
+        params = read_params(paths[0])
+        for name, value in vars(params).items():
+            if value is not None and not bool((value.abs() <= MAX_PARAM).all()):
+                raise UserError(
+                    f"{self.folder}, timestep {timestep}: {name} has NaN or numbers beyond ±{MAX_PARAM:g}: "
+                    "expected head parameters; track it again"
+                )
+            if value is not None and name in SIZES and value.shape != (SIZES[name],):
+                raise UserError(
+                    f"{self.folder}, timestep {timestep}: {name} has the shape {list(value.shape)}, "
+                    f"expected [{SIZES[name]}]; track it again"
+                )
+        return params
 
     @property
     def expression_tokens(self) -> Float[Tensor, "timesteps tokens channels"] | None:
