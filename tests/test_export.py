@@ -158,6 +158,19 @@ def test_compact_form(avatar, folder, tmp_path):
     assert write_compact(tmp_path / "unpacked", tmp_path / "b.g4d") < 1.01 * size
 
 
+def test_a_damaged_compact_file_is_one_line(folder, tmp_path):
+    write_compact(folder, tmp_path / "a.g4d")
+    whole = (tmp_path / "a.g4d").read_bytes()
+    for seed in range(12):
+        random = np.random.default_rng(seed)
+        data = bytearray(whole)
+        for at in random.integers(100, len(whole) // 2, 20):
+            data[at] ^= 0xFF
+        (tmp_path / "a.g4d").write_bytes(data)
+        with pytest.raises(UserError, match="truncated or not a compact avatar|is damaged"):
+            unpack(tmp_path / "a.g4d", tmp_path / "out")
+
+
 def test_networks_leave_as_they_are_at_rest(on_flame, tmp_path):
     """GaussianAvatars knows no networks: at rest both look the same, bound to FLAME's own triangles."""
     learned = with_networks(on_flame, None)

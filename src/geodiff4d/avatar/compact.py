@@ -8,6 +8,7 @@ carried too. Reading it gives an ordinary avatar; `geodiff4d import compact` wri
 
 import io
 import json
+import lzma
 import tempfile
 import zipfile
 import zlib
@@ -189,7 +190,9 @@ def _members(path: Path) -> dict[str, bytes]:
             return {name: archive.read(name) for name in archive.namelist()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected a compact avatar ({SUFFIX})") from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError, RuntimeError
+    ) as error:  # fmt: skip
         raise UserError(f"{path} is truncated or not a compact avatar ({error}): export it again") from None
 
 

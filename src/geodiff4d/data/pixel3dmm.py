@@ -12,8 +12,10 @@ the camera is OpenGL's, world to camera, with focal length fl · S and its centr
 2020's by default; jaw and neck turn by FLAME's rules, and eyelids are added after skinning.
 """
 
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +128,10 @@ def read_frame(path: Path) -> _Track:
             if inner.file_size > MAX_FRAME_BYTES:
                 raise UserError(f"{path} unpacks to {inner.file_size:,} bytes: a .frame has some kilobytes")
             data = archive.read(inner)
-    except (zipfile.BadZipFile, StopIteration, OSError, EOFError, NotImplementedError, RuntimeError, KeyError) as error:
+    except (
+        zipfile.BadZipFile, zlib.error, lzma.LZMAError, StopIteration, OSError, EOFError, NotImplementedError,
+        RuntimeError, KeyError,
+    ) as error:  # fmt: skip
         raise UserError(f"{path} is damaged or no .frame of Pixel3DMM's ({str(error)[:80]})") from None
     value = read_bytes(path, data)
     try:

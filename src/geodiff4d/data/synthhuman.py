@@ -11,6 +11,7 @@ nearly everywhere, the other of R and B is x (`axes_of` then notices a mirrored 
 """
 
 import io
+import lzma
 import re
 import tempfile
 import zipfile
@@ -160,7 +161,7 @@ def _index(src: Path, report: Report) -> dict[tuple[str, int], Place]:
         try:
             with zipfile.ZipFile(archive) as file:
                 members = file.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             if len(archives) == 1 and not index:
                 raise UserError(f"{archive} is truncated or not a zip archive ({error}): download it again") from None
             report.warn(f"an archive was left out ({error})", archive.name)
@@ -191,7 +192,7 @@ def _bytes(place: Place) -> bytes:
         if file.getinfo(member).file_size > MAX_BYTES:
             raise UserError(f"{archive.name}: {member} unpacks to more than {MAX_BYTES:,} bytes: refused")
         return file.read(member)
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError, EOFError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{archive.name}: {member} is damaged ({error}): download it again") from None
