@@ -167,7 +167,7 @@ def test_a_damaged_compact_file_is_one_line(folder, tmp_path):
         for at in random.integers(100, len(whole) // 2, 20):
             data[at] ^= 0xFF
         (tmp_path / "a.g4d").write_bytes(data)
-        with pytest.raises(UserError, match="truncated or not a compact avatar|is damaged"):
+        with pytest.raises(UserError, match=r"truncated or not a compact avatar|is damaged"):
             unpack(tmp_path / "a.g4d", tmp_path / "out")
 
 

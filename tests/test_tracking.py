@@ -19,6 +19,7 @@ from geodiff4d.core.video import write_video
 from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.tracking import mediapipe_worker
+from geodiff4d.tracking import track as tracking
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
 from geodiff4d.tracking.fit import FRONT, fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
@@ -194,6 +195,14 @@ def test_video_to_clip(head, tmp_path):
     clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackConfig(size=32, limit=3))
     assert len(clip) == 3 and clip.fps == 25 and (clip.folder / "overlay.mp4").exists()
     assert torch.equal(clip.params(0).shape, clip.params(2).shape)
+
+
+def test_a_video_that_ends_early_is_noted(head, tmp_path, monkeypatch):
+    seen = detections(head, motion(head, 3))
+    write_video(tmp_path / "me.mp4", [torch.full((3, HEIGHT, WIDTH), 0.1 * t) for t in range(3)], fps=25)
+    monkeypatch.setattr(tracking, "cut_short", lambda path, count: f"{path.name} ends after {count} of about 90 frames")
+    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackConfig(size=32))
+    assert clip.extra["notes"] == ["me.mp4 ends after 3 of about 90 frames"]
 
 
 def perceived(head: Head, params: HeadParams, noise_px: float = 0.3) -> list[Detection]:
