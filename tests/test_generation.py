@@ -1,15 +1,17 @@
 """The generating commands: what they check, which part of the driver they take, where they compute, what they say."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
-from geodiff4d.cli import _generation, animate, reconstruct, synthesize
+from geodiff4d.cli import _generation, animate, evaluate, reconstruct, synthesize
 from geodiff4d.cli._device import chosen_device
 from geodiff4d.cli._generation import GenerationArgs, clip_extent, default_preset, placed_on, prepare, set_up
+from geodiff4d.cli.evaluate import ProtocolArgs
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
@@ -165,3 +167,24 @@ def test_a_reconstruction_that_needs_a_gpu_says_so_first(monkeypatch, tracked_cl
     args = reconstruct.Args(**vars(replace(given(tracked_clip), preset="paper")) | {"out": tmp_path / "out"})
     with pytest.raises(UserError, match="preset paper fits the avatar on a GPU and torch finds none"):
         reconstruct.run(args)
+
+
+@pytest.mark.parametrize(
+    ("what", "options", "message"),
+    [
+        ("self", {"detectors": ("mediapipe",)}, "--detectors is for evaluate tracking: leave it out of evaluate self"),
+        ("cross", {"count": 3}, "--count is for evaluate tracking, video"),
+        ("cross-view", {"protocol": ProtocolArgs(methods=("mesh_warp",))}, "--methods is for evaluate self, cross:"),
+        ("tracking", {"preset": "debug"}, "--preset is for"),
+        ("video", {"protocol": ProtocolArgs(bf16=False)}, "--bf16 is for evaluate self, cross, cross-view"),
+    ],
+)
+def test_options_that_a_measurement_would_ignore_are_refused(tmp_path, what, options, message):
+    with pytest.raises(UserError, match=message):
+        evaluate.run(evaluate.Args(what, tmp_path, **options))
+
+
+def test_every_option_of_evaluate_is_read_by_some_measurement():
+    own = {f.name for kind in (evaluate.Args, ProtocolArgs) for f in fields(kind)} - {"what", "out", "protocol"}
+    assert set().union(*evaluate.READS.values()) == own
+    assert set(evaluate.READS) == set(get_args(get_type_hints(evaluate.Args)["what"]))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from geodiff4d.cli._device import DeviceName, chosen_device
+
 if TYPE_CHECKING:
     from geodiff4d.evaluate.protocol import Settings
 
@@ -75,12 +77,45 @@ class Args:
     """Of the open world's people."""
     size: int = 256
     """Of tracking: side of the canonical crop [px]."""
+    device: DeviceName = "auto"
+    """Of video: where the model computes; auto: on CUDA if there is any."""
     protocol: Annotated[ProtocolArgs, tyro.conf.arg(name="")] = field(default_factory=ProtocolArgs)
+
+
+_CROSS_VIEW = {
+    "model", "preset", "split", "data", "subjects", "frames", "people", "tracking", "workers", "head", "bf16", "seed",
+}  # fmt: skip
+_PROTOCOL = _CROSS_VIEW | {"results", "methods", "sequences", "cameras", "lpips", "arcface", "keep"}
+READS = {
+    "self": _PROTOCOL,
+    "cross": _PROTOCOL,
+    "cross-view": _CROSS_VIEW,
+    "tracking": {"detectors", "model", "count", "split", "size"},
+    "video": {"model", "preset", "count", "split", "device"},
+}
+"""Options that each measurement looks at, beside `out`."""
+
+
+def _require_read(args: Args) -> None:
+    """Refuse options that the measurement would ignore.
+
+    Raises:
+        UserError: one was given.
+    """
+    from geodiff4d.core.errors import UserError
+
+    for given, default in ((args, Args(args.what, args.out)), (args.protocol, ProtocolArgs())):
+        for name, value in vars(given).items():
+            known = [what for what, read in READS.items() if name in read]
+            if known and args.what not in known and value != getattr(default, name):
+                option = f"--{name.replace('_', '-')}"
+                raise UserError(f"{option} is for evaluate {', '.join(known)}: leave it out of evaluate {args.what}")
 
 
 def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
 
+    _require_read(args)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is {args.count}: expected at least one person")
     if args.what == "tracking":
@@ -152,6 +187,7 @@ def _workers(asked: int | None) -> int:
 
 def _video(args: Args, count: int) -> None:
     from geodiff4d.cli import progress
+    from geodiff4d.cli._generation import placed_on
     from geodiff4d.evaluate.video import VideoEvaluation, evaluate_video
     from geodiff4d.heads import load_head
     from geodiff4d.pipeline import load_model
@@ -162,7 +198,8 @@ def _video(args: Args, count: int) -> None:
     if debug:
         config = VideoEvaluation(count, 2, 4, 3, args.split, "truth")
     sample = preset(args.preset).sample
-    result = evaluate_video(args.out, load_head(), load_model(args.model), sample, config, progress.track)
+    model = placed_on(load_model(args.model), chosen_device(args.device))
+    result = evaluate_video(args.out, load_head(), model, sample, config, progress.track)
     print("  ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
     print(f"{args.out / 'metrics.json'}: all figures")
 
