@@ -18,7 +18,7 @@ help:
 	@echo "make test       install what the tests need and run them (CPU, no licensed data)"
 	@echo "make check      lint, types and tests: what to run before a commit"
 	@echo "make format     let ruff sort, fix and format"
-	@echo "make track-env  the landmark detector's own environment (.track-env), for real photographs"
+	@echo "make track-env  optional: MediaPipe, a second landmark detector (--detector mediapipe), in .track-env"
 	@echo "make clean      remove the environments, caches and builds; runs/ stays"
 
 demo: $(VENV)/.stamp-demo

@@ -174,7 +174,17 @@ def test_doctor_survives_broken_probes(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "needs attention: Device, Device" in out
     assert "[no] device" in out
-    assert "'.[viewer]'" in out or "viser" in out
+    assert "extra gpu" in out and "extra data" in out
+
+
+def test_doctor_looks_where_the_detector_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEODIFF4D_TRACK_ENV", str(tmp_path))
+    (finding,) = doctor.mediapipe()
+    assert finding.state == "missing" and "optional: a second detector" in finding.detail
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").touch()
+    (finding,) = doctor.mediapipe()
+    assert (finding.state, finding.detail) == ("ok", str(tmp_path / "bin/python"))
 
 
 def test_doctor_names_missing_packages(monkeypatch):

@@ -23,10 +23,8 @@ CORE = [
 EXTRAS = {
     # extra: (distribution, import name, what it is for)
     "gpu": ("gsplat", "gsplat", "splatting on CUDA"),
-    "viewer": ("viser", "viser", "the live viewer"),
     "onnx": ("onnxruntime", "onnxruntime", "your own DAViD and ArcFace files"),
     "data": ("h5py", "h5py", "RenderMe-360 and, with OpenEXR, SynthHuman"),
-    "cluster": ("ray", "ray", "training on several machines"),
 }
 PACKAGE = Path(__file__).parents[1]
 GIB = 1024**3
@@ -62,7 +60,7 @@ def examine() -> list[Finding]:
     """Run every probe; one that breaks becomes a finding, never a crash."""
     probes: list[Callable[[], list[Finding]]] = [
         python, core_packages, torch_device, numba_compiler, video_codec, extras, shipped_files, flame_model,
-        track_environment, machine,
+        mediapipe, machine,
     ]  # fmt: skip
     findings = []
     for probe in probes:
@@ -106,6 +104,7 @@ def torch_device() -> list[Finding]:
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         detail = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} device(s)"
+        detail += "; the video model computes on it (--device)"
         missing_gsplat = importlib.util.find_spec("gsplat") is None
         do = "pip install -c constraints.txt -e '.[gpu]' to splat on it" if missing_gsplat else ""
         findings = [Finding("device", "ok", detail, do)]
@@ -227,17 +226,16 @@ def flame_model() -> list[Finding]:
     return findings
 
 
-def track_environment() -> list[Finding]:
-    """Landmarks: the detector for real photographs, in its own environment."""
-    python = next((p for p in track_pythons() if p.is_file()), None)
-    if python is None:
-        return [Finding("landmarks", "missing", "optional: finds faces in real photographs", "make track-env")]
-    return [Finding("landmarks", "ok", str(python))]
+def mediapipe() -> list[Finding]:
+    """MediaPipe: a second landmark detector, in its own environment."""
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.tracking.detect import track_environment
 
-
-def track_pythons() -> list[Path]:
-    """Return where `make track-env` puts its interpreter: beside the sources, or below the working directory."""
-    return [root / ".track-env" / "bin" / "python" for root in (PACKAGE.parents[1], Path.cwd())]
+    optional = "optional: a second detector (--detector mediapipe)"
+    try:
+        return [Finding("MediaPipe", "ok", str(track_environment()))]
+    except UserError:
+        return [Finding("MediaPipe", "missing", optional, "make track-env")]
 
 
 def machine() -> list[Finding]:
