@@ -8,7 +8,9 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 
-from geodiff4d.cli import _generation, animate, evaluate, reconstruct, synthesize
+from geodiff4d.avatar.drive import Performance, render_sequence
+from geodiff4d.avatar.model import Avatar
+from geodiff4d.cli import _generation, animate, evaluate, fit, reconstruct, render, synthesize
 from geodiff4d.cli._device import chosen_device
 from geodiff4d.cli._generation import GenerationArgs, clip_extent, default_preset, placed_on, prepare, set_up
 from geodiff4d.cli.evaluate import ProtocolArgs
@@ -188,3 +190,23 @@ def test_every_option_of_evaluate_is_read_by_some_measurement():
     own = {f.name for kind in (evaluate.Args, ProtocolArgs) for f in fields(kind)} - {"what", "out", "protocol"}
     assert set().union(*evaluate.READS.values()) == own
     assert set(evaluate.READS) == set(get_args(get_type_hints(evaluate.Args)["what"]))
+
+
+def test_an_avatar_is_rendered_where_it_is(pair, monkeypatch):
+    seen, avatar = [], Avatar.__new__(Avatar)
+    object.__setattr__(avatar, "shape", torch.zeros(3, device="meta"))
+    monkeypatch.setattr(Avatar, "render", lambda self, *a, **more: seen.append((*a, more)))
+    show = Performance(pair.driving.params, torch.zeros(3, 4, 8))
+    list(render_sequence(avatar, show, [pair.portrait.camera]))
+    ((params, camera, more),) = seen
+    places = (params.expr, camera.K, more["tokens"])
+    assert all(x.device.type == "meta" for x in places)
+
+
+def test_fit_and_render_need_gsplat_on_a_gpu(monkeypatch, tracked_clip, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="splatting on a GPU needs gsplat"):
+        fit.run(fit.Args(tracked_clip, tmp_path / "avatar", device="cuda"))
+    with pytest.raises(UserError, match="splatting on a GPU needs gsplat"):
+        render.run(render.Args(tracked_clip, tmp_path / "a.mp4", device="cuda"))

@@ -193,11 +193,12 @@ def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) ->
 
 @torch.no_grad()
 def render_sequence(avatar: Avatar, params: HeadParams | Performance, views: Iterable[Camera]) -> Iterator[AvatarFrame]:
-    """Render one frame per row of a performance, or of bare parameters, and camera."""
+    """Render one frame per row of a performance, or of bare parameters, and camera, where the avatar is."""
     performance = params if isinstance(params, Performance) else Performance(params)
     for i, camera in enumerate(views):
         row, tokens = performance.frame(i)
-        yield avatar.render(row, camera.to(avatar.shape.device), tokens=tokens)
+        device = avatar.shape.device
+        yield avatar.render(row.to(device), camera.to(device), tokens=None if tokens is None else tokens.to(device))
 
 
 def normal_image(frame: AvatarFrame) -> Tensor:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from geodiff4d.cli._device import DeviceName, chosen_device
+
 
 @dataclass(frozen=True)
 class Args:
@@ -28,6 +30,8 @@ class Args:
     """Only score so many cameras; with this or the next, no other frames are held out."""
     hold_out_times: float = 0.0
     """Only score this share of the timesteps, the clip's last."""
+    device: DeviceName = "auto"
+    """Where it is fitted; auto: where the preset says, paper on CUDA and the others on the CPU."""
     seed: int = 0
 
 
@@ -40,6 +44,8 @@ def run(args: Args) -> None:
     from geodiff4d.tracking.normals import normal_estimator
 
     config = PRESETS[args.preset][1]
+    if args.device != "auto":
+        config = replace(config, device=chosen_device(args.device, splats=True).type)
     for part in args.ablate:
         config = config.ablated(part)
     if args.iterations is not None:

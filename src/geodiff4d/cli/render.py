@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from geodiff4d.cli._device import DeviceName, chosen_device
 from geodiff4d.cli._driving import DrivingArgs
 
 HELD_FRAMES = 48
@@ -27,6 +28,8 @@ class Args(DrivingArgs):
     """Height of the picture [px]; without it, that of the clip the avatar was fitted to."""
     frames: int | None = None
     """Render so many frames, repeating the driving sequence; without it, each once (with --set, 48)."""
+    device: DeviceName = "auto"
+    """Where splats are drawn; auto: on CUDA if there is any and gsplat is installed."""
 
 
 def run(args: Args) -> None:
@@ -44,12 +47,12 @@ def run(args: Args) -> None:
             raise UserError(f"{name} is {value}: expected {least} to 8192")
     if args.out.suffix.lower() != ".mp4" or args.out.is_dir():
         raise UserError(f"--out {args.out} is not a video: expected a file name ending in .mp4")
-    avatar = open_avatar(args.avatar)
+    device, avatar = chosen_device(args.device, splats=True), open_avatar(args.avatar)
     own_cameras = args.camera not in ("orbit", "front")
     show = performance(avatar, args, "driver" if own_cameras else "fixed")
     count = args.frames or (HELD_FRAMES if args.set else len(show))
     views = cameras(avatar, args.camera, count, args.size)
-    frames = render_sequence(avatar, show.looped(count), views)
+    frames = render_sequence(avatar.to(device), show.looped(count), views)
     pictures = (normal_image(f) if args.normals else f.rgb.clamp(0, 1) for f in islice(frames, count))
     write_video(args.out, progress.track(pictures, "rendering", count), show.fps)
     print(f"{args.out}: {count} frames")
