@@ -43,8 +43,9 @@ from geodiff4d.presets import ablated, preset
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batch, Batches, encode_store
 from geodiff4d.video.expression import ExpressionEncoder
-from geodiff4d.video.generate import BARE, Portrait, condition_images, coverage, driving_crop, lifted, moved_by
+from geodiff4d.video.generate import Portrait, condition_images, driving_crop, lifted, moved_by
 from geodiff4d.video.model import VideoModel, VideoModelConfig
+from geodiff4d.video.outline import BARE, coverage
 from geodiff4d.video.sample import sample
 from geodiff4d.video.train import ImageTraining, train_image
 from geodiff4d.video.vae import PatchCodec, load_codec
