@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
 from geodiff4d.avatar.refine import Refinement
 from geodiff4d.cli import _training
-from geodiff4d.cli._stores import is_footage
+from geodiff4d.cli._stores import is_footage, rendered_stores, rendered_tracks
 from geodiff4d.cli.train import Args, run
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
@@ -96,6 +96,15 @@ def test_wrong_options_are_one_line(tmp_path, args, says):
     with pytest.raises(UserError, match=says) as error:
         run(Args(**{"out": tmp_path / "out", "preset": "embedded", **args}))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_terabytes_are_not_rendered(tmp_path):
+    p = preset("paper")
+    with pytest.raises(UserError, match=r"2\.6 million rendered pictures in .* TB: expected at most 1 TB; give --data"):
+        rendered_stores(tmp_path, p, 1)
+    with pytest.raises(UserError, match=r"1\.0 million rendered pictures"):
+        rendered_tracks(tmp_path, p, p.store, 1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_presets_batch_is_shared_out(monkeypatch):
