@@ -17,8 +17,8 @@ from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_fra
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
 from geodiff4d.avatar.frames import Frames, HoldOut
-from geodiff4d.avatar.losses import position_tolerance
-from geodiff4d.avatar.model import Avatar, splat_normals
+from geodiff4d.avatar.losses import LossConfig, image_loss, position_tolerance
+from geodiff4d.avatar.model import Avatar, AvatarFrame, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
 from geodiff4d.avatar.shoulders import continued
 from geodiff4d.avatar.surface import RemeshConfig, remesh
@@ -166,6 +166,37 @@ def test_ssim_of_equal_and_different():
     assert abs(float(ssim(a, a)) - 1) < 1e-5 and float(ssim(a, b)) < 0.2
     small = torch.rand(2, 3, 8, 9, generator=g, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: ssim(x, small[1]), small[0].requires_grad_())
+
+
+def test_pictures_are_compared_as_eq_2_says():
+    """Ours / theirs: alpha is the rendered one. Where it is the mask, both are the same."""
+    config = LossConfig(ssim=0.0, normals=0.1, alpha=0.2)
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:, 4:] = 1
+    image = torch.full((3, 16, 16), 0.5)
+    normal = torch.tensor([0.0, 0.0, 1.0])[:, None, None].expand(3, 16, 16)
+    box = (slice(4, 16), slice(4, 16))
+
+    def loss(alpha: torch.Tensor, rendered: torch.Tensor, given: torch.Tensor | None = normal) -> float:
+        return float(image_loss(AvatarFrame(image, rendered, alpha), image, mask, given, box, config))
+
+    assert loss(mask, mask * normal) == pytest.approx(0, abs=1e-6)
+    assert loss(mask, mask * normal * 0.4) == pytest.approx(0.1 * 0.6 / 3, abs=1e-6), "lambda L1 per channel"
+    assert loss(mask, mask * normal * 0.4, None) == pytest.approx(0, abs=1e-6)
+    assert loss(mask * 0.5, mask * normal * 0.5) == pytest.approx(0.2 * 0.5 * 144 / 256, abs=1e-6), "alpha alone"
+    outside = torch.where(mask > 0, normal, torch.ones(3, 16, 16))
+    assert loss(mask, outside) == pytest.approx(0, abs=1e-6), "normals count on the foreground"
+
+
+def test_refinement_groups_follow_the_paper():
+    config = RefineConfig(expr=4.0, pose=3.0, face=2.0, translation=1.0, shape=5.0)
+    groups = {g["name"]: g["peak"] for g in Refinement(load_head("openhead").neutral(2)).groups(config)}
+    known = {
+        "expr": 4.0, "rotation": 3.0, "neck_pose": 3.0, "jaw_pose": 2.0, "eyes_pose": 2.0, "translation": 1.0,
+        "shape": 5.0,
+    }  # fmt: skip
+    assert groups == known
+    assert RefineConfig().face == RefineConfig().pose == 2e-4
 
 
 def test_refinement_schedule():

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from geodiff4d.cli._training import _from_stable_diffusion
+from geodiff4d.cli.train import Args
 from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import DomainSpatialAttention, Layout
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
@@ -227,6 +229,12 @@ def test_a_stable_diffusion_folder_becomes_the_papers_model(folders, name):
     z, pose = model.codec.encode(portrait), torch.zeros(1, 3, 8, 8)
     with_words, without = (model.reference_kv(z, pose, w)[-1][0] for w in (words, None))
     assert (with_words - without).abs().max().gt(1e-3) == (name == "variations")
+
+
+def test_training_says_that_it_drops_the_image_token(folders, capsys):
+    for name in ("sd", "variations"):
+        _from_stable_diffusion(Args("image", Path(), "paper", sd=folders / name), PAPER)
+        assert ("image_encoder is not used" in capsys.readouterr().out) == (name == "variations")
 
 
 def test_the_papers_networks_have_stable_diffusions_names_and_shapes():

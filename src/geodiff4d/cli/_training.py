@@ -160,6 +160,8 @@ def _from_stable_diffusion(
 
     built, _ = from_stable_diffusion(args.sd, like)
     assert isinstance(built.codec, StableCodec)
+    if built.image_encoder is not None:
+        print(f"{args.sd}/image_encoder is not used: SD's text attention gets a zero token, in training and after it")
     state = {k: v for k, v in built.state_dict().items() if k.startswith(("unet.", "reference.", "expression."))}
     return built.config, built.codec, state
 
