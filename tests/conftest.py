@@ -1,6 +1,7 @@
 """Every test run is also a shape check: annotations are executed, not decoration.
 
-Numba kernels are left out: the hook wraps every function, and `njit` cannot compile the wrapper.
+Numba kernels are left out: the hook wraps every function, and `njit` cannot compile the wrapper. So is `cli`,
+whose modules load torch, and their annotations' names, only when a command runs.
 """
 
 import os
@@ -23,6 +24,10 @@ CHECKED = [
     "render.gaussians",
     "render._torch",
     "render._gsplat",
+    "render.harmonics",
+    "render.photometric",
+    "render.relief",
+    "render.riding",
     "data",
     "tracking",
     "video",
@@ -31,6 +36,7 @@ CHECKED = [
     "pipeline",
     "evaluate",
     "viewer",
+    "bench",
 ]
 install_import_hook(
     [f"geodiff4d.{name}" for name in CHECKED],
