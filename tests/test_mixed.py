@@ -14,7 +14,7 @@ from geodiff4d.video.batches import WeightConfig
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective
-from geodiff4d.video.train import train_image
+from geodiff4d.video.train import train_video_model
 from geodiff4d.video.vae import StableCodec
 from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, UNET, build, tiny_codec
 
@@ -110,7 +110,7 @@ def test_what_pads_a_clip_teaches_nothing():
 def test_stage_two_moves_temporal_modules_alone(tmp_path):
     first = build(EMBEDDED, tiny_codec())
     config = replace(TRAINING, parts="temporal", steps=2)
-    trained = train_image(tmp_path, VIDEO, tiny_codec(), batches(), config, start=first.state_dict())
+    trained = train_video_model(tmp_path, VIDEO, tiny_codec(), batches(), config, start=first.state_dict())
     moved = {k for k, v in trained.state_dict().items() if k in first.state_dict() and not k.startswith("codec")}
     assert all(torch.equal(trained.state_dict()[k], first.state_dict()[k]) for k in moved)
     changed = [k for k, v in trained.named_parameters() if k.endswith("proj_out.weight") and ".temporals." in k]
@@ -118,7 +118,7 @@ def test_stage_two_moves_temporal_modules_alone(tmp_path):
     again = load_video_model(tmp_path / "model")
     assert again.temporal and again.config == VIDEO
     with pytest.raises(UserError, match="no temporal modules"):
-        train_image(tmp_path / "image", EMBEDDED, tiny_codec(), batches(), config)
+        train_video_model(tmp_path / "image", EMBEDDED, tiny_codec(), batches(), config)
 
 
 @pytest.mark.parametrize("config", [PAPER, replace(PAPER, normals=False)], ids=["joint", "without normals"])
@@ -126,5 +126,5 @@ def test_the_papers_conditions_come_from_a_mixture_too(config, tmp_path):
     given = batches(normals=False, encoded_pose=False)
     losses: list[float] = []
     progress = lambda step, total, record: losses.append(record["loss"])  # noqa: E731
-    train_image(tmp_path, config, tiny_codec(), given, replace(TRAINING, steps=2), progress=progress)
+    train_video_model(tmp_path, config, tiny_codec(), given, replace(TRAINING, steps=2), progress=progress)
     assert len(losses) == 2 and all(np.isfinite(losses))

@@ -32,7 +32,7 @@ from geodiff4d.video.preview import generated_latents, sheet
 from geodiff4d.video.processes import share
 from geodiff4d.video.recompute import recompute_activations
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import FREE, ImageTraining, draw, train_image
+from geodiff4d.video.train import FREE, VideoTraining, draw, train_video_model
 from test_video_model import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
 
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
@@ -131,7 +131,7 @@ def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
     records: list[dict] = []
     config = replace(STAGE2, steps=2, pictures=2)
-    train_image(tmp_path, VIDEO, codec, clips, config, clips, start, lambda step, total, r: records.append(r))
+    train_video_model(tmp_path, VIDEO, codec, clips, config, clips, start, lambda step, total, r: records.append(r))
     seen = {k: v for r in records for k, v in r.items()}
     assert {"flicker_rgb", "flicker_rgb_alone", "flicker_normal", "clip_error", "eta", "val_rgb_999"} <= seen.keys()
     picture = read_image(tmp_path / "pictures/step_000002.png")
@@ -174,7 +174,7 @@ def test_expressions_are_dropped_by_the_frame_and_later_by_the_clip(codec, clips
         assert dropped.shape == (2000, 4) and abs(dropped.float().mean().item() - 0.1) < 0.02
         mixed = dropped.any(1) & ~dropped.all(1)
         assert mixed.any() == (parts == "all"), "guidance's null branch is a clip without any expression"
-    assert ImageTraining().drop_expression == 0.1
+    assert VideoTraining().drop_expression == 0.1
 
 
 def test_some_clips_start_where_a_sampler_does(codec, clips):
@@ -230,14 +230,14 @@ def test_recomputed_activations_change_no_gradient(codec, clips):
 
 def test_twenty_steps_equal_ten_a_kill_and_ten(codec, pictures, tmp_path):
     """Bit for bit, weights and their average; the child dies by SIGKILL two steps after a checkpoint."""
-    whole = train_image(tmp_path / "whole", EMBEDDED, codec, pictures, LONG)
+    whole = train_video_model(tmp_path / "whole", EMBEDDED, codec, pictures, LONG)
     threads = str(torch.get_num_threads())
     command = [sys.executable, __file__, "kill", str(tmp_path / "parts"), threads]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert RunFolder(tmp_path / "parts", json_config(tmp_path / "parts")).load()[1] == 10
     seen: list[int] = []
-    train_image(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, progress=lambda step, *_: seen.append(step))
+    train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, progress=lambda step, *_: seen.append(step))
     assert seen == list(range(10, 20))
     checkpoints = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")]
     assert checkpoints[0].keys() == checkpoints[1].keys()
@@ -274,13 +274,13 @@ def test_a_full_disk_loses_nothing(codec, pictures, tmp_path, monkeypatch, error
 
     monkeypatch.setattr("geodiff4d.core.rundir.save_file", save)
     with pytest.raises(type(error)) as stopped:
-        train_image(tmp_path, EMBEDDED, codec, pictures, config)
+        train_video_model(tmp_path, EMBEDDED, codec, pictures, config)
     line, code = explain(stopped.value)
     assert code == 2 and "no space left" in line and "free some space" in line and "\n" not in line
     assert not list(tmp_path.rglob(".*.part"))
     assert load_video_model(tmp_path / "model").config == EMBEDDED
     seen: list[int] = []
-    train_image(tmp_path, EMBEDDED, codec, pictures, config, progress=lambda step, *_: seen.append(step))
+    train_video_model(tmp_path, EMBEDDED, codec, pictures, config, progress=lambda step, *_: seen.append(step))
     assert seen == [2, 3], "it goes on from the checkpoint that was whole"
 
 
@@ -290,7 +290,7 @@ def test_checkpoints_come_by_the_clock_too(codec, pictures, tmp_path, monkeypatc
     saved: list[int] = []
     monkeypatch.setattr(RunFolder, "save", lambda self, tensors, step: saved.append(step))
     config = replace(TRAINING, steps=6, save_every=100, save_minutes=2.0, log_every=100, pictures=0)
-    train_image(tmp_path, EMBEDDED, codec, pictures, config)
+    train_video_model(tmp_path, EMBEDDED, codec, pictures, config)
     assert saved[0] < 6 and saved[-1] == 6, saved
 
 
@@ -366,7 +366,7 @@ def gradients_of(out: Path, config) -> list[torch.Tensor]:
     vae = tiny_codec()
     hook = register_optimizer_step_pre_hook(note)
     try:
-        train_image(out, EMBEDDED, vae, tiny_batches(vae, out), config)
+        train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out), config)
     finally:
         hook.remove()
     return seen
@@ -399,7 +399,7 @@ def _killed(out: Path, threads: int) -> None:
 
     out.mkdir()
     vae = tiny_codec()
-    train_image(out, EMBEDDED, vae, tiny_batches(vae, out), LONG, progress=progress)
+    train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out), LONG, progress=progress)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from geodiff4d.presets import PRESETS, ablated, preset, with_temporal_modules
 from geodiff4d.video.batches import UNIFORM
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import _rate, train_image
+from geodiff4d.video.train import _rate, train_video_model
 from geodiff4d.video.watch import Watch
 from test_mixed import CLIP, Film
 from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, tiny_codec
@@ -198,6 +198,6 @@ def test_the_paper_preset_starts_from_stable_diffusion(tmp_path):
     assert start["unet.conv_in.weight"][:, 4:].abs().max() == 0 and not any(k.startswith("codec") for k in start)
     mixture = Mixture([Film(3, normals=True)], MixtureConfig(frames=2, size=SIZE, crop=16, augment=None))
     config = replace(TRAINING, steps=2, lr=1e-5, recompute=True, pictures=0)
-    trained = train_image(tmp_path / "out", model, codec, MixedBatches(mixture, codec, 2), config, start=start)
+    trained = train_video_model(tmp_path / "out", model, codec, MixedBatches(mixture, codec, 2), config, start=start)
     assert_close(trained.unet.conv_in.weight[:, :4], theirs.conv_in.weight, atol=1e-3, rtol=0)
     assert not torch.equal(trained.unet.conv_in.weight[:, :4], theirs.conv_in.weight)

@@ -39,7 +39,7 @@ from geodiff4d.video.model import (
 from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.recode import recode, starting_weights
 from geodiff4d.video.sample import SampleConfig, sample
-from geodiff4d.video.train import ImageTraining, _check_finite, train_image
+from geodiff4d.video.train import VideoTraining, _check_finite, train_video_model
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 from geodiff4d.video.warm_start import REGIONS, fit_motion_code, fit_motion_readout, warm_start
@@ -584,7 +584,7 @@ def tiny_batches(codec: PatchCodec, folder: Path) -> Batches:
     return Batches(store, latents, PairConfig(references=2, targets=2), seed=0)
 
 
-TRAINING = ImageTraining(
+TRAINING = VideoTraining(
     steps=4, lr=2e-3, warmup=1, pairs=PairConfig(references=2, targets=2), autocast=False, log_every=1, save_every=2
 )  # fmt: skip
 
@@ -627,16 +627,16 @@ class Interrupted(Exception):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
-    whole = train_image(tmp_path / "whole", EMBEDDED, codec, batches, TRAINING)
+    whole = train_video_model(tmp_path / "whole", EMBEDDED, codec, batches, TRAINING)
 
     def stop(step: int, total: int, record: dict) -> None:
         if step == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_image(tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=stop)
+        train_video_model(tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=stop)
     seen: list[int] = []
-    resumed = train_image(
+    resumed = train_video_model(
         tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=lambda step, *_: seen.append(step)
     )
     assert seen == [2, 3]
@@ -646,7 +646,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
     saved = load_video_model(tmp_path / "parts/model")
     assert_close(saved.unet.conv_in.weight, whole.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
     with pytest.raises(UserError, match="another configuration"):
-        train_image(tmp_path / "parts", EMBEDDED, codec, batches, replace(TRAINING, lr=1.0))
+        train_video_model(tmp_path / "parts", EMBEDDED, codec, batches, replace(TRAINING, lr=1.0))
 
 
 class Poisoned(Batches):
@@ -661,9 +661,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(codec, b
     config = replace(TRAINING, steps=4, save_every=1)
     with pytest.raises(UserError, match="step 2: loss nan"):
         poisoned = Poisoned(batches.store, batches.latents, batches.pairs, batches.seed)
-        train_image(tmp_path, EMBEDDED, codec, poisoned, config)
+        train_video_model(tmp_path, EMBEDDED, codec, poisoned, config)
     assert all(p.isfinite().all() for p in load_video_model(tmp_path / "model").parameters())
-    whole = train_image(tmp_path, EMBEDDED, codec, batches, config)
+    whole = train_video_model(tmp_path, EMBEDDED, codec, batches, config)
     assert all(p.isfinite().all() for p in whole.parameters())
 
 
@@ -674,7 +674,7 @@ def test_between_checks_a_bad_gradient_touches_no_weight(codec, batches, tmp_pat
         "geodiff4d.video.train._check_finite", lambda loss, norm, bad, step, folder: told.append(bad.item())
     )
     poisoned = Poisoned(batches.store, batches.latents, batches.pairs, batches.seed)
-    whole = train_image(tmp_path, EMBEDDED, codec, poisoned, replace(TRAINING, steps=4))
+    whole = train_video_model(tmp_path, EMBEDDED, codec, poisoned, replace(TRAINING, steps=4))
     assert told == [0, 0, 1, 1] and all(p.isfinite().all() for p in whole.parameters())
     monkeypatch.undo()
     fine = torch.ones(())
@@ -694,9 +694,9 @@ def test_accumulated_batches_make_one_step(codec, batches, tmp_path):
 
     noting = Noting(batches.store, batches.latents, batches.pairs, batches.seed)
     config = replace(TRAINING, steps=3, accumulate=2, clip=1e9)
-    got = train_image(tmp_path / "two", EMBEDDED, codec, noting, config)
+    got = train_video_model(tmp_path / "two", EMBEDDED, codec, noting, config)
     assert seen == [0, 1, 2, 3, 4, 5]
-    one = train_image(tmp_path / "one", EMBEDDED, codec, batches, replace(config, accumulate=1))
+    one = train_video_model(tmp_path / "one", EMBEDDED, codec, batches, replace(config, accumulate=1))
     assert not torch.equal(got.unet.conv_in.weight, one.unet.conv_in.weight)
 
 
@@ -704,7 +704,7 @@ def test_ten_steps_lose_what_they_lost_before(codec, batches, tmp_path):
     """float32, no autocast. To renew the file after a wanted change: delete it and run this test once."""
     losses: list[float] = []
     config = replace(TRAINING, steps=10, save_every=100)
-    train_image(
+    train_video_model(
         tmp_path, EMBEDDED, codec, batches, config, progress=lambda step, total, r: losses.append(r["loss"])
     )  # fmt: skip
     if not GOLDEN.exists():
@@ -802,5 +802,5 @@ if __name__ == "__main__":  # One of the processes of `test_two_processes_train_
     rank, out = os.environ["RANK"], Path(sys.argv[1])
     (out / rank).mkdir()
     vae = tiny_codec()
-    trained = train_image(out / rank, EMBEDDED, vae, tiny_batches(vae, out / rank), TRAINING)
+    trained = train_video_model(out / rank, EMBEDDED, vae, tiny_batches(vae, out / rank), TRAINING)
     save_file({k: v.contiguous() for k, v in trained.state_dict().items()}, out / f"{rank}.safetensors")

@@ -47,7 +47,7 @@ from geodiff4d.video.generate import Portrait, condition_images, driving_crop, l
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.outline import BARE, coverage
 from geodiff4d.video.sample import sample
-from geodiff4d.video.train import ImageTraining, train_image
+from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.vae import PatchCodec, load_codec
 from geodiff4d.video.warm_start import warm_start
 
@@ -146,7 +146,7 @@ def open_store(args: Args) -> Store:
 # Training
 
 
-def configured(args: Args, variant: str) -> tuple[VideoModelConfig, ImageTraining]:
+def configured(args: Args, variant: str) -> tuple[VideoModelConfig, VideoTraining]:
     """Return a variant's model and training; all have the same budget.
 
     Raises:
@@ -186,7 +186,7 @@ def trained(args: Args, variant: str, store: Store, latents: np.ndarray, codec: 
         if step % 100 == 0 or step == total - 1:
             print(f"  step {step + 1}/{total}  loss {record['loss']:.3f}", flush=True)
 
-    return train_image(folder, model, codec, batches, training, start=start, progress=report)
+    return train_video_model(folder, model, codec, batches, training, start=start, progress=report)
 
 
 def warmed(args: Args, batches: Batches) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import VideoModelConfig
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import ImageTraining
+from geodiff4d.video.train import VideoTraining
 from geodiff4d.video.train_codec import CodecTraining
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodecConfig
@@ -31,7 +31,7 @@ class Preset:
     description: str
     model: VideoModelConfig
     codec: CodecTraining
-    image: ImageTraining
+    image: VideoTraining
     store: StoreConfig
     val_store: StoreConfig
     sample: SampleConfig
@@ -39,7 +39,7 @@ class Preset:
     """Cameras of a synthesized clip."""
     frames: int
     """Frames of a synthesized clip, over all its cameras."""
-    video: ImageTraining
+    video: VideoTraining
     """Stage 2."""
     tracks: TrackConfig
     """What stage 2 is trained on, in the sizes of `store`."""
@@ -82,7 +82,7 @@ PRESETS: dict[str, Preset] = {
         "64 px, a few steps: tests",
         model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
         codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
-        image=ImageTraining(
+        image=VideoTraining(
             steps=4, pairs=PairConfig(references=2, targets=2, moved=0.5), lr=1e-3, warm_start=2,
             log_every=1, validate_every=4, save_every=2,
         ),
@@ -92,7 +92,7 @@ PRESETS: dict[str, Preset] = {
         ),
         sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
         views=3, frames=4,
-        video=ImageTraining(
+        video=VideoTraining(
             steps=4, pairs=PairConfig(references=1, targets=4, moved=1.0), lr=1e-3, parts="temporal",
             sampled_starts=0.5, log_every=1, validate_every=4, save_every=2,
         ),
@@ -104,7 +104,7 @@ PRESETS: dict[str, Preset] = {
         "256 px on two CPU cores, trained on the open world (docs/LOG.md has the measurements)",
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
-        image=ImageTraining(
+        image=VideoTraining(
             steps=4000, pairs=PairConfig(references=4, targets=6, moved=0.8), lr=5e-4, warm_start=600,
             expression_lr=0.5, timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
         ),
@@ -113,7 +113,7 @@ PRESETS: dict[str, Preset] = {
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=1, detail=0.08),
         views=8, frames=96,
-        video=ImageTraining(
+        video=VideoTraining(
             steps=500, pairs=PairConfig(references=2, targets=16, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
             parts="temporal", sampled_starts=1.0, steadiness=4.0, drop_warp=0.0, weights=WeightConfig(focus=10.0),
             log_every=10, validate_every=125, save_every=125,
@@ -126,7 +126,7 @@ PRESETS: dict[str, Preset] = {
         "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
         model=VideoModelConfig(),
         codec=CodecTraining(),
-        image=ImageTraining(
+        image=VideoTraining(
             steps=80_000, pairs=PairConfig(references=32, targets=1), hold=1.0, recompute=True,
             preview=SampleConfig(steps=10, guidance=2.5),
         ),
@@ -134,7 +134,7 @@ PRESETS: dict[str, Preset] = {
         val_store=StoreConfig("val", subjects=64, instants=4, views=8, size=512, crop=224, texels=512, grid=64),
         sample=SampleConfig(),
         views=12, frames=200,
-        video=ImageTraining(
+        video=VideoTraining(
             steps=20_000, pairs=PairConfig(references=8, targets=16), hold=1.0, parts="temporal", recompute=True,
             preview=SampleConfig(steps=10, guidance=2.5),
         ),

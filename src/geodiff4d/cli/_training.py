@@ -22,7 +22,7 @@ from geodiff4d.video.batches import Batches, TrackBatches, encode_store
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import VideoModelConfig, load_video_model
 from geodiff4d.video.recode import starting_weights
-from geodiff4d.video.train import ImageTraining, train_image
+from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.train_codec import train_codec
 from geodiff4d.video.vae import Codec, PatchCodec, StableCodec, load_codec
 
@@ -71,7 +71,7 @@ def image(args: Args) -> None:
         train, val = _mixtures(args, model, codec, config, p.augment)
     else:
         train, val = _store_batches(args, p, model, codec, config)
-    train_image(args.out, model, codec, train, config, val, start, report)
+    train_video_model(args.out, model, codec, train, config, val, start, report)
     print(f"{args.out / 'model'}: the model, for --model")
 
 
@@ -101,7 +101,7 @@ def video(args: Args) -> None:
             for k, seed, augment in (("train", args.seed, p.clip_augment), ("val", 1, None))
         )
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
-    train_image(args.out, model, first.codec, train, config, val, start, report)
+    train_video_model(args.out, model, first.codec, train, config, val, start, report)
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 
@@ -117,7 +117,7 @@ def _one_first() -> AbstractContextManager[None]:
     return _processes().main_process_first()
 
 
-def _training(args: Args, config: ImageTraining) -> ImageTraining:
+def _training(args: Args, config: VideoTraining) -> VideoTraining:
     """Apply the options, and share the preset's batch out: over processes, and over the parts of a step."""
     whole, processes = config.pairs.references, _processes().num_processes
     if whole % (processes * args.accumulate):
@@ -167,7 +167,7 @@ def _from_stable_diffusion(
 
 
 def _store_batches(
-    args: Args, p: Preset, model: VideoModelConfig, codec: Codec, config: ImageTraining
+    args: Args, p: Preset, model: VideoModelConfig, codec: Codec, config: VideoTraining
 ) -> tuple[Batches, Batches]:
     p = replace(
         p,
@@ -203,7 +203,7 @@ def _encoded(stores: Mapping[str, Store], codec: Codec, out: Path, exact_normals
 
 
 def _mixtures(
-    args: Args, model: VideoModelConfig, codec: Codec, config: ImageTraining, augment: AugmentConfig
+    args: Args, model: VideoModelConfig, codec: Codec, config: VideoTraining, augment: AugmentConfig
 ) -> tuple[MixedBatches, MixedBatches | None]:
     """Mix the --data folders; what lies in a folder `val` inside one of them is validated on, if there is any."""
     held_out = [folder / "val" for folder in args.data if is_footage(folder / "val")]

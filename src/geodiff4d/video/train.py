@@ -33,7 +33,7 @@ Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class ImageTraining:
+class VideoTraining:
     """How the video model is trained (Sec. 4.1: AdamW 1e-5, 80K steps of 32; the embedded preset differs)."""
 
     steps: int = 80_000
@@ -87,7 +87,7 @@ class ImageTraining:
 class _Run:
     """What a checkpoint depends on: it is resumed only by the same."""
 
-    training: ImageTraining
+    training: VideoTraining
     model: VideoModelConfig
     batch: int
     """References of a step, over all processes and parts."""
@@ -99,9 +99,9 @@ FREE = frozenset({
 """What may change when a run goes on: how a step's batch is held, and how one looks at it."""
 
 
-def train_image(
+def train_video_model(
     run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches | MixedBatches,
-    config: ImageTraining, val: Batches | MixedBatches | None = None, start: dict[str, Tensor] | None = None,
+    config: VideoTraining, val: Batches | MixedBatches | None = None, start: dict[str, Tensor] | None = None,
     progress: Progress = lambda *a: None,
 ) -> VideoModel:  # fmt: skip
     """Train the denoiser and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
@@ -207,7 +207,7 @@ def train_image(
 
 
 def _build(
-    model_config: VideoModelConfig, codec: Codec, config: ImageTraining,
+    model_config: VideoModelConfig, codec: Codec, config: VideoTraining,
     start: dict[str, Tensor] | None,
 ) -> VideoModel:  # fmt: skip
     """Make the model, from random weights or from `start`, and mark what is trained.
@@ -233,7 +233,7 @@ def _build(
     return model
 
 
-def _optimiser(model: VideoModel, config: ImageTraining) -> torch.optim.AdamW:
+def _optimiser(model: VideoModel, config: VideoTraining) -> torch.optim.AdamW:
     groups: list[dict[str, Any]] = [
         {"params": [p for n in names for p in getattr(model, n).parameters() if p.requires_grad], "factor": factor}
         for names, factor in ((("unet", "reference"), 1.0), (("expression",), config.expression_lr))
@@ -298,14 +298,14 @@ def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
     torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - decay)
 
 
-def _rate(step: int, config: ImageTraining) -> float:
+def _rate(step: int, config: VideoTraining) -> float:
     progress = step / config.steps
     if progress < config.hold or config.hold >= 1:
         return min(1.0, (step + 1) / config.warmup)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - config.hold) / (1 - config.hold)))
 
 
-def draw(model: VideoModel, batch: Batch, config: ImageTraining, index: int) -> Draws:
+def draw(model: VideoModel, batch: Batch, config: VideoTraining, index: int) -> Draws:
     """Draw timesteps, noise and what is dropped for a batch, from its index alone."""
     g = torch.Generator().manual_seed(config.seed * 7_368_787 + index)
     b, frames = batch.crops.shape[:2]
