@@ -207,7 +207,7 @@ def test_scores_of_other_frames_are_made_again(world, model, tmp_path):
 def test_a_tracked_pair_is_of_one_size_and_length(pair, tmp_path, monkeypatch):
     made = []
 
-    def tracked(source, head, size, progress, out):
+    def tracked(source, head, size, out, progress):
         made.append((source.name, size))
         return Clip(empty_clip(out, 1, 1, "someone"))
 
