@@ -12,6 +12,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
 from geodiff4d.core.images import write_image
 from geodiff4d.data.clip import Clip, ClipWriter
+from geodiff4d.data.clip_footage import ClipFootage
 from geodiff4d.heads.rig import HeadParams
 
 
@@ -154,12 +155,17 @@ def test_senseless_transforms_are_a_user_error(tmp_path, harm):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '{"fps": 1' + "0" * 5000 + "}", "[" * 100_000])
-def test_files_that_are_json_but_no_clip_are_a_user_error(tmp_path, text):
+@pytest.mark.parametrize("text", [
+    "[]", "null", "{}", '{"frames": [3]}', '{"frames": {"a": 1}}', '{"geodiff4d": [], "frames": []}',
+    '{"fps": 1' + "0" * 5000 + "}", "[" * 100_000,
+])  # fmt: skip
+@pytest.mark.parametrize("reader", [Clip, ClipFootage])
+def test_files_that_are_json_but_no_clip_are_a_user_error(tmp_path, text, reader):
     write(tmp_path / "clip")
     (tmp_path / "clip/transforms.json").write_text(text)
-    with pytest.raises(UserError):
-        Clip(tmp_path / "clip")
+    with pytest.raises(UserError) as caught:
+        reader(tmp_path / "clip")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_a_link_out_of_the_clip_is_refused(tmp_path):

@@ -33,6 +33,53 @@ SIZES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translat
 
 
 @dataclass(frozen=True)
+class ClipHeader:
+    """What transforms.json says of a clip as a whole; its frames are not looked at yet."""
+
+    head_name: str
+    fps: float
+    extra: dict
+    """Free notes of whoever wrote the clip: subject, track, where parameters came from …"""
+    frames: list[dict]
+    shared: dict
+    """Intrinsics that hold for all frames that name none."""
+
+
+def read_header(folder: Path) -> ClipHeader:
+    """Read what a clip says of itself, opening no frame.
+
+    Raises:
+        UserError: no transforms.json, or one that is not a clip's.
+    """
+    path = folder / "transforms.json"
+    if not path.exists():
+        raise UserError(
+            f"{folder} is not a clip: expected a folder with transforms.json (from track, import, synth or synthesize)"
+        )
+    meta = read_json(path)
+    try:
+        if not isinstance(meta, dict):
+            raise TypeError(f"(expected an object, got {type(meta).__name__})")
+        ours, frames = meta.get("geodiff4d", {}), meta["frames"]
+        head, fps, extra = ours.get("head", "flame"), float(ours.get("fps", 24.0)), ours.get("extra", {})
+        if not 0 < fps <= MAX_FPS:
+            raise ValueError(f"fps ({fps}: expected more than 0 and at most {MAX_FPS:g})")
+        if not isinstance(head, str) or not isinstance(extra, dict):
+            raise TypeError("head or extra (expected text and an object)")
+        if not isinstance(frames, list) or not all(isinstance(f, dict) for f in frames):
+            raise TypeError("frames (expected a list of objects)")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise not_a_clip(folder, error) from None
+    return ClipHeader(head, fps, extra, frames, meta)
+
+
+def not_a_clip(folder: Path, error: Exception) -> UserError:
+    """Return the error to raise where a transforms.json lacks a field or holds a wrong one."""
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{folder}/transforms.json is not a clip's: missing or bad field {reason}")
+
+
+@dataclass(frozen=True)
 class FrameRecord:
     """Where one frame's files are, and the camera that saw it."""
 
@@ -76,36 +123,21 @@ class Clip:
             UserError: no transforms.json, or one that is not a clip's.
         """
         self.folder = Path(folder)
-        if not (self.folder / "transforms.json").exists():
-            raise UserError(
-                f"{self.folder} is not a clip: expected a folder with transforms.json (from track, import, synth or "
-                "synthesize)"
-            )
-        meta = read_json(self.folder / "transforms.json")
+        header = read_header(self.folder)
+        self.head_name, self.fps, self.extra = header.head_name, header.fps, header.extra
+        self._checked: set[Path] = set()
         try:
-            if not isinstance(meta, dict):
-                raise TypeError(f"(expected an object, got {type(meta).__name__})")
-            extra = meta.get("geodiff4d", {})
-            self.head_name: str = extra.get("head", "flame")
-            self.fps: float = float(extra.get("fps", 24.0))
-            if not 0 < self.fps <= MAX_FPS:
-                raise ValueError(f"fps ({self.fps}: expected more than 0 and at most {MAX_FPS:g})")
-            self.extra: dict = extra.get("extra", {})
-            if not isinstance(self.head_name, str) or not isinstance(self.extra, dict):
-                raise TypeError("head or extra (expected text and an object)")
-            self._checked: set[Path] = set()
-            self.records = [self._record(frame, meta) for frame in meta["frames"]]
+            self.records = [self._record(frame, header.shared) for frame in header.frames]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{self.folder}/transforms.json is not a clip's: missing or bad field {reason}") from None
+            raise not_a_clip(self.folder, error) from None
         if not self.records:
             raise UserError(f"{self.folder} has no frames: expected at least one")
 
-    def _record(self, frame: dict, meta: dict) -> FrameRecord:
+    def _record(self, frame: dict, shared: dict) -> FrameRecord:
         def get(key: str) -> float:
-            return float(frame[key] if key in frame else meta[key])
+            return float(frame[key] if key in frame else shared[key])
 
         T = torch.tensor(frame["transform_matrix"], dtype=torch.float64)
         if T.shape != (4, 4) or not T.isfinite().all():

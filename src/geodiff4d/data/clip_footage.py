@@ -19,9 +19,8 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
 from geodiff4d.core.images import composite, encode_normals
-from geodiff4d.data.clip import Clip, ClipFrame
+from geodiff4d.data.clip import Clip, ClipFrame, not_a_clip, read_header
 from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.data.footage import ARKIT, Footage, FrameKey, Frames, StoreFootage, Take
 from geodiff4d.data.store import FOCUS_REGIONS
@@ -92,14 +91,13 @@ class ClipFootage:
 
     def _index(self, path: Path) -> None:
         """Note which frames a clip has, without opening any."""
-        meta = read_json(path / "transforms.json")
-        ours = meta.get("geodiff4d", {})
-        extra = ours.get("extra", {})
+        header = read_header(path)
         try:
-            pairs = [(int(f["timestep_index"]), int(f["camera_index"])) for f in meta["frames"]
-                     if f.get("flame_param_path")]  # fmt: skip
+            pairs = [
+                (int(f["timestep_index"]), int(f["camera_index"])) for f in header.frames if f.get("flame_param_path")
+            ]
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}/transforms.json is not a clip's: missing or bad field {error}") from None
+            raise not_a_clip(path, error) from None
         if not pairs:
             return
         steps, cameras = sorted({t for t, _ in pairs}), sorted({c for _, c in pairs})
@@ -107,18 +105,17 @@ class ClipFootage:
         present = np.zeros((len(steps), len(cameras)), bool)
         for t, c in pairs:
             present[row[t], column[c]] = True
-        subject = str(extra.get("subject", extra.get("participant", path)))
-        if (head := ours.get("head", "flame")) != "openhead":
+        subject = str(header.extra.get("subject", header.extra.get("participant", path)))
+        if header.head_name != "openhead":
             # A person tracked on two heads is two: no head can pose the other's parameters.
-            subject += f" on {head}"
+            subject += f" on {header.head_name}"
         where = _Where(path, tuple(cameras))
-        fps = float(ours.get("fps", 24.0))
-        if extra.get("stills"):
+        if header.extra.get("stills"):
             for i, t in enumerate(steps):
-                self.takes.append(Take(f"{path}:{t}", np.array([t]), present[i : i + 1], False, fps))
+                self.takes.append(Take(f"{path}:{t}", np.array([t]), present[i : i + 1], False, header.fps))
                 self._where.append(where)
         else:
-            self.takes.append(Take(subject, np.array(steps), present, len(steps) > 1, fps))
+            self.takes.append(Take(subject, np.array(steps), present, len(steps) > 1, header.fps))
             self._where.append(where)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
-from geodiff4d.data.clip import Clip, ClipWriter
+from geodiff4d.data.clip import Clip, ClipWriter, read_header
 from geodiff4d.data.synthetic.cameras import head_region, rig
 from geodiff4d.data.synthetic.expressions import TrackKind, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
@@ -118,7 +117,7 @@ def render_world_clip(folder: Path, clip: WorldClip) -> Path:
     Frames are framed loosely, as people frame a head: trackers find the crop themselves.
     """
     out = folder / clip.name
-    if (out / "transforms.json").exists() and _is(out, clip):
+    if (out / "transforms.json").exists() and read_header(out).extra == _about(clip):
         return out
     subject, n = SyntheticSubject(clip.seed, clip.extent.split), clip.extent.frames
     expr, jaw, eyes = expression_track(clip.kind, max(n, 24), clip.seed, FPS)
@@ -142,10 +141,6 @@ def _about(clip: WorldClip) -> dict[str, Any]:
         "track": clip.kind, "params": "truth", "world_version": WORLD_VERSION, "cameras": list(clip.cameras),
         "frames": clip.extent.frames, "size": clip.size,
     }  # fmt: skip
-
-
-def _is(folder: Path, clip: WorldClip) -> bool:
-    return read_json(folder / "transforms.json").get("geodiff4d", {}).get("extra") == _about(clip)
 
 
 # Choosing

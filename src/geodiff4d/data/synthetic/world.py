@@ -14,8 +14,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
-from geodiff4d.data.clip import ClipWriter
+from geodiff4d.data.clip import ClipWriter, read_header
 from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, head_region, rig
 from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
@@ -80,9 +79,8 @@ def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
     """Say whether a finished clip of this size and world is there already (clips appear whole or not at all)."""
     if not (folder / "transforms.json").exists():
         return False
-    meta = read_json(folder / "transforms.json")
-    records = meta.get("frames", [])
-    version = meta.get("geodiff4d", {}).get("extra", {}).get("world_version")
+    header = read_header(folder)
+    version, records = header.extra.get("world_version"), header.frames
     return len(records) == frames * views and records[0].get("w") == size and version == WORLD_VERSION
 
 
