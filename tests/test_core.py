@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from scipy.linalg import expm
 
 from geodiff4d.core import camera as cameras
@@ -467,6 +468,13 @@ def made(target, mark):
         (folder / mark).write_text("{}")
 
 
+def test_tensors_are_as_readable_as_other_files(tmp_path):
+    (tmp_path / "text").write_text("")
+    files.save_tensors({"a": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "a.safetensors", {"step": "3"})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "text").stat().st_mode
+    torch.testing.assert_close(load_file(tmp_path / "a.safetensors"), {"a": torch.arange(6.0).reshape(2, 3).T})
+
+
 def test_a_fresh_folder_replaces_the_old_one_only_on_success(tmp_path):
     target = tmp_path / "out"
     made(target, "config.json")
@@ -704,7 +712,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("geodiff4d.core.rundir.save_file", full)
+    monkeypatch.setattr("geodiff4d.core.files.save_file", full)
     with pytest.raises(OSError, match="No space"):
         run.save({"w": torch.zeros(4)}, 2)
     assert run.load()[1] == 1

@@ -272,7 +272,7 @@ def test_a_full_disk_loses_nothing(codec, pictures, tmp_path, monkeypatch, error
             raise error
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("geodiff4d.core.rundir.save_file", save)
+    monkeypatch.setattr("geodiff4d.core.rundir.save_tensors", save)
     with pytest.raises(type(error)) as stopped:
         train_video_model(tmp_path, EMBEDDED, codec, pictures, config)
     line, code = explain(stopped.value)

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 import tyro
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.cli import progress
 from geodiff4d.core.camera import Camera
-from geodiff4d.core.files import fresh_file, read_json, write_json
+from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 from geodiff4d.core.images import composite, decode_normals
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, random_motion, take
@@ -198,7 +198,7 @@ def warmed(args: Args, batches: Batches) -> dict[str, Tensor]:
         encoder = ExpressionEncoder(configured(args, "no-warp")[0].expression)
         warm_start(encoder, batches, args.warm_start)
         with fresh_file(path) as temporary:
-            save_file({f"expression.{k}": v for k, v in encoder.state_dict().items()}, temporary)
+            save_tensors({f"expression.{k}": v for k, v in encoder.state_dict().items()}, temporary)
     return load_file(path)
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, from_numpy
 
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, fresh_folder, read_arrays
+from geodiff4d.core.files import fresh_file, fresh_folder, read_arrays, save_tensors
 from geodiff4d.core.packing import SMALLEST, packed, unpacked
 
 FORMAT, VERSION = "geodiff4d compact avatar", 1
@@ -82,7 +82,7 @@ def unpack(path: Path, out: Path) -> None:
                     (folder / name).write_bytes(members[name])
             for file, values in _files(about["tensors"], members).items():
                 tensors: dict[str, Tensor] = {k: from_numpy(v) for k, v in values.items()}
-                save_file(unpacked(tensors), folder / file)
+                save_tensors(unpacked(tensors), folder / file)
             for file, values in _files(about["arrays"], members).items():
                 arrays: dict[str, Any] = dict(values)
                 np.savez(folder / file, **arrays)

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians
 from geodiff4d.avatar.body import Body
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_json, save_tensors, write_json
 from geodiff4d.core.geometry import quat_to_matrix
 from geodiff4d.core.images import MAX_PIXELS
 from geodiff4d.data.importing import camera_checked
@@ -121,7 +121,7 @@ class Avatar:
         tensors = {**self.local.tensors, "shape": self.shape, **camera}
         tensors |= {} if self.tokens is None else {"tokens": self.tokens}
         tensors |= {} if self.parts is None else self.parts.tensors()
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "avatar.safetensors")
+        save_tensors(tensors, folder / "avatar.safetensors")
         self.sequence.save(folder / "params.npz")
         with torch.no_grad():
             tokens = None if self.tokens is None else self.tokens[0]

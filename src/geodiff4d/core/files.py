@@ -7,7 +7,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatch
@@ -182,6 +182,15 @@ def _is_left(name: str) -> bool:
     return False
 
 
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that whoever may read the folder's other files may read too."""
+    # The library writes by way of a file that only its owner can read.
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    path.chmod(mode)
+
+
 def save_model(folder: Path, config: Any, state: dict[str, Tensor]) -> None:
     """Write a model folder: `config.json` and safetensors shards of at most 15 MB (a larger tensor stands alone)."""
     shards: list[dict[str, Tensor]] = [{}]
@@ -191,13 +200,13 @@ def save_model(folder: Path, config: Any, state: dict[str, Tensor]) -> None:
         if size and size + n > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = tensor.detach().cpu().contiguous()
+        shards[-1][name] = tensor
         size += n
     with fresh_folder(folder) as tmp:
         write_json(tmp / "config.json", config)
         for i, shard in enumerate(shards):
             name = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file(shard, tmp / name)
+            save_tensors(shard, tmp / name)
 
 
 def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_json, write_json
+from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
 """Newest first."""
@@ -66,7 +66,7 @@ class RunFolder:
         whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
         newest, previous = (self.path / name for name in CHECKPOINTS)
         with fresh_file(newest) as temporary:
-            save_file(whole, temporary, {"step": str(step)})
+            save_tensors(whole, temporary, {"step": str(step)})
             if newest.exists():
                 os.replace(newest, previous)
 

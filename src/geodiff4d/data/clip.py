@@ -14,12 +14,12 @@ from types import TracebackType
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.camera import OPENGL_FROM_OPENCV, Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, read_arrays, read_json, write_json
+from geodiff4d.core.files import fresh_folder, read_arrays, read_json, save_tensors, write_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
 from geodiff4d.data.importing import camera_checked, inside
@@ -337,7 +337,7 @@ class ClipWriter:
 
     def set_tokens(self, tokens: Float[Tensor, "timesteps tokens channels"]) -> None:
         """Store expression tokens, one row per timestep in ascending order."""
-        save_file({"tokens": tokens.half().contiguous()}, self.path / "expression_tokens.safetensors")
+        save_tensors({"tokens": tokens.half()}, self.path / "expression_tokens.safetensors")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
