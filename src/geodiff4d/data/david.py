@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.errors import UserError, install_extra
 
 SIDE = 512
 
@@ -36,7 +36,7 @@ class DavidNormals:
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("running an ONNX file needs onnxruntime: run `pip install 'geodiff4d[onnx]'`") from None
+            raise UserError(f"running an ONNX file needs onnxruntime: run `{install_extra('onnx')}`") from None
         has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
         if device == "cuda" and not has_cuda:
             raise UserError("this onnxruntime has no CUDA: install onnxruntime-gpu, or pass --device cpu")

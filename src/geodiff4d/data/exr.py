@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.images import MAX_PIXELS
 
 ORDERS = ("RGBA", "XYZ")
@@ -22,7 +22,7 @@ def read_exr(path: Path) -> Float[Tensor, "channels height width"]:
     try:
         import OpenEXR
     except ImportError:
-        raise UserError("reading EXR needs OpenEXR: run `pip install 'geodiff4d[data]'`") from None
+        raise UserError(f"reading EXR needs OpenEXR: run `{install_extra('data')}`") from None
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist: expected an EXR file")

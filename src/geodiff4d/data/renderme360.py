@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import decode_image
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked
@@ -50,7 +50,7 @@ class SmcFile:
         try:
             import h5py
         except ImportError:
-            raise UserError("reading RenderMe-360 needs h5py: run `pip install 'geodiff4d[data]'`") from None
+            raise UserError(f"reading RenderMe-360 needs h5py: run `{install_extra('data')}`") from None
         self._h5py: Any = h5py
         self.path = path
         try:

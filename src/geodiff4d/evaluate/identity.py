@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.files import load_model
 from geodiff4d.tracking.network import Perception, load_perception
 from geodiff4d.tracking.squares import HeadSquare, cut_square
@@ -124,7 +124,7 @@ class ArcFace:
         try:
             import onnxruntime
         except ImportError:
-            raise UserError("--arcface needs onnxruntime: pip install 'geodiff4d[onnx]'") from None
+            raise UserError(f"--arcface needs onnxruntime: run `{install_extra('onnx')}`") from None
         if not Path(path).is_file():
             raise UserError(
                 f"--arcface {path} does not exist: expected an ONNX file (insightface's w600k_r50.onnx, say)"

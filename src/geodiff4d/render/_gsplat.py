@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.render._torch import find_broken, without
 
 
@@ -28,7 +28,7 @@ def rasterize_cuda(
     try:
         from gsplat import rasterization
     except ImportError as error:
-        message = "rendering Gaussians on a GPU needs gsplat: run `pip install 'geodiff4d[gpu]'`, or use --device cpu"
+        message = f"rendering Gaussians on a GPU needs gsplat: run `{install_extra('gpu')}`, or use --device cpu"
         raise UserError(f"{message} ({error})") from None
     image, alpha, _ = rasterization(*without(broken, *splats), T_cam_world[None], K[None], width, height, packed=False)
     return image[0].permute(2, 0, 1), alpha[0].permute(2, 0, 1), broken
