@@ -449,6 +449,15 @@ def test_a_portrait_is_driven(codec, name):
         assert not torch.equal(own.rgb, made.rgb)
 
 
+@pytest.mark.parametrize("name", ["embedded", "without normals"])
+def test_a_black_and_white_portrait_stays_so(codec, name):
+    head, model = load_head("openhead"), build(VARIANTS[name], codec)
+    picture = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    portrait = Portrait(picture, torch.ones(1, SIZE, SIZE), cameras(head, 0.0)[0], head.neutral())
+    made = generate(model, head, portrait, head.neutral(1), cameras(head, 0.4), torch.rand(1, 3, 16, 16), FAST)
+    assert (made.rgb.amax(1) - made.rgb.amin(1)).max() < 1e-5
+
+
 @torch.no_grad()
 def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
     head, model, g = load_head("openhead"), build(PAPER, codec), torch.Generator().manual_seed(0)

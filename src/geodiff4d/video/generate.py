@@ -19,6 +19,7 @@ from geodiff4d.video.memory import alone
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel
 from geodiff4d.video.outline import coverage, freed
 from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.tone import tone_of
 from geodiff4d.video.windows import runs_of
 
 TEXELS = 256
@@ -157,11 +158,13 @@ def generate(
     with alone(model, "codec", offload=config.offload):
         images = _decode(model, z, head, texture, params, cameras, moved, config)
     rgb, tokens = rearrange(images[:, 0], "1 c t h w -> t c h w"), model.expression.tokens(latents)[0].cpu()
+    tone = tone_of(portrait.image, portrait.mask)
     if not model.config.normals:
-        rgb = rgb.cpu()
+        rgb = (tone.kept(rgb) if tone else rgb).cpu()
         return Generated(rgb, torch.zeros_like(rgb), torch.ones_like(rgb[:, :1]), tokens)
     encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
     rgb, mask = freed(rgb, coverage(encoded))
+    rgb = tone.kept(rgb) if tone else rgb
     normal = decode_normals(encoded) * (mask > 0)
     return Generated(composite(rgb, mask).cpu(), normal.cpu(), mask.cpu(), tokens)
 
