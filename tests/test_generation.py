@@ -10,17 +10,18 @@ import torch
 
 from geodiff4d.avatar.drive import Performance, render_sequence
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.cli import _generation, animate, evaluate, fit, reconstruct, render, synthesize
+from geodiff4d.cli import animate, evaluate, fit, reconstruct, render, synthesize
 from geodiff4d.cli._device import chosen_device
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, default_preset, placed_on, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
 from geodiff4d.cli.evaluate import ProtocolArgs
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.pipeline import load_model, unchanged
+from geodiff4d.pipeline import default_preset, load_model, placed_on, unchanged
 from geodiff4d.presets import preset
 from geodiff4d.video.diffusion import DiffusionConfig
+from geodiff4d.video.model import VideoModel
 from geodiff4d.video.vae import StableCodec
 
 FPS = 10.0
@@ -123,11 +124,13 @@ def test_the_preset_is_the_models(model):
     assert default_preset(debug) == "paper"
 
 
-class Elsewhere:
+class Elsewhere(VideoModel):
     """Stands for a model; notes what is done to it."""
 
     def __init__(self, codec: object):
-        self.codec, self.done = codec, []
+        torch.nn.Module.__init__(self)
+        object.__setattr__(self, "codec", codec)
+        self.done: list[str] = []
 
     def compact(self):
         self.done.append("compact")
@@ -150,7 +153,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch, model, tracked_clip):
     with pytest.raises(UserError, match="needs gsplat"):
         chosen_device("cuda", splats=True)
 
-    monkeypatch.setattr("geodiff4d.video.sample.bf16_is_native", lambda device: True)
+    monkeypatch.setattr("geodiff4d.pipeline.bf16_is_native", lambda device: True)
     small, stable = Elsewhere(object()), Elsewhere(StableCodec.__new__(StableCodec))
     for thing in (small, stable):
         placed_on(thing, torch.device("cuda"))
@@ -158,7 +161,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch, model, tracked_clip):
     assert small.done == ["cuda"] and stable.done == ["compact", "cuda", "cpu"]
 
     asked = []
-    monkeypatch.setattr(_generation, "placed_on", lambda m, device: asked.append(device.type) or m)
+    monkeypatch.setattr("geodiff4d.pipeline.placed_on", lambda m, device: asked.append(device.type) or m)
     args = replace(given(tracked_clip), generator="diffusion", model=model, memory="offload")
     assert set_up(args).sample.offload and asked == ["cuda"]
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.synthetic.subject import SyntheticSubject
-from geodiff4d.evaluate import pairs
+from geodiff4d.evaluate import pairs, protocol
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
     Case,
@@ -36,6 +37,8 @@ from geodiff4d.evaluate.protocol import _score as score_case
 from geodiff4d.evaluate.protocol_page import write_results
 from geodiff4d.evaluate.tables import gathered, metrics_of, ordered, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
+from geodiff4d.pipeline import load_model
+from geodiff4d.video.diffusion import DiffusionConfig
 
 SMALL = Extent(subjects=2, sequences=1, cameras=1, frames=2)
 
@@ -276,6 +279,38 @@ def test_fresh_runs_agree_to_the_digit_whatever_the_workers(world, model, tmp_pa
     assert run("b", workers=workers) == first
     for name in ("table.md", "report.html"):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_every_gpu_has_a_process(monkeypatch, model, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli._devices("cpu") == ("cpu",)
+    devices = cli._devices("auto")
+    assert devices == ("cuda:0", "cuda:1") and cli._workers(None, devices) == 2 and cli._workers(5, devices) == 5
+
+    chosen, fitting = [], []
+    monkeypatch.setattr(protocol, "placed_on", lambda model, device: chosen.append(str(device)) or model)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: fitting.append(str(device)))
+    monkeypatch.setattr(protocol, "_worker", 0)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(protocol.signal, "signal", lambda *given: None)
+    started = multiprocessing.get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        protocol._start_worker(started)
+        maker_of.cache_clear()
+        maker_of(Settings(tmp_path, "debug", model, devices=devices))
+    maker_of.cache_clear()
+    assert chosen == fitting == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_a_protocol_samples_as_the_model_was_trained(monkeypatch, model, tmp_path):
+    """One of the paper's schedule would be scored on a single step's noise."""
+    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset == "embedded"
+    trained = load_model(model)
+    trained.config = replace(trained.config, diffusion=DiffusionConfig())
+    monkeypatch.setattr("geodiff4d.pipeline.load_model", lambda folder: trained)
+    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset == "paper"
+    assert cli._settings(cli.Args("self", tmp_path, model=model, preset="debug"), ("cpu",)).preset == "debug"
 
 
 def test_float32_is_another_run(model, tmp_path):

@@ -24,7 +24,8 @@ from geodiff4d.render.relief import render_lifted
 from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, driving_crop, generate, lifted, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
-from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.sample import SampleConfig, bf16_is_native
+from geodiff4d.video.vae import StableCodec
 
 Generator = Literal["diffusion", "warp"]
 
@@ -61,6 +62,19 @@ def load_model(folder: Path | None = None) -> VideoModel:
     if folder is None and not SHIPPED_MODEL.exists():
         raise UserError("this installation has no shipped model: give --model DIR, or use --generator warp")
     return load_video_model(folder or SHIPPED_MODEL)
+
+
+def default_preset(model: VideoModel | None) -> Literal["embedded", "paper"]:
+    """Return the preset that samples a model as it was trained: the paper's starts from a noised reference."""
+    return "embedded" if model is None or model.config.diffusion.zero_terminal else "paper"
+
+
+def placed_on(model: VideoModel, device: torch.device) -> VideoModel:
+    """Move a model to where it computes; one in Stable Diffusion's size goes to a GPU in bf16, as `bench` measures."""
+    if device.type == "cuda" and isinstance(model.codec, StableCodec) and bf16_is_native(device):
+        model = model.compact()
+    with torch.no_grad():
+        return model.to(device)
 
 
 def tracked(

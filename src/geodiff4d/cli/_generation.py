@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from geodiff4d.cli._device import DeviceName, chosen_device
 
 if TYPE_CHECKING:
-    import torch
-
     from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
     from geodiff4d.pipeline import Driving, Track
@@ -78,7 +76,7 @@ def set_up(args: GenerationArgs) -> Setup:
     """Check the options and load head and model."""
     from geodiff4d.core.errors import UserError
     from geodiff4d.heads import load_head
-    from geodiff4d.pipeline import load_model
+    from geodiff4d.pipeline import default_preset, load_model, placed_on
     from geodiff4d.presets import preset
 
     if args.steps is not None and not 1 <= args.steps <= 1000:
@@ -101,24 +99,6 @@ def set_up(args: GenerationArgs) -> Setup:
         wanted |= {"offload": True, "together": False, "chunk": 1}
     p = preset(name)
     return Setup(name, p, head, model, replace(p.sample, seed=args.seed, **wanted))
-
-
-def default_preset(model: "VideoModel | None") -> "PresetName":
-    """Return the preset that samples a model as it was trained: the paper's starts from a noised reference."""
-    return "embedded" if model is None or model.config.diffusion.zero_terminal else "paper"
-
-
-def placed_on(model: "VideoModel", device: "torch.device") -> "VideoModel":
-    """Move a model to where it computes; one in Stable Diffusion's size goes to a GPU in bf16, as `bench` measures."""
-    import torch
-
-    from geodiff4d.video.sample import bf16_is_native
-    from geodiff4d.video.vae import StableCodec
-
-    if device.type == "cuda" and isinstance(model.codec, StableCodec) and bf16_is_native(device):
-        model = model.compact()
-    with torch.no_grad():
-        return model.to(device)
 
 
 def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:

@@ -39,7 +39,7 @@ class ProtocolArgs:
     """pixels: everyone gets what our tracker sees. clip: the clip's own parameters, a tracker's (true ones are
     disturbed). By default pixels, and clip with --preset debug, whose pictures are too small."""
     workers: int | None = None
-    """Processes; by default one per core, and one on a GPU. The figures do not depend on it."""
+    """Processes; by default one per GPU, or one per core. The figures do not depend on it."""
     head: str = "openhead"
     """openhead, or your FLAME file: clips with --tracking clip must be on it."""
     lpips: tuple[Path, ...] = ()
@@ -69,8 +69,9 @@ class Args:
     """Of tracking: who finds the landmarks; figures stand side by side."""
     model: Path | None = None
     """Video model, or of tracking the perception network; by default the one that ships."""
-    preset: Literal["debug", "embedded", "paper"] = "embedded"
-    """How the video model samples; debug's pictures are too small to be tracked and take the disturbed truth."""
+    preset: Literal["debug", "embedded", "paper"] | None = None
+    """How the video model samples, by default as it was trained; debug's pictures are too small to be tracked and take
+    the disturbed truth."""
     count: int | None = None
     """People of tracking and video; by default 100 pictures for tracking, 10 people for video."""
     split: Literal["val", "test"] = "test"
@@ -78,12 +79,13 @@ class Args:
     size: int = 256
     """Of tracking: side of the canonical crop [px]."""
     device: DeviceName = "auto"
-    """Of video: where the model computes; auto: on CUDA if there is any."""
+    """Of protocols and video: where the model computes; auto: on CUDA if there is any, protocols on all its GPUs."""
     protocol: Annotated[ProtocolArgs, tyro.conf.arg(name="")] = field(default_factory=ProtocolArgs)
 
 
 _CROSS_VIEW = {
-    "model", "preset", "split", "data", "subjects", "frames", "people", "tracking", "workers", "head", "bf16", "seed",
+    "model", "preset", "split", "device", "data", "subjects", "frames", "people", "tracking", "workers", "head",
+    "bf16", "seed",
 }  # fmt: skip
 _PROTOCOL = _CROSS_VIEW | {"results", "methods", "sequences", "cameras", "lpips", "arcface", "keep"}
 READS = {
@@ -132,7 +134,8 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     from geodiff4d.evaluate.cases import Extent
 
     p, debug = args.protocol, args.preset == "debug"
-    workers = _workers(p.workers)
+    devices = _devices(args.device)
+    workers = _workers(p.workers, devices)
     if p.data is not None and not p.data.is_dir():
         raise UserError(f"--data {p.data} is not a folder: expected clips (from `geodiff4d import` or `synth`)")
     small = {"subjects": 2, "sequences": 1, "cameras": 1, "frames": 3}
@@ -140,7 +143,7 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     given = {k: getattr(p, k) for k in full}
     counts = {k: (small if debug else full)[k] if v is None else v for k, v in given.items()}
     extent = Extent(**counts, split=args.split, people=p.people)
-    settings = _settings(args)
+    settings = _settings(args, devices)
     if what == "cross-view":
         from geodiff4d.evaluate.cross_view import run_cross_view
 
@@ -151,7 +154,7 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
 
         cases, found = run_protocol(what, settings, extent, p.data, workers, progress.track)
         config = {
-            "data": "open world" if p.data is None else p.data.name, "preset": args.preset, **counts,
+            "data": "open world" if p.data is None else p.data.name, "preset": settings.preset, **counts,
             "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed, "bf16": p.bf16,
             "model": "shipped" if args.model is None else args.model.name, "methods": settings.methods,
         }  # fmt: skip
@@ -160,45 +163,52 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     print(f"{args.out / 'report.html'}: the page to look at; metrics.json and table.md beside it")
 
 
-def _settings(args: Args) -> "Settings":
+def _settings(args: Args, devices: tuple[str, ...]) -> "Settings":
     from geodiff4d.evaluate.judges import JudgeConfig
     from geodiff4d.evaluate.methods import DEFAULT_METHODS
     from geodiff4d.evaluate.protocol import Settings
+    from geodiff4d.pipeline import default_preset, load_model
 
-    p = args.protocol
+    p, preset = args.protocol, args.preset or default_preset(load_model(args.model))
     tracking = p.tracking or ("clip" if args.preset == "debug" else "pixels")
     return Settings(
-        args.out, args.preset, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
-        JudgeConfig(p.lpips, p.arcface), p.keep, p.seed, p.bf16,
+        args.out, preset, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
+        JudgeConfig(p.lpips, p.arcface), p.keep, p.seed, p.bf16, devices,
     )  # fmt: skip
 
 
-def _workers(asked: int | None) -> int:
-    import os
-
+def _devices(name: DeviceName) -> tuple[str, ...]:
+    """Return where processes compute, in turn: all GPUs there are, or the CPU."""
     import torch
+
+    if chosen_device(name).type != "cuda":
+        return ("cpu",)
+    return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+
+
+def _workers(asked: int | None, devices: tuple[str, ...]) -> int:
+    import os
 
     from geodiff4d.core.errors import UserError
 
     if asked is not None and asked < 1:
         raise UserError(f"--workers is {asked}: expected at least one process")
-    return asked or (1 if torch.cuda.is_available() else len(os.sched_getaffinity(0)))
+    return asked or (len(os.sched_getaffinity(0)) if devices == ("cpu",) else len(devices))
 
 
 def _video(args: Args, count: int) -> None:
     from geodiff4d.cli import progress
-    from geodiff4d.cli._generation import placed_on
     from geodiff4d.evaluate.video import VideoEvaluation, evaluate_video
     from geodiff4d.heads import load_head
-    from geodiff4d.pipeline import load_model
+    from geodiff4d.pipeline import default_preset, load_model, placed_on
     from geodiff4d.presets import preset
 
     debug = args.preset == "debug"
     config = VideoEvaluation(subjects=count, split=args.split)
     if debug:
         config = VideoEvaluation(count, 2, 4, 3, args.split, "truth")
-    sample = preset(args.preset).sample
     model = placed_on(load_model(args.model), chosen_device(args.device))
+    sample = preset(args.preset or default_preset(model)).sample
     result = evaluate_video(args.out, load_head(), model, sample, config, progress.track)
     print("  ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
     print(f"{args.out / 'metrics.json'}: all figures")

@@ -42,7 +42,7 @@ from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_re
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
 from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
-from geodiff4d.pipeline import Track, load_model, load_portrait, unchanged
+from geodiff4d.pipeline import Track, load_model, load_portrait, placed_on, unchanged
 from geodiff4d.presets import preset
 from geodiff4d.tracking.network import SHIPPED as PERCEPTION
 from geodiff4d.video.generate import Portrait
@@ -52,6 +52,10 @@ VERSION = 1
 WORLD_SIZE = 256
 KEPT = 4
 """Frames of a case that are kept for everyone to look at, unless all are."""
+
+
+_worker = 0
+"""Which of several processes this is."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Settings:
     seed: int = 0
     bf16: bool = True
     """Generate in bf16 where the machine has it, else in float32."""
+    devices: tuple[str, ...] = ("cpu",)
+    """Where processes compute, in turn."""
     makers: str = ""
     """Fingerprint of all that frames depend on: those of another are made again."""
     fingerprint: str = ""
@@ -172,9 +178,10 @@ def _stamp(folder: Path) -> str:
 
 @lru_cache(maxsize=1)
 def maker_of(settings: Settings) -> Maker:
-    model = load_model(settings.model).eval()
-    if torch.cuda.is_available():
-        model = model.to("cuda")
+    device = torch.device(settings.devices[_worker % len(settings.devices)])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # avatars are fitted on the current one
+    model = placed_on(load_model(settings.model).eval(), device)
     p = preset(settings.preset)
     return Maker(
         load_head(settings.head),
@@ -334,7 +341,8 @@ def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Track,
         return
     # Read by numba when a worker loads it.
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0),)) as pool:
         pending = {pool.submit(function, *arguments): i for i, (function, *arguments) in enumerate(jobs)}
         results: dict[int, Any] = {}
         try:
@@ -346,6 +354,11 @@ def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Track,
     yield from (results[i] for i in range(len(jobs)))
 
 
-def _start_worker() -> None:
+def _start_worker(started: Any) -> None:
+    """Set a process up; it takes the number that follows those started before."""
+    global _worker
+    with started.get_lock():
+        _worker = started.value
+        started.value += 1
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
