@@ -12,7 +12,7 @@ from torch import nn
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop
-from geodiff4d.data.synthetic.cameras import head_region, orbit
+from geodiff4d.data.synthetic.cameras import orbit, world_region
 from geodiff4d.data.synthetic.subject import plain_seed
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate import jod, metrics
@@ -225,7 +225,7 @@ def test_mesh_warp_shows_the_reference_again(head):
     subject = SyntheticSubject(plain_seed(0, "test"), "test")
     true = subject.params(torch.zeros(1, 52))
     view = orbit(torch.tensor([12.0]), torch.tensor([4.0]), 160)
-    view = canonical_crop(view, subject.vertices(true)[0][head_region()], 160)
+    view = canonical_crop(view, subject.vertices(true)[0][world_region()], 160)
     out = subject.render(true, view, supersample=1)
     params = disturbed(true, 3)
     portrait = Portrait(out.rgb[0], out.mask[0], view[0], params[0])

@@ -16,7 +16,7 @@ from geodiff4d.data.clip_footage import ClipFootage, open_footage
 from geodiff4d.data.footage import Footage, FrameKey, Take, kind_of
 from geodiff4d.data.mixture import Mixture, MixtureConfig, collate
 from geodiff4d.data.store import StoreConfig, build_store
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, orbit
+from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, orbit, world_region
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.meshes import pose_map, rasterize, render_normals
 
@@ -176,7 +176,7 @@ def write(folder, instants=4, azimuths=(0.0, 40.0, -30.0), cropped=True, extra=N
         shift = torch.tensor([[0.0, 0.0, 0.8 * SIZE], [0.0, 0.0, 0.2 * SIZE], [0.0, 0.0, 0.0]])
         cameras = replace(cameras, K=cameras.K + shift, width=2 * SIZE, height=SIZE + 20)
     else:
-        cameras = canonical_crop(cameras, mesh.vertices[:, head_region()].reshape(-1, 3))
+        cameras = canonical_crop(cameras, mesh.vertices[:, world_region()].reshape(-1, 3))
     with ClipWriter(folder, "openhead", extra=extra or {}) as w:
         for t in range(instants):
             if params:
@@ -263,7 +263,7 @@ def test_uncut_clips_are_cropped_as_cut_ones(tmp_path):
     camera: Camera = clip.records[1].camera.cropped(*box, SIZE)
     seen = rasterize(head.pose(clip.params(0)).vertices, head.faces, camera).mask
     assert (x.mask[0, 0] - seen.float()).abs().mean() < 0.03, "the picture and its camera are cut alike"
-    rows = head.pose(clip.params(0)).vertices[head_region()]
+    rows = head.pose(clip.params(0)).vertices[world_region()]
     xy, _ = camera.project(rows)
     extent = (xy.amax(0) - xy.amin(0)).max() / SIZE
     assert 0.55 < extent < 0.7, "the head fills 1 / 1.6 of the crop"

@@ -10,7 +10,7 @@ from geodiff4d import pipeline
 from geodiff4d.core.errors import UserError
 from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.synthetic.cameras import head_region
+from geodiff4d.data.synthetic.cameras import world_region
 from geodiff4d.evaluate.demo import _forget_others as forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
 from geodiff4d.evaluate.pairs import scored_shots, silhouette_orbit, truth_frames
@@ -66,7 +66,7 @@ def test_clip_cameras_see_the_whole_head(pair, head):
     cameras = clip_cameras(head, pair.portrait, VIEWS, SIZE)
     assert cameras.batch == (VIEWS,) and (cameras.width, cameras.height) == (SIZE, SIZE)
     rest = replace(head.neutral(VIEWS), shape=pair.portrait.params.shape.expand(VIEWS, -1))
-    xy, depth = cameras.project(head.pose(rest).vertices[:, head_region()])
+    xy, depth = cameras.project(head.pose(rest).vertices[:, world_region()])
     assert (depth > 0).all() and (xy > 0).all() and (xy < SIZE).all()
     side = (xy.amax(1) - xy.amin(1)).amax(1)
     torch.testing.assert_close(side, torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)

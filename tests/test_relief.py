@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, orbit
+from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, world_region
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.heads import load_head
 from geodiff4d.render.relief import Relief, carry_relief, lift, lift_portrait, render_lifted
@@ -21,7 +21,7 @@ def head():
 
 def views(head, *azimuth: float) -> Camera:
     a = torch.tensor(azimuth)
-    cameras = canonical_crop(orbit(a[:1], torch.zeros(1), SIZE), head.template[head_region()])
+    cameras = canonical_crop(orbit(a[:1], torch.zeros(1), SIZE), head.template[world_region()])
     others = orbit(a, torch.zeros_like(a), SIZE)
     return Camera(others.T_cam_world, cameras.K.expand(len(a), 3, 3), SIZE, SIZE)
 

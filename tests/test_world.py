@@ -16,11 +16,11 @@ from geodiff4d.data.synthetic import (
     canonical_crop,
     disturbed,
     expression_track,
-    head_region,
     random_cameras,
     random_expression,
     rig,
     world,
+    world_region,
 )
 from geodiff4d.data.synthetic.expressions import head_track
 from geodiff4d.data.synthetic.glasses import build as build_glasses
@@ -99,18 +99,18 @@ def test_people_are_harder_than_their_tracker(subject):
     head = load_head("openhead")
     expr, jaw, eyes = random_expression(1, 6)
     params = subject.params(expr, jaw_pose=jaw, eyes_pose=eyes)
-    error_mm = 1000 * (subject.vertices(params) - head.pose(params).vertices).norm(dim=-1)[:, head_region()].mean(1)
+    error_mm = 1000 * (subject.vertices(params) - head.pose(params).vertices).norm(dim=-1)[:, world_region()].mean(1)
     assert (error_mm > 0.5).all() and (error_mm < 6).all()
 
 
 def test_tracked_shape_is_the_best(subject):
     head = load_head("openhead")
     truth = subject.rig.template
-    best = (head.pose(subject.params(torch.zeros(52))).vertices - truth).square().sum(-1)[head_region()].mean()
+    best = (head.pose(subject.params(torch.zeros(52))).vertices - truth).square().sum(-1)[world_region()].mean()
     for k in (0, 5, 40):
         moved = subject.params(torch.zeros(52))
         moved = replace(moved, shape=moved.shape + 0.5 * torch.eye(64)[k])
-        assert (head.pose(moved).vertices - truth).square().sum(-1)[head_region()].mean() > best
+        assert (head.pose(moved).vertices - truth).square().sum(-1)[world_region()].mean() > best
 
 
 def test_disturbance_has_the_stated_statistics(subject):
@@ -141,7 +141,7 @@ def test_rig_covers_nersembles_range():
 
 
 def test_canonical_crop_frames_the_head(subject):
-    points = subject.rig.template[head_region()]
+    points = subject.rig.template[world_region()]
     for camera in (random_cameras(1, 4, SIZE)[0], rig(200)[8]):
         xy, _ = canonical_crop(camera, points, 96).project(points)
         low, high = xy.amin(0), xy.amax(0)

@@ -31,7 +31,7 @@ from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 from geodiff4d.core.images import composite, decode_normals
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, random_motion, take
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region
+from geodiff4d.data.synthetic.cameras import canonical_crop, world_region
 from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate.metrics import Estimate, Truth, bootstrap, paired_difference, score
@@ -223,7 +223,7 @@ def held_out(head: Head, index: int, instants: int = 2, views: int = 3, size: in
     frames, cameras, crops = [], [], []
     for i in range(instants + 1):
         c = draw_cameras(StoreConfig(views=views, size=size), 100 * seed + i)
-        c = canonical_crop(c, still[i][head_region()])
+        c = canonical_crop(c, still[i][world_region()])
         params = true[i].map(lambda x: x.expand(views, *x.shape))
         out = subject.render(params, c)
         rgb = composite(out.rgb, out.mask)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geodiff4d.core.images import to_uint8
 from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression
-from geodiff4d.data.synthetic.cameras import head_region, orbit
+from geodiff4d.data.synthetic.cameras import orbit, world_region
 from geodiff4d.heads import HeadParams
 from geodiff4d.tracking.detect import MediaPipeDetector
 
@@ -36,7 +36,7 @@ def expressions(subject: SyntheticSubject, seed: int) -> HeadParams:
 
 def tiles(subject: SyntheticSubject, params: HeadParams, azimuth_deg: Tensor, size: int) -> Tensor:
     """Render the canonical crop of each, seen from an azimuth [4, 3, size, size]."""
-    points = subject.vertices(params)[:, head_region()]
+    points = subject.vertices(params)[:, world_region()]
     cameras = orbit(azimuth_deg, torch.zeros_like(azimuth_deg), size)
     cameras = [canonical_crop(cameras[i], points[i]) for i in range(len(points))]
     return subject.render(params, type(cameras[0]).stack(cameras)).rgb

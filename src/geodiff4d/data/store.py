@@ -26,7 +26,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.crops import crop_image, face_crop_box
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead, orbit, random_cameras
+from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, orbit, random_cameras, world_region
 from geodiff4d.data.synthetic.expressions import random_expression
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.world import WORLD_VERSION, SyntheticSubject, disturbed
@@ -230,7 +230,7 @@ def render_subject(folder: Path, s: int) -> None:
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
         cameras = draw_cameras(c, (c.seed * 100_000 + s) * 100 + i)
-        cameras = canonical_crop(cameras, still.vertices[i][head_region()])
+        cameras = canonical_crop(cameras, still.vertices[i][world_region()])
         render_instant(store, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved.vertices[i], cameras)
     store.done[s] = 1
 

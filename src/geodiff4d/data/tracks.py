@@ -19,7 +19,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.pairs import PairConfig, Pairs
 from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, one_of, random_motion, render_instant
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, openhead
+from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, world_region
 from geodiff4d.data.synthetic.expressions import TRACK_KINDS, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject
@@ -137,7 +137,7 @@ def render_track(folder: Path, s: int) -> None:
     posed, still = head.pose(tracked), head.pose(tracked.without_expression())
     moved = head.pose(_read_over_time(tracked, m, who)).vertices
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
-    standing = canonical_crop(draw_cameras(c, who * 100), still.vertices[:n][:, head_region()].flatten(0, 1))
+    standing = canonical_crop(draw_cameras(c, who * 100), still.vertices[:n][:, world_region()].flatten(0, 1))
     bare = TrackStore(folder, writable=True)
     bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
     for i in range(c.instants):
@@ -147,7 +147,7 @@ def render_track(folder: Path, s: int) -> None:
 
 
 def _portrait_cameras(config: StoreConfig, seed: int, still: Tensor) -> Camera:
-    return canonical_crop(draw_cameras(config, seed), still[head_region()])
+    return canonical_crop(draw_cameras(config, seed), still[world_region()])
 
 
 def draw_clips(

@@ -13,7 +13,7 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip, ClipWriter, read_header
-from geodiff4d.data.synthetic.cameras import head_region, rig
+from geodiff4d.data.synthetic.cameras import rig, world_region
 from geodiff4d.data.synthetic.expressions import TrackKind, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
@@ -123,7 +123,7 @@ def render_world_clip(folder: Path, clip: WorldClip) -> Path:
     expr, jaw, eyes = expression_track(clip.kind, max(n, 24), clip.seed, FPS)
     turn = head_track(clip.kind, max(n, 24), clip.seed, FPS) * (not clip.still)
     params = subject.params(expr[:n], rotation=turn[:n], jaw_pose=jaw[:n], eyes_pose=eyes[:n])
-    points = subject.vertices(params)[:, head_region()].flatten(0, 1)
+    points = subject.vertices(params)[:, world_region()].flatten(0, 1)
     cameras = loosely(rig(clip.size)[torch.tensor(clip.cameras)], points, clip.size)
     with ClipWriter(out, "openhead", FPS, _about(clip)) as writer:
         for t in range(n):

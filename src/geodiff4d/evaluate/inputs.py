@@ -22,7 +22,7 @@ from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
-from geodiff4d.data.synthetic.cameras import head_region as world_region
+from geodiff4d.data.synthetic.cameras import world_region
 from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate.cases import Case, Source

@@ -22,8 +22,7 @@ from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.crops import head_region
-from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, rig
-from geodiff4d.data.synthetic.cameras import head_region as world_region
+from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, rig, world_region
 from geodiff4d.data.synthetic.expressions import expression_track
 from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed

@@ -19,7 +19,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
-from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, head_region, random_expression
+from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression, world_region
 from geodiff4d.data.synthetic.cameras import openhead, orbit
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.heads.rig import HeadParams
@@ -157,7 +157,7 @@ def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
     motion, cameras = draw_motion(config, s)
     params = subject.params(motion.expr, motion.rotation, motion.neck_pose, motion.jaw_pose, motion.eyes_pose)
     vertices = subject.vertices(params)
-    crops = [canonical_crop(cameras[i], vertices[i][head_region()]) for i in range(config.instants)]
+    crops = [canonical_crop(cameras[i], vertices[i][world_region()]) for i in range(config.instants)]
     # A wider look of the same direction.
     grown = (SURROUND - 1) / 2 * config.size
     cameras = Camera.stack([c.cropped(-grown, -grown, SURROUND * config.size, config.size) for c in crops])
@@ -167,7 +167,7 @@ def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
         "rgb": _bytes(composite(frames.rgb, frames.mask)),
         "normal": _bytes(encode_normals(frames.normal, frames.mask)),
         "points": cameras.project(markup.on(head).on(vertices, head.faces))[0].numpy(),
-        "turn": apparent_turn(skull, cameras.T_cam_world, vertices[:, head_region()].mean(1)).numpy(),
+        "turn": apparent_turn(skull, cameras.T_cam_world, vertices[:, world_region()].mean(1)).numpy(),
         "shape": params.shape.numpy(),
         "done": np.uint8(1),
     }

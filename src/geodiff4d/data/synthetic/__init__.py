@@ -1,11 +1,11 @@
 """The open world (docs/WORLD.md): synthetic people, motions, cameras and clips, a pure function of (seed, split)."""
 
-from geodiff4d.data.synthetic.cameras import canonical_crop, head_region, random_cameras, rig
+from geodiff4d.data.synthetic.cameras import canonical_crop, random_cameras, rig, world_region
 from geodiff4d.data.synthetic.expressions import ACTIONS, TRACK_KINDS, expression_track, random_expression
 from geodiff4d.data.synthetic.subject import SyntheticFrames, SyntheticSubject
 from geodiff4d.data.synthetic.world import disturbed
 
 __all__ = [
     "ACTIONS", "TRACK_KINDS", "SyntheticFrames", "SyntheticSubject", "canonical_crop", "disturbed", "expression_track",
-    "head_region", "random_cameras", "random_expression", "rig",
+    "random_cameras", "random_expression", "rig", "world_region",
 ]  # fmt: skip

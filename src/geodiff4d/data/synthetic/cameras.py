@@ -42,7 +42,7 @@ def openhead() -> Head:
 
 
 @lru_cache
-def head_region() -> Bool[Tensor, " verts"]:
+def world_region() -> Bool[Tensor, " verts"]:
     """Vertices of the open world's head without neck and shoulders (`data.crops.head_region`)."""
     return crops.head_region(openhead())
 
@@ -50,7 +50,7 @@ def head_region() -> Bool[Tensor, " verts"]:
 @lru_cache
 def nominal_head() -> NominalHead:
     """Centre and size of the template's head."""
-    points = openhead().template[head_region()]
+    points = openhead().template[world_region()]
     low, high = points.amin(0), points.amax(0)
     return NominalHead((low + high) / 2, float((high - low)[:2].max()))
 
@@ -106,7 +106,7 @@ def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) ->
 def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], size: int | None = None) -> Camera:
     """Return the camera(s) of the canonical crop: square, centred on the projected head, side 1.6 × its box.
 
-    `head_vertices` are world points of the head without the neck (`vertices[..., head_region(), :]`), of one frame or
+    `head_vertices` are world points of the head without the neck (`vertices[..., world_region(), :]`), of one frame or
     of a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
     """
     if not camera.batch:

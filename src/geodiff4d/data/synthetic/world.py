@@ -15,7 +15,7 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import ClipWriter, read_header
-from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, head_region, rig
+from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, rig, world_region
 from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
 from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.data.synthetic.subject import SyntheticSubject
@@ -71,7 +71,7 @@ def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps:
 
 def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int) -> Camera:
     """Return the rig's cameras cropped canonically around this subject over all its frames."""
-    points = subject.vertices(params)[..., head_region(), :].reshape(-1, 3)
+    points = subject.vertices(params)[..., world_region(), :].reshape(-1, 3)
     return canonical_crop(rig(size)[torch.tensor(views)], points)
 
 
