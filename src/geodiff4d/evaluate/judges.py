@@ -45,7 +45,7 @@ class Measure:
 
 
 MEASURES: dict[str, Measure] = {
-    "psnr": Measure("PSNR", "high"),
+    "psnr": Measure("PSNR, whole picture", "high"),
     "psnr_fg": Measure("PSNR, foreground", "high"),
     "psnr_face": Measure("PSNR, mouth and eyes", "high"),
     "ssim": Measure("SSIM", "high", 3),

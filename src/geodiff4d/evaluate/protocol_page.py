@@ -15,6 +15,8 @@ from geodiff4d.evaluate.tables import bins, estimates, metrics_of, ranked, table
 SHOWN = 4
 """Clips from either end of the order."""
 PLOTTED = ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")
+WHOLE = ("psnr", "ssim_full")
+"""Come last: over the whole picture a plain background hides the head."""
 HEADINGS = {"self": "Self-reenactment", "cross": "Cross-reenactment"}
 LEADS = {
     "self": "A reference from one camera, driven by the same person's film from another (Sec. 5.2): the film itself "
@@ -72,7 +74,7 @@ def yaw_plot(metrics: dict[str, Any]) -> Any:
 
 
 def _table(metrics: dict[str, Any]) -> Table:
-    keys = [k for k in MEASURES if k not in metrics["missing"]]
+    keys = sorted((k for k in MEASURES if k not in metrics["missing"]), key=WHOLE.__contains__)
     methods = [m for m, row in metrics.items() if isinstance(row, dict) and "interval" in row]
 
     def cell(row: dict[str, Any], key: str) -> Estimate | None:
@@ -82,7 +84,8 @@ def _table(metrics: dict[str, Any]) -> Table:
     count = metrics["clips"] - len(metrics["failed"])
     return Table(
         ["", *(MEASURES[k].title for k in keys)], rows, f"Means over {count} clips, 95 % intervals over clips.",
-        better=["", *(MEASURES[k].better for k in keys)], aside=[title(m) for m in methods if m in CONTROLS],
+        better=["", *(MEASURES[k].better for k in keys)], digits=[0, *(MEASURES[k].digits for k in keys)],
+        aside=[title(m) for m in methods if m in CONTROLS or m == "avatar_true"],
     )  # fmt: skip
 
 

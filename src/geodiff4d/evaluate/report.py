@@ -72,7 +72,8 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
-    digits: int = 2
+    digits: int | Sequence[int] = 2
+    """Behind the point, everywhere or by column."""
     better: Sequence[Literal["high", "low", ""]] = ()
     """By column: which end is better; empty means the column has no winner."""
     aside: Sequence[str] = ()
@@ -247,10 +248,11 @@ def _jpeg(image: Float[Tensor, "channels height width"]) -> tuple[str, int, int]
 
 def _table(table: Table) -> str:
     better = _filled(table.better, len(table.header), "")
+    digits = [table.digits] * len(table.header) if isinstance(table.digits, int) else list(table.digits)
     best = [_best(table, column, end) for column, end in enumerate(better)]
     arrow = {
-        "high": ' <span class="arrow" title="higher is better">↑</span>',
-        "low": ' <span class="arrow" title="lower is better">↓</span>',
+        "high": '&nbsp;<span class="arrow" title="higher is better">↑</span>',
+        "low": '&nbsp;<span class="arrow" title="lower is better">↓</span>',
     }
     head = "".join(
         f'<th scope="col">{_escape(name)}{arrow.get(end, "")}</th>'
@@ -258,10 +260,10 @@ def _table(table: Table) -> str:
     )
     body = []
     for row in table.rows:
-        cells = [f'<th scope="row">{_cell(row[0], table.digits)}</th>'] if row else []
+        cells = [f'<th scope="row">{_cell(row[0], digits[0])}</th>'] if row else []
         for column, cell in enumerate(row[1:], 1):
             wins = row[0] not in table.aside and best[column] is not None and _number(cell) == best[column]
-            cells.append(f"<td{' class=best' if wins else ''}>{_cell(cell, table.digits)}</td>")
+            cells.append(f"<td{' class=best' if wins else ''}>{_cell(cell, digits[column])}</td>")
         kind = ' class="aside"' if row and row[0] in table.aside else ""
         body.append(f"<tr{kind}>{''.join(cells)}</tr>")
     markup = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
