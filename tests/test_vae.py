@@ -148,10 +148,16 @@ def test_a_stable_codec_is_the_autoencoder_scaled(stable):
 
 @torch.no_grad()
 def test_a_stable_codec_survives_its_folder(stable, tmp_path):
+    from diffusers import AutoencoderKL
+
     codec = load_codec(stable[1])
     codec.save(tmp_path / "vae")
     images = torch.rand(1, 3, 16, 16)
     assert_close(load_codec(tmp_path / "vae").encode(images), codec.encode(images), atol=0, rtol=0)
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").state_dict()
+    assert_close(theirs, stable[0].state_dict(), atol=0, rtol=0)
+    weights, config = (tmp_path / "vae" / name for name in ("diffusion_pytorch_model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode, "whoever may read one may read the other"
 
 
 class TinyStore(Store):

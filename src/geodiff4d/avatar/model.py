@@ -18,6 +18,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, save_tensors, write_json
 from geodiff4d.core.geometry import quat_to_matrix
 from geodiff4d.core.images import MAX_PIXELS
+from geodiff4d.data.clip import MAX_FPS
 from geodiff4d.data.importing import camera_checked
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
@@ -26,7 +27,6 @@ from geodiff4d.render.riding import shortest_axes
 
 FORMAT_VERSION = 2
 """1 had Gaussians on the head's own mesh alone."""
-MAX_FPS = 1000.0
 
 
 @dataclass(frozen=True)

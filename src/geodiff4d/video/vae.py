@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, load_model, read_json, save_model
+from geodiff4d.core.files import fresh_folder, load_model, read_json, save_model, save_tensors
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ class StableCodec(nn.Module):
     def save(self, folder: Path) -> None:
         """Write the diffusers folder again, so that a saved model is whole."""
         with fresh_folder(folder) as temporary:
-            self.vae.save_pretrained(temporary)
+            self.vae.save_config(temporary)
+            save_tensors(self.vae.state_dict(), temporary / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 Codec = PatchCodec | StableCodec
