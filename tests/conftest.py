@@ -5,6 +5,7 @@ whose modules load torch, and their annotations' names, only when a command runs
 """
 
 import os
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -16,6 +17,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     os.environ |= {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
+WORLD = Path(__file__).parents[1] / "src/geodiff4d/world"
 CHECKED = [
     "core",
     "heads",
@@ -28,6 +30,8 @@ CHECKED = [
     "render.photometric",
     "render.relief",
     "render.riding",
+    "render.crops",
+    "render.viewpoints",
     "data",
     "tracking",
     "video",
@@ -38,6 +42,9 @@ CHECKED = [
     "viewer",
     "bench",
 ]
+KERNELS = {"deferred", "lattice"}
+"""Of the world."""
+CHECKED += [f"world.{path.stem}" for path in WORLD.glob("*.py") if path.stem not in KERNELS | {"__init__"}]
 install_import_hook(
     [f"geodiff4d.{name}" for name in CHECKED],
     # The numeric tower lets an int stand in for a float, as PEP 484 says it may.
@@ -48,7 +55,7 @@ install_import_hook(
 @pytest.fixture(scope="session")
 def subject():
     """One person of the open world for every test that only looks: painting someone takes half a second."""
-    from geodiff4d.data.synthetic import SyntheticSubject
+    from geodiff4d.world import SyntheticSubject
 
     return SyntheticSubject(3, "val")
 

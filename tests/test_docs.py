@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geodiff4d.data.synthetic.world import write_clip
+from geodiff4d.data.world_clips import write_clip
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -11,10 +11,6 @@ from torch import nn
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop
-from geodiff4d.data.synthetic.cameras import orbit, world_region
-from geodiff4d.data.synthetic.subject import plain_seed
-from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate import jod, metrics
 from geodiff4d.evaluate.identity import (
     ARCFACE_POINTS,
@@ -30,8 +26,13 @@ from geodiff4d.evaluate.lpips import Lpips
 from geodiff4d.evaluate.observe import Observed, expression_distance, keypoint_distance
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import warp_frames
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import orbit, world_region
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.video.generate import Portrait
+from geodiff4d.world import SyntheticSubject
+from geodiff4d.world.subject import plain_seed
+from geodiff4d.world.tracker_error import disturbed
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from geodiff4d.data.clip_footage import ClipFootage, open_footage
 from geodiff4d.data.footage import Footage, FrameKey, Take, kind_of
 from geodiff4d.data.mixture import Mixture, MixtureConfig, collate
 from geodiff4d.data.store import StoreConfig, build_store
-from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, orbit, world_region
 from geodiff4d.heads.rig import HeadParams
+from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.meshes import pose_map, rasterize, render_normals
+from geodiff4d.render.viewpoints import openhead, orbit, world_region
 
 SIZE = 40
 STAGE2 = MixtureConfig(targets="clip", frames=16, size=SIZE, crop=24)

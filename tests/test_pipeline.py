@@ -8,9 +8,7 @@ import torch
 from flame_files import arrays, write_beside, write_model
 from geodiff4d import pipeline
 from geodiff4d.core.errors import UserError
-from geodiff4d.data import crops as cuts
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.synthetic.cameras import world_region
 from geodiff4d.evaluate.demo import _forget_others as forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
 from geodiff4d.evaluate.pairs import scored_shots, silhouette_orbit, truth_frames
@@ -28,6 +26,8 @@ from geodiff4d.pipeline import (
     still_head,
     synthesize,
 )
+from geodiff4d.render import crops as cuts
+from geodiff4d.render.viewpoints import world_region
 from geodiff4d.video.generate import with_identity_of
 from geodiff4d.video.sample import SampleConfig
 

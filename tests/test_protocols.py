@@ -15,7 +15,6 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.evaluate import pairs, protocol
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
@@ -39,6 +38,7 @@ from geodiff4d.evaluate.tables import gathered, metrics_of, ordered, ranked, tab
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.video.diffusion import DiffusionConfig
+from geodiff4d.world.subject import SyntheticSubject
 
 SMALL = Extent(subjects=2, sequences=1, cameras=1, frames=2)
 

@@ -6,10 +6,11 @@ from torch.testing import assert_close
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite
-from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, world_region
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.heads import load_head
+from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.relief import Relief, carry_relief, lift, lift_portrait, render_lifted
+from geodiff4d.render.viewpoints import orbit, world_region
 
 SIZE = 64
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geodiff4d.data.synthetic.cameras import rig
+from geodiff4d.render.viewpoints import rig
 from geodiff4d.video.tone import tone_of
 
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)

@@ -16,8 +16,8 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
-from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.heads import Head, HeadParams, load_head
+from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking import track as tracking
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment

@@ -18,8 +18,8 @@ from geodiff4d.cli.train import Args, run
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.mixture import Mixture, MixtureConfig
-from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.presets import PRESETS, ablated, preset, with_temporal_modules
+from geodiff4d.render.viewpoints import openhead
 from geodiff4d.video.batches import UNIFORM
 from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.sample import SampleConfig

@@ -8,30 +8,29 @@ import torch
 
 from geodiff4d.cli import synth
 from geodiff4d.core.errors import UserError
+from geodiff4d.data import world_clips
 from geodiff4d.data.clip import Clip
-from geodiff4d.data.synthetic import (
+from geodiff4d.data.world_clips import is_complete, write_world
+from geodiff4d.heads import load_head
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.world import (
     ACTIONS,
     TRACK_KINDS,
     SyntheticSubject,
-    canonical_crop,
     disturbed,
     expression_track,
     random_cameras,
     random_expression,
-    rig,
-    world,
-    world_region,
 )
-from geodiff4d.data.synthetic.expressions import head_track
-from geodiff4d.data.synthetic.glasses import build as build_glasses
-from geodiff4d.data.synthetic.growth import BEARD_SHELL, grow_beard
-from geodiff4d.data.synthetic.hair import KINDS, draw_style
-from geodiff4d.data.synthetic.mesh import assemble
-from geodiff4d.data.synthetic.seeds import generator
-from geodiff4d.data.synthetic.subject import plain_seed
-from geodiff4d.data.synthetic.traits import draw_traits
-from geodiff4d.data.synthetic.world import WORLD_VERSION, is_complete, write_world
-from geodiff4d.heads import load_head
+from geodiff4d.world.expressions import head_track
+from geodiff4d.world.glasses import build as build_glasses
+from geodiff4d.world.growth import BEARD_SHELL, grow_beard
+from geodiff4d.world.hair import KINDS, draw_style
+from geodiff4d.world.mesh import assemble
+from geodiff4d.world.seeds import generator
+from geodiff4d.world.subject import WORLD_VERSION, plain_seed
+from geodiff4d.world.traits import draw_traits
 
 SIZE = 48
 
@@ -200,7 +199,7 @@ def test_synth_writes_clips_and_resumes(tmp_path, capsys):
 
 def test_workers_write_what_one_process_writes(tmp_path, monkeypatch):
     # Threads instead of processes: starting two takes longer than all other tests here.
-    monkeypatch.setattr(world, "ProcessPoolExecutor", lambda n, context, start: ThreadPoolExecutor(n))
+    monkeypatch.setattr(world_clips, "ProcessPoolExecutor", lambda n, context, start: ThreadPoolExecutor(n))
     done = sorted(write_world(tmp_path / "two", "val", [0, 1], 1, 1, 16, workers=2))
     assert done == [0, 1]
     list(write_world(tmp_path / "one", "val", [1], 1, 1, 16))

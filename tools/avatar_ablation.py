@@ -4,7 +4,7 @@ Usage: `.venv/bin/python tools/avatar_ablation.py --out runs/ablation --subjects
 not domain-randomised, 12 views × 60 frames at 256 px; the last tenth of the timesteps and two views are held out.
 Finished fits are kept, an interrupted one goes on, so that the same command resumes. Prints one Markdown table.
 
-"disturbed" fits have head parameters that are off as a tracker's are (`data.synthetic.world.disturbed`). A `with-` part
+"disturbed" fits have head parameters that are off as a tracker's are (`world.tracker_error.disturbed`). A `with-` part
 is one that the preset does without, a `no-` part one that it has.
 """
 
@@ -27,10 +27,11 @@ from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.cli import progress
 from geodiff4d.core.files import fresh_folder, read_json, write_json
 from geodiff4d.data.clip import Clip, write_params
-from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
-from geodiff4d.data.synthetic.world import disturbed, is_complete, track_of, write_clip
+from geodiff4d.data.world_clips import is_complete, track_of, write_clip
 from geodiff4d.heads import load_head
 from geodiff4d.tracking.normals import normal_estimator
+from geodiff4d.world.subject import SyntheticSubject, plain_seed
+from geodiff4d.world.tracker_error import disturbed
 
 SPLIT: Literal["test"] = "test"
 ADDED: dict[str, Any] = {

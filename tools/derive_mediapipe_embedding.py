@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from geodiff4d.core.images import encode_normals, to_uint8, write_image
-from geodiff4d.data.crops import head_region
-from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, rig
-from geodiff4d.data.synthetic.cameras import FRONT_CAMERA
 from geodiff4d.heads import Head, Landmarks, load_head
 from geodiff4d.heads.openhead import OPENHEAD
+from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import Fragments, rasterize, render_normals
+from geodiff4d.render.viewpoints import FRONT_CAMERA, rig
 from geodiff4d.tracking.detect import Detection, MediaPipeDetector
 from geodiff4d.tracking.points import CONTOUR
+from geodiff4d.world import SyntheticSubject
 
 SIZE, FINER = 512, 2
 MAX_SPREAD_M = 0.005

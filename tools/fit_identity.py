@@ -16,11 +16,11 @@ from torch import Tensor
 from geodiff4d.cli.progress import track
 from geodiff4d.core.files import save_model
 from geodiff4d.core.images import composite
-from geodiff4d.data.synthetic.cameras import random_cameras
-from geodiff4d.data.synthetic.expressions import random_expression
-from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
 from geodiff4d.evaluate.identity import SHIPPED, OpenIdentity, identity_features, separation
 from geodiff4d.tracking.embedded import EmbeddedDetector
+from geodiff4d.world.cameras import random_cameras
+from geodiff4d.world.expressions import random_expression
+from geodiff4d.world.subject import SyntheticSubject, plain_seed
 
 DIMENSIONS, REGULARISATION = 32, 0.02
 

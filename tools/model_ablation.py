@@ -31,15 +31,14 @@ from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 from geodiff4d.core.images import composite, decode_normals
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, random_motion, take
-from geodiff4d.data.synthetic.cameras import canonical_crop, world_region
-from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
-from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.evaluate.metrics import Estimate, Truth, bootstrap, paired_difference, score
 from geodiff4d.evaluate.observe import Observed, perceived_normals
 from geodiff4d.evaluate.pairs import face_mask
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import ablated, preset
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batch, Batches, encode_store
 from geodiff4d.video.expression import ExpressionEncoder
@@ -50,6 +49,8 @@ from geodiff4d.video.sample import sample
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.vae import PatchCodec, load_codec
 from geodiff4d.video.warm_start import warm_start
+from geodiff4d.world.subject import SyntheticSubject, plain_seed
+from geodiff4d.world.tracker_error import disturbed
 
 PEOPLE = StoreConfig("train", subjects=150, instants=8, views=3)
 """What is trained on, unless --data says otherwise."""

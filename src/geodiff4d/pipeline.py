@@ -16,11 +16,10 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite
 from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
-from geodiff4d.data.crops import head_region
-from geodiff4d.data.synthetic.cameras import canonical_crop, rig
-from geodiff4d.data.synthetic.world import chosen_views
 from geodiff4d.heads import Head, HeadParams
+from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.relief import render_lifted
+from geodiff4d.render.viewpoints import chosen_views, rig
 from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, driving_crop, generate, lifted, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model

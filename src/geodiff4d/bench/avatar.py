@@ -15,9 +15,9 @@ from geodiff4d.avatar.frames import Frames, HoldOut
 from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.bench.machine import Clock
 from geodiff4d.data.clip import Clip
-from geodiff4d.data.synthetic import SyntheticSubject
-from geodiff4d.data.synthetic.world import write_clip
+from geodiff4d.data.world_clips import write_clip
 from geodiff4d.heads import load_head
+from geodiff4d.world import SyntheticSubject
 
 SIZES = {"debug": (48, 2), "embedded": (256, 20), "paper": (512, 20)}
 """Side of the pictures [px], and steps or frames of one measurement."""

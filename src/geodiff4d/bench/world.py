@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from geodiff4d.data.synthetic import SyntheticSubject, random_cameras, random_expression
-from geodiff4d.data.synthetic.draw import Backend
+from geodiff4d.world import SyntheticSubject, random_cameras, random_expression
+from geodiff4d.world.draw import Backend
 
 TIMEOUT_SECONDS = 600.0
 SIZES = {

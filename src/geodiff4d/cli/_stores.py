@@ -12,11 +12,11 @@ import numpy as np
 from geodiff4d.cli.progress import track
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.store import Store, StoreConfig, build_store
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.data.tracks import TrackConfig, TrackStore, build_tracks
 from geodiff4d.presets import Preset
+from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.relabel import render_tracked
+from geodiff4d.world.seeds import Split
 
 Built = TypeVar("Built")
 

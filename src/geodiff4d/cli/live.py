@@ -90,8 +90,8 @@ def _panels(
     from geodiff4d.avatar.drive import LiveDriver
     from geodiff4d.core.camera import Camera
     from geodiff4d.core.images import encode_normals
-    from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
     from geodiff4d.heads.rig import HeadParams
+    from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
     from geodiff4d.render.meshes import rasterize, render_normals
 
     box, last = None, time.monotonic()

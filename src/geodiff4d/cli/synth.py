@@ -40,7 +40,8 @@ def run(args: Args) -> None:
     from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.images import read_image, write_image
-    from geodiff4d.data.synthetic.world import chosen_views, is_complete, write_world
+    from geodiff4d.data.world_clips import is_complete, write_world
+    from geodiff4d.render.viewpoints import chosen_views
 
     size = args.size or SIZES[args.preset]
     for name, value, low, high in (

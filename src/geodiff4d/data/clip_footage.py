@@ -21,13 +21,13 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.clip import Clip, ClipFrame, not_a_clip, read_header
-from geodiff4d.data.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.data.footage import ARKIT, Footage, FrameKey, Frames, StoreFootage, Take
 from geodiff4d.data.store import FOCUS_REGIONS
-from geodiff4d.data.synthetic.world import disturbed
 from geodiff4d.heads import Head, HeadParams, load_head
+from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import lift_portrait
+from geodiff4d.world.tracker_error import disturbed
 
 REFERENCE_DEG = 60.0
 """A view this far from the face's front can still serve as the portrait."""

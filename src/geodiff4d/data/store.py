@@ -25,15 +25,18 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
-from geodiff4d.data.crops import crop_image, face_crop_box
-from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, orbit, random_cameras, world_region
-from geodiff4d.data.synthetic.expressions import random_expression
-from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.world import WORLD_VERSION, SyntheticSubject, disturbed
+from geodiff4d.data.world_clips import SyntheticSubject
 from geodiff4d.heads.rig import HeadParams, PosedHead
+from geodiff4d.render.crops import canonical_crop, crop_image, face_crop_box
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.render.relief import CELL_PX, Relief, carry_relief, lift
+from geodiff4d.render.viewpoints import openhead, orbit, world_region
 from geodiff4d.render.warp import complete
+from geodiff4d.world.cameras import random_cameras
+from geodiff4d.world.expressions import random_expression
+from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import WORLD_VERSION
+from geodiff4d.world.tracker_error import disturbed
 
 FOCUS_REGIONS = ("lips", "mouth", "teeth", "tongue", "lids", "eyes", "brows")
 

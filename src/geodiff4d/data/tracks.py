@@ -19,12 +19,13 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.pairs import PairConfig, Pairs
 from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, one_of, random_motion, render_instant
-from geodiff4d.data.synthetic.cameras import canonical_crop, openhead, world_region
-from geodiff4d.data.synthetic.expressions import TRACK_KINDS, expression_track, head_track
-from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.subject import SyntheticSubject
-from geodiff4d.data.synthetic.world import MEMORY, disturbed
 from geodiff4d.heads.rig import HeadParams
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import openhead, world_region
+from geodiff4d.world.expressions import TRACK_KINDS, expression_track, head_track
+from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import SyntheticSubject
+from geodiff4d.world.tracker_error import MEMORY, disturbed
 
 LEAD_FRAMES, LONG_FRAMES = 12, 120
 """A track is cut out of a longer one, which starts near neutral."""

@@ -20,7 +20,6 @@ from geodiff4d.avatar.fit import fit
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.evaluate.cases import Case, Extent, self_cases, subject_of
 from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepare_reference, source_frames, stamp
 from geodiff4d.evaluate.methods import Maker
@@ -29,6 +28,7 @@ from geodiff4d.heads import HeadParams
 from geodiff4d.pipeline import Driving, load_driving, load_portrait, plan_clip, synthesize, write_planned
 from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, with_identity_of
+from geodiff4d.world.subject import SyntheticSubject
 
 FILMS = 6
 """That an avatar is trained with."""

@@ -13,12 +13,11 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip, ClipWriter, read_header
-from geodiff4d.data.synthetic.cameras import rig, world_region
-from geodiff4d.data.synthetic.expressions import TrackKind, expression_track, head_track
-from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
-from geodiff4d.data.synthetic.world import WORLD_VERSION
 from geodiff4d.evaluate.pairs import loosely
+from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.world.expressions import TrackKind, expression_track, head_track
+from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject, plain_seed
 
 SEQUENCES: tuple[TrackKind, ...] = ("turns", "mixed", "speech", "extremes", "emotions", "tongue")
 """What the open world's people do, a kind per sequence: the first turns the head as far as people do, others less."""

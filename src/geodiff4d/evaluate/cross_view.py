@@ -22,9 +22,6 @@ from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.data.clip import Clip
-from geodiff4d.data.crops import crop_image
-from geodiff4d.data.synthetic.cameras import FRONT_CAMERA
-from geodiff4d.data.synthetic.world import chosen_views
 from geodiff4d.evaluate.cases import Case, Extent, Source, WorldClip, found_clips, timesteps, world_seed
 from geodiff4d.evaluate.inputs import (
     face_mask,
@@ -41,6 +38,8 @@ from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
 from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
 from geodiff4d.pipeline import Driving, animate, load_driving, load_model, load_portrait
+from geodiff4d.render.crops import crop_image
+from geodiff4d.render.viewpoints import FRONT_CAMERA, chosen_views
 from geodiff4d.video.generate import with_identity_of
 
 VIEWS = 12

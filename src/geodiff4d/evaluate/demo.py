@@ -24,7 +24,6 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
-from geodiff4d.data.synthetic.world import WORLD_VERSION
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
@@ -34,6 +33,7 @@ from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import Generated, Portrait, with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
+from geodiff4d.world.subject import WORLD_VERSION
 
 
 @dataclass(frozen=True)

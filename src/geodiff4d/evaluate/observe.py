@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.crops import crop_image
 from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import Head, HeadParams
+from geodiff4d.render.crops import crop_image
 from geodiff4d.tracking.detect import Detection, FollowingDetector
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.fit import fit

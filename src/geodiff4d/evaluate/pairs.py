@@ -21,12 +21,6 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.crops import head_region
-from geodiff4d.data.synthetic.cameras import canonical_crop, orbit, rig, world_region
-from geodiff4d.data.synthetic.expressions import expression_track
-from geodiff4d.data.synthetic.seeds import Split
-from geodiff4d.data.synthetic.subject import SyntheticSubject, plain_seed
-from geodiff4d.data.synthetic.world import WORLD_VERSION, disturbed
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.pipeline import (
@@ -40,8 +34,14 @@ from geodiff4d.pipeline import (
     tracked,
     unchanged,
 )
+from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
+from geodiff4d.render.viewpoints import orbit, rig, world_region
 from geodiff4d.video.generate import Portrait
+from geodiff4d.world.expressions import expression_track
+from geodiff4d.world.seeds import Split
+from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject, plain_seed
+from geodiff4d.world.tracker_error import disturbed
 
 FIRST_DRIVER = 1000
 """Seeds of driving subjects start here: nobody drives a portrait of their own."""

@@ -21,14 +21,14 @@ from geodiff4d.core.files import write_json
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Track, unchanged
-from geodiff4d.data.crops import canonical_crop_box, head_region
-from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression
-from geodiff4d.data.synthetic.cameras import orbit
-from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.evaluate.metrics import normal_deg
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_region
+from geodiff4d.render.viewpoints import orbit
 from geodiff4d.tracking.detect import Detection, Detector
 from geodiff4d.tracking.track import Cut, TrackConfig, Tracked, overlay, track_frames
+from geodiff4d.world import SyntheticSubject, random_expression
+from geodiff4d.world.seeds import Split, generator
 
 SKULL_JOINT = 1
 YAW_BINS = (0.0, 15.0, 30.0, 45.0, 75.0)

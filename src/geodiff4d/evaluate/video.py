@@ -9,7 +9,6 @@ import torch
 
 from geodiff4d.core.files import write_json
 from geodiff4d.core.progress import Track, unchanged
-from geodiff4d.data.synthetic.seeds import Split
 from geodiff4d.evaluate.metrics import score
 from geodiff4d.evaluate.pairs import Pair, make_pair, track_pair, truth_frames
 from geodiff4d.evaluate.retrieval import expression_ranks, identity_ranks
@@ -19,6 +18,7 @@ from geodiff4d.video.flicker import flicker, without_temporal_modules
 from geodiff4d.video.generate import with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
+from geodiff4d.world.seeds import Split
 
 
 @dataclass(frozen=True)

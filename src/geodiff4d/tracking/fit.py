@@ -21,8 +21,8 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_quat, rigid
-from geodiff4d.data.crops import head_region
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.crops import head_region
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe

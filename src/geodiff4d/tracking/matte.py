@@ -37,7 +37,7 @@ def matte(
     """Return the foreground, 0 to 1, of one image.
 
     `person` is a segmentation, if there is one; `mesh` the silhouette of the whole tracked head and bust, `head` of the
-    part above the chin (`data.crops.head_region`).
+    part above the chin (`render.crops.head_region`).
     """
     whole, skull = mesh.numpy(), head.numpy()
     if not whole.any():

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import ClipFrame
-from geodiff4d.data.crops import crop_image
+from geodiff4d.render.crops import crop_image
 from geodiff4d.tracking.detect import Detector
 from geodiff4d.tracking.embedded import EmbeddedDetector
 

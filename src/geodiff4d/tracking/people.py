@@ -19,12 +19,13 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
-from geodiff4d.data.synthetic import SyntheticSubject, canonical_crop, random_expression, world_region
-from geodiff4d.data.synthetic.cameras import openhead, orbit
-from geodiff4d.data.synthetic.seeds import Split, generator
 from geodiff4d.heads.rig import HeadParams
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import openhead, orbit, world_region
 from geodiff4d.tracking.points import SurfacePoints, choose_points
 from geodiff4d.tracking.turn import apparent_turn
+from geodiff4d.world import SyntheticSubject, random_expression
+from geodiff4d.world.seeds import Split, generator
 
 SKULL_JOINT = 1
 SURROUND = 1.25

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.geometry import transform
-from geodiff4d.data.crops import head_region
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.crops import head_region
 
 
 def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.data.crops import head_region
 from geodiff4d.heads.rig import Head, Landmarks
+from geodiff4d.render.crops import head_region
 
 IBUG, OWN = 1000, 2000
 FIRST_IRIS, MEDIAPIPE_POINTS = 468, 478

@@ -1,6 +1,6 @@
 """Training data as tracked: what the tracker sees in a store's pictures, in place of the truth with an error.
 
-The disturbed truth (`data/synthetic/world.py`) keeps a person's exact shape, which no tracker finds, and errs anew in
+The disturbed truth (`world/world.py`) keeps a person's exact shape, which no tracker finds, and errs anew in
 every picture. A tracker finds nearly the mean head, and errs alike where pictures are alike: pitch is confounded with
 identity. A model learns how far to trust its conditions from those that it is trained on.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.store import Store, as_read, one_of, render_subject, take, write_conditions
-from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.detect import Detection, Detector
 from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.placed import placed

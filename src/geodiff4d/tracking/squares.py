@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from geodiff4d.data.crops import crop_image
+from geodiff4d.render.crops import crop_image
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from geodiff4d.core.images import encode_normals, to_uint8, write_image
 from geodiff4d.core.progress import Track, unchanged
 from geodiff4d.core.video import cut_short, write_video
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
+from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.tracking.detect import Box, Detection, Detector
 from geodiff4d.tracking.fit import Fit, fit

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, decode_normals, encode_normals
-from geodiff4d.data.crops import crop_image, face_crop_box
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.crops import crop_image, face_crop_box
 from geodiff4d.render.meshes import rasterize, render_normals
 from geodiff4d.render.relief import LiftedPortrait, lift_portrait
 from geodiff4d.video.detail import restore_detail

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from geodiff4d.data.synthetic.cameras import openhead
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.viewpoints import openhead
 from geodiff4d.video.batches import Batches
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.sample import autocast

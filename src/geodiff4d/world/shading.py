@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from geodiff4d.render import _deferred
+from geodiff4d.world import deferred
 
 TEXTURE_CHANNELS = 8
 """Linear RGB, specular strength, bump (3, added to the unit normal in the head's frame), opacity."""
@@ -57,7 +57,7 @@ def pack_light(
 
 
 def shade(rows: Float[Tensor, "n 16"], kind: Int[Tensor, " n"], light: Float[Tensor, "n 27"]) -> Float[Tensor, "n 3"]:
-    """Return linear RGB of surface points; the twin of `render/_deferred.py`'s `_light`.
+    """Return linear RGB of surface points; the twin of `render/deferred.py`'s `_light`.
 
     Rows are texel (8) and attributes (normal 3, open sky, open key light, strand direction 3), in the skull's frame.
     """
@@ -74,7 +74,7 @@ def shade(rows: Float[Tensor, "n 16"], kind: Int[Tensor, " n"], light: Float[Ten
     rim = (1 - _dot(n, to_eye).clamp(0, 1)) ** 4
     broad = tight * (0.4 + 0.9 * tight.square())
     spec = gloss * (broad * lit * (cosine > 0) * key + (0.25 + rim) * 0.3 * irradiance * ao)
-    wet, strand = (kind == _deferred.WET)[:, None], (kind == _deferred.STRAND)[:, None]
+    wet, strand = (kind == deferred.WET)[:, None], (kind == deferred.STRAND)[:, None]
     # The sharp reflection on eyes and glasses.
     sharp = _dot(normalize(normal, dim=-1), half).clamp(min=0)
     glint = torch.where(sharp > 0.9, 1.6 * sharp**350, 0.0) * lit * key

@@ -3,7 +3,7 @@
 The CPU path of the open world. Corners are snapped to 1/256 of a sample and edges are integers: two triangles never
 leave a hole or cover a sample twice. Some faces (hair) are cut out by their texture's opacity, sample by sample.
 A pixel's samples are averaged by layer (skin and cloth, wet or hard things, strands) before each layer is lit once;
-`data/synthetic/shading.py` says the same in torch.
+`world/shading.py` says the same in torch.
 """
 
 import math

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic.shading import to_linear
-from geodiff4d.data.synthetic.stage import vivid
+from geodiff4d.world.shading import to_linear
+from geodiff4d.world.stage import vivid
 
 RANDOMISED_SHARE = 0.25
 GLASSES_SHARE = 0.16

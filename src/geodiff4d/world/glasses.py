@@ -5,11 +5,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic import atlas
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.mesh import EYE_JOINTS, Piece
-from geodiff4d.data.synthetic.traits import Traits
-from geodiff4d.render._deferred import WET
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world import atlas
+from geodiff4d.world.deferred import WET
+from geodiff4d.world.mesh import EYE_JOINTS, Piece
+from geodiff4d.world.traits import Traits
 
 SIDES, AROUND = 6, 32
 

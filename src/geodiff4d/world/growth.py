@@ -7,16 +7,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.data.synthetic import atlas
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.canvas import Canvas, noise, polyline, smoothstep
-from geodiff4d.data.synthetic.hair import HAIR_SHELL, HairStyle, angles, hairline
-from geodiff4d.data.synthetic.mesh import Fur
-from geodiff4d.data.synthetic.paint import Paint, beard_area, on_lips
-from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS
-from geodiff4d.data.synthetic.skin import Bank
-from geodiff4d.data.synthetic.traits import Traits
 from geodiff4d.render.meshes import rasterize_uv
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world import atlas
+from geodiff4d.world.canvas import Canvas, noise, polyline, smoothstep
+from geodiff4d.world.hair import HAIR_SHELL, HairStyle, angles, hairline
+from geodiff4d.world.mesh import Fur
+from geodiff4d.world.paint import Paint, beard_area, on_lips
+from geodiff4d.world.shading import TEXTURE_CHANNELS
+from geodiff4d.world.skin import Bank
+from geodiff4d.world.traits import Traits
 
 SHELL_TONE = (0.72, 0.92, 1.08)
 """Inner hair is in the shade of the outer."""

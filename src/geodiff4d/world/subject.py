@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.data.synthetic import appearance, garments, glasses, growth, hair, stage
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.draw import Backend, Scene, draw
-from geodiff4d.data.synthetic.identity import fit_shape, personal_rig
-from geodiff4d.data.synthetic.mesh import SubjectMesh, assemble, pose
-from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.traits import draw_traits
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world import appearance, garments, glasses, growth, hair, stage
+from geodiff4d.world.draw import Backend, Scene, draw
+from geodiff4d.world.identity import fit_shape, personal_rig
+from geodiff4d.world.mesh import SubjectMesh, assemble, pose
+from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.traits import draw_traits
 
+WORLD_VERSION = 2
+"""Goes up whenever a subject's pictures change: figures on test subjects compare within one version only."""
 BATCH_SAMPLES, CPU_BATCH_SAMPLES = 50_000_000, 4_000_000
 """Samples drawn at once: bounds the memory whatever the number of frames."""
 

@@ -14,11 +14,11 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from geodiff4d.core.topology import edges
-from geodiff4d.data.synthetic.atlas import STRIP_ROWS, TEXTURE_SIZE
-from geodiff4d.data.synthetic.bust import skirt
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.render._noise import add_lattice_noise
 from geodiff4d.render.meshes import rasterize_uv
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world.atlas import STRIP_ROWS, TEXTURE_SIZE
+from geodiff4d.world.bust import skirt
+from geodiff4d.world.lattice import add_lattice_noise
 
 LATTICE = 24
 REGIONS = ("lips", "brows", "lids", "eyes", "scalp", "ears", "teeth", "gums", "tongue", "mouth", "neck")

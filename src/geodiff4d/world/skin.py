@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.data.synthetic.canvas import Canvas, canvas, noise, polyline, smoothstep
-from geodiff4d.data.synthetic.paint import Paint, gauss
-from geodiff4d.data.synthetic.shading import to_linear
-from geodiff4d.data.synthetic.stage import vivid
-from geodiff4d.data.synthetic.traits import Traits
 from geodiff4d.heads.openhead import load_field
+from geodiff4d.world.canvas import Canvas, canvas, noise, polyline, smoothstep
+from geodiff4d.world.paint import Paint, gauss
+from geodiff4d.world.shading import to_linear
+from geodiff4d.world.stage import vivid
+from geodiff4d.world.traits import Traits
 
 BARE = torch.tensor([0.80, 0.585, 0.475])
 MELANIN = torch.tensor([2.05, 2.60, 2.95])

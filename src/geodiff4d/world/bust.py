@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from geodiff4d.core.topology import vertex_normals
-from geodiff4d.data.synthetic.cameras import openhead
+from geodiff4d.render.viewpoints import openhead
 
 RINGS = 6
 STEP_M = 0.035

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.topology import vertex_normals
-from geodiff4d.data.synthetic.atlas import TEXTURE_SIZE
-from geodiff4d.data.synthetic.shading import Light, pack_light, sample_texture, shade, to_srgb
-from geodiff4d.render import _deferred
 from geodiff4d.render.meshes import rasterize
+from geodiff4d.world import deferred
+from geodiff4d.world.atlas import TEXTURE_SIZE
+from geodiff4d.world.shading import Light, pack_light, sample_texture, shade, to_srgb
 
 Pictures = tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"], Float[Tensor, "b 1 h w"]]
 Backend = Literal["numba", "torch"]
@@ -47,7 +47,7 @@ def normals_of(
     flat = vertices.detach().reshape(-1, *vertices.shape[-2:]).contiguous().numpy()
     out = np.empty_like(flat)
     for i in range(len(flat)):
-        _deferred.vertex_normals(flat[i], faces.numpy(), out[i])
+        deferred.vertex_normals(flat[i], faces.numpy(), out[i])
     return torch.from_numpy(out).view(vertices.shape)
 
 
@@ -73,7 +73,7 @@ def draw(
 
 @lru_cache
 def _curve() -> np.ndarray:
-    x = torch.linspace(0, _deferred.CURVE_MAX**0.5, _deferred.CURVE).double().square()
+    x = torch.linspace(0, deferred.CURVE_MAX**0.5, deferred.CURVE).double().square()
     return to_srgb(x).float().numpy()
 
 
@@ -94,9 +94,9 @@ def _draw_numba(
     exposure = np.float32(scene.light.exposure)
     for i in range(b):
         T, K = camera.T_cam_world[i].contiguous().numpy(), camera.K[i].contiguous().numpy()
-        _deferred.project(vertices[i].contiguous().numpy(), T, K, np.float32(supersample), screen)
-        _deferred.zbuffer(screen, faces, cut, uv, uv_faces, texture, TEXTURE_SIZE, near, face)
-        _deferred.resolve(
+        deferred.project(vertices[i].contiguous().numpy(), T, K, np.float32(supersample), screen)
+        deferred.zbuffer(screen, faces, cut, uv, uv_faces, texture, TEXTURE_SIZE, near, face)
+        deferred.resolve(
             face, screen, faces, kind, uv, uv_faces, attributes[i].contiguous().numpy(), texture, TEXTURE_SIZE,
             light[i].numpy(), to_image[i].contiguous().numpy(), behind, behind_srgb, _curve(), exposure, rgb[i],
             normal[i], mask[i, 0],
@@ -129,14 +129,14 @@ def _draw_torch(
     corners = scene.faces.index_select(0, face) + (image * vertices.shape[1])[:, None]
     attributes = spread(attributes.flatten(0, 1), corners, bary)
     values = torch.cat([texels, attributes, torch.ones_like(bary[:, :1])], 1) * count
-    bucket = pixel * _deferred.LAYERS + scene.kind.index_select(0, face)
+    bucket = pixel * deferred.LAYERS + scene.kind.index_select(0, face)
     # Only buckets that hold something are lit.
     used, index = torch.unique(bucket, return_inverse=True)
     rows = values.new_zeros(len(used), values.shape[1]).index_add_(0, index, values)
     count = rows[:, -1:]
-    rows, pixel = rows[:, :-1] / count, used // _deferred.LAYERS
+    rows, pixel = rows[:, :-1] / count, used // deferred.LAYERS
     image = pixel // (size * size)
-    colour = shade(rows, used % _deferred.LAYERS, light.index_select(0, image))
+    colour = shade(rows, used % deferred.LAYERS, light.index_select(0, image))
     normal = (to_image.index_select(0, image) @ rows[:, 8:11, None])[..., 0]
     both = torch.cat([colour, normal, torch.ones_like(count)], 1) * count / supersample**2
     pooled = both.new_zeros(b * size * size, 7).index_add_(0, pixel, both)

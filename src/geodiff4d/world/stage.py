@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic.shading import Light, to_linear
+from geodiff4d.world.shading import Light, to_linear
 
 
 def draw_light(rng: np.random.Generator, melanin: float) -> Light:

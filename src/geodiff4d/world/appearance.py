@@ -4,14 +4,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic import atlas, growth, skin
-from geodiff4d.data.synthetic.canvas import canvas, noise
-from geodiff4d.data.synthetic.garments import paint_clothes
-from geodiff4d.data.synthetic.hair import HairStyle
-from geodiff4d.data.synthetic.seeds import generator
-from geodiff4d.data.synthetic.shading import TEXTURE_CHANNELS, to_linear
-from geodiff4d.data.synthetic.stage import vivid
-from geodiff4d.data.synthetic.traits import Traits
+from geodiff4d.world import atlas, growth, skin
+from geodiff4d.world.canvas import canvas, noise
+from geodiff4d.world.garments import paint_clothes
+from geodiff4d.world.hair import HairStyle
+from geodiff4d.world.seeds import generator
+from geodiff4d.world.shading import TEXTURE_CHANNELS, to_linear
+from geodiff4d.world.stage import vivid
+from geodiff4d.world.traits import Traits
 
 WAVELENGTHS_MM = (90, 40, 18, 8, 4, 2)
 

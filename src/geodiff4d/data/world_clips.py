@@ -4,63 +4,20 @@ import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import ClipWriter, read_header
-from geodiff4d.data.synthetic.cameras import FRONT_CAMERA, RIG_CAMERAS, canonical_crop, rig, world_region
-from geodiff4d.data.synthetic.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
-from geodiff4d.data.synthetic.seeds import Split, generator
-from geodiff4d.data.synthetic.subject import SyntheticSubject
 from geodiff4d.heads.rig import HeadParams
-
-WORLD_VERSION = 2
-"""Goes up whenever a subject's pictures change: figures on test subjects compare within one version only."""
-DISTURBANCE = {"rotation": np.radians(1.0), "translation": 0.002, "jaw_pose": np.radians(2.0), "expr": 0.1}
-"""Stationary standard deviation per coordinate: radians, metres, radians, ARKit weight."""
-MEMORY = 0.9
-"""AR(1) coefficient of the error from frame to frame."""
-
-
-def disturbed(params: HeadParams, seed: int) -> HeadParams:
-    """Add a tracker's error to a sequence of true parameters: AR(1) over the first axis, stationary from its start.
-
-    Rotation 1°, translation 2 mm, jaw 2° and expression 0.1 (clipped to [0, 1]) are standard deviations per coordinate.
-
-    Example:
-        >>> noisy = disturbed(subject.params(expr), seed=0)  # doctest: +SKIP
-    """
-    changed = {}
-    for name, sigma in DISTURBANCE.items():
-        value = getattr(params, name)
-        rng = generator("disturbed", seed, name)
-        shocks = rng.normal(size=tuple(value.shape))
-        error = np.empty_like(shocks)
-        for t in range(len(shocks)):
-            error[t] = shocks[t] if t == 0 else MEMORY * error[t - 1] + (1 - MEMORY**2) ** 0.5 * shocks[t]
-        noisy = value + torch.from_numpy(sigma * error).to(value)
-        changed[name] = noisy.clamp(0, 1) if name == "expr" else noisy
-    return replace(params, **changed)
-
-
-def chosen_views(count: int) -> list[int]:
-    """Return `count` rig cameras: the front one first, then spread evenly over the others.
-
-    Raises:
-        UserError: fewer than one or more than the rig has.
-    """
-    if not 1 <= count <= RIG_CAMERAS:
-        raise UserError(f"--views is {count}: expected 1 to {RIG_CAMERAS}, the rig's cameras")
-    others = [i for i in range(RIG_CAMERAS) if i != FRONT_CAMERA]
-    picked = np.round(np.linspace(0, len(others) - 1, count - 1)).astype(int) if count > 1 else []
-    return [FRONT_CAMERA, *(others[i] for i in picked)]
+from geodiff4d.render.crops import canonical_crop
+from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.world.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
+from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import SyntheticSubject
 
 
 def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps: float = 24.0) -> HeadParams:

@@ -5,10 +5,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.data.synthetic.canvas import Canvas, noise, smoothstep
-from geodiff4d.data.synthetic.paint import Paint
-from geodiff4d.data.synthetic.skin import Bank
-from geodiff4d.data.synthetic.traits import Traits
+from geodiff4d.world.canvas import Canvas, noise, smoothstep
+from geodiff4d.world.paint import Paint
+from geodiff4d.world.skin import Bank
+from geodiff4d.world.traits import Traits
 
 THICKNESS_M = 0.006
 NECKLINES = {

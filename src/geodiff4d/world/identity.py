@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from geodiff4d.core.topology import edges
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.canvas import noise, smooth_on_mesh, smoothstep
-from geodiff4d.data.synthetic.seeds import generator
 from geodiff4d.heads.openhead import load_wide
 from geodiff4d.heads.rig import Head
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world.canvas import noise, smooth_on_mesh, smoothstep
+from geodiff4d.world.seeds import generator
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Cameras of the open world: a rig with NeRSemble's coverage (93° × 32°, two rows) and random ones around it.
+"""Viewpoints around a head: a capture rig with NeRSemble's coverage (93° × 32°, two rows) and orbits.
 
 World frame = FLAME's: y up, the face toward +z. All cameras look at the nominal head's centre from about a metre, and
 their focal length makes the nominal head's box 1/1.6 of the image: the canonical crop of an average person.
@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
-from geodiff4d.data import crops
-from geodiff4d.data.synthetic.seeds import generator
 from geodiff4d.heads import Head, load_head
+from geodiff4d.render import crops
 
 RIG_CAMERAS = 16
 FRONT_CAMERA = 8
@@ -43,7 +43,7 @@ def openhead() -> Head:
 
 @lru_cache
 def world_region() -> Bool[Tensor, " verts"]:
-    """Vertices of the open world's head without neck and shoulders (`data.crops.head_region`)."""
+    """Vertices of the open world's head without neck and shoulders (`render.crops.head_region`)."""
     return crops.head_region(openhead())
 
 
@@ -83,36 +83,14 @@ def rig(size: int = 256, radius_m: float = 1.0) -> Camera:
     return orbit(azimuth, elevation, size, radius_m)
 
 
-def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) -> Camera:
-    """Return cameras that cover the rig's range and a little more: angles ±10 %, distance and zoom ±8 %, roll ±3°."""
-    rng = generator("cameras", seed)
+def chosen_views(count: int) -> list[int]:
+    """Return `count` rig cameras: the front one first, then spread evenly over the others.
 
-    def uniform(limit: float) -> Tensor:
-        return torch.from_numpy(rng.uniform(-limit, limit, n).astype(np.float32))
-
-    base = orbit(uniform(RIG_AZIMUTH_DEG * 0.55), uniform(RIG_ELEVATION_DEG * 0.55), size, radius_m)
-    roll, zoom = torch.deg2rad(uniform(3.0)), 1 + uniform(0.08)
-    R = torch.eye(4).repeat(n, 1, 1)
-    R[:, 0, 0], R[:, 0, 1], R[:, 1, 0], R[:, 1, 1] = roll.cos(), -roll.sin(), roll.sin(), roll.cos()
-    T = R @ base.T_cam_world
-    T[:, 2, 3] *= 1 + uniform(0.08)
-    K = base.K.clone()
-    K[:, 0, 0] *= zoom
-    K[:, 1, 1] *= zoom
-    K[:, :2, 2] += torch.stack([uniform(0.02 * size), uniform(0.02 * size)], -1)
-    return Camera(T, K, size, size)
-
-
-def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], size: int | None = None) -> Camera:
-    """Return the camera(s) of the canonical crop: square, centred on the projected head, side 1.6 × its box.
-
-    `head_vertices` are world points of the head without the neck (`vertices[..., world_region(), :]`), of one frame or
-    of a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
+    Raises:
+        UserError: fewer than one or more than the rig has.
     """
-    if not camera.batch:
-        xy, _ = camera.project(head_vertices)
-        low, high = xy.amin(0), xy.amax(0)
-        side = float((high - low).max()) * CROP_SCALE
-        left, top = ((low + high) / 2 - side / 2).tolist()
-        return camera.cropped(left, top, side, size or camera.width)
-    return Camera.stack([canonical_crop(camera[i], head_vertices, size) for i in range(camera.batch[0])])
+    if not 1 <= count <= RIG_CAMERAS:
+        raise UserError(f"--views is {count}: expected 1 to {RIG_CAMERAS}, the rig's cameras")
+    others = [i for i in range(RIG_CAMERAS) if i != FRONT_CAMERA]
+    picked = np.round(np.linspace(0, len(others) - 1, count - 1)).astype(int) if count > 1 else []
+    return [FRONT_CAMERA, *(others[i] for i in picked)]

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.data.synthetic import atlas
-from geodiff4d.data.synthetic.bust import RINGS, bust, skirt
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.draw import normals_of
-from geodiff4d.data.synthetic.openness import openness
 from geodiff4d.heads.rig import Head, HeadParams
-from geodiff4d.render._deferred import STRAND, SURFACE, WET
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world import atlas
+from geodiff4d.world.bust import RINGS, bust, skirt
+from geodiff4d.world.deferred import STRAND, SURFACE, WET
+from geodiff4d.world.draw import normals_of
+from geodiff4d.world.openness import openness
 
 SKULL_JOINT = 1
 """The neck joint carries the whole head in FLAME's rig."""

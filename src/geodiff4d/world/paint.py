@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.data.synthetic.canvas import Canvas, smoothstep
+from geodiff4d.world.canvas import Canvas, smoothstep
 
 
 @dataclass

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
-from geodiff4d.data.synthetic.seeds import generator
+from geodiff4d.world.seeds import generator
 
 TrackKind = Literal["speech", "emotions", "blinks", "gaze", "tongue", "extremes", "turns", "mixed"]
 TRACK_KINDS: tuple[TrackKind, ...] = ("speech", "emotions", "blinks", "gaze", "tongue", "extremes", "turns", "mixed")

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at
 from geodiff4d.core.topology import vertex_normals
-from geodiff4d.data.synthetic.canvas import smooth_on_mesh, smooth_regions
-from geodiff4d.data.synthetic.identity import head_edges
-from geodiff4d.render import _deferred
+from geodiff4d.world import deferred
+from geodiff4d.world.canvas import smooth_on_mesh, smooth_regions
+from geodiff4d.world.identity import head_edges
 
 SKY = 24
 MAP_SIZE = 96
@@ -79,8 +79,8 @@ def visibility(
 
 def _depth(vertices: Tensor, faces: Tensor, T: Tensor, K: Tensor, size: int) -> Float[Tensor, "size size"]:
     screen = np.empty((len(vertices), 3), np.float32)
-    _deferred.project(vertices.numpy(), T.numpy(), K.numpy(), np.float32(1), screen)
+    deferred.project(vertices.numpy(), T.numpy(), K.numpy(), np.float32(1), screen)
     near, face = np.empty((size, size), np.float32), np.empty((size, size), np.int32)
     none, index = np.zeros((len(faces),), np.uint8), faces.numpy()
-    _deferred.zbuffer(screen, index, none, screen[:, :2], index, np.ones((1, 8), np.float32), 1, near, face)
+    deferred.zbuffer(screen, index, none, screen[:, :2], index, np.ones((1, 8), np.float32), 1, near, face)
     return 1 / torch.from_numpy(near)

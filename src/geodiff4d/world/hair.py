@@ -14,10 +14,10 @@ from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter1d
 from scipy.spatial import KDTree
 
-from geodiff4d.data.synthetic import atlas
-from geodiff4d.data.synthetic.cameras import openhead
-from geodiff4d.data.synthetic.mesh import Piece
-from geodiff4d.render._deferred import STRAND
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.world import atlas
+from geodiff4d.world.deferred import STRAND
+from geodiff4d.world.mesh import Piece
 
 SHELL_DEPTH = (0.72, 0.88, 1.0)
 """Of the hair's thickness, per shell from the inside out."""

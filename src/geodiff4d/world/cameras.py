@@ -1,0 +1,29 @@
+"""Random cameras around the rig's range (`render/viewpoints.py`)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.render.viewpoints import RIG_AZIMUTH_DEG, RIG_ELEVATION_DEG, orbit
+from geodiff4d.world.seeds import generator
+
+
+def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) -> Camera:
+    """Return cameras that cover the rig's range and a little more: angles ±10 %, distance and zoom ±8 %, roll ±3°."""
+    rng = generator("cameras", seed)
+
+    def uniform(limit: float) -> Tensor:
+        return torch.from_numpy(rng.uniform(-limit, limit, n).astype(np.float32))
+
+    base = orbit(uniform(RIG_AZIMUTH_DEG * 0.55), uniform(RIG_ELEVATION_DEG * 0.55), size, radius_m)
+    roll, zoom = torch.deg2rad(uniform(3.0)), 1 + uniform(0.08)
+    R = torch.eye(4).repeat(n, 1, 1)
+    R[:, 0, 0], R[:, 0, 1], R[:, 1, 0], R[:, 1, 1] = roll.cos(), -roll.sin(), roll.sin(), roll.cos()
+    T = R @ base.T_cam_world
+    T[:, 2, 3] *= 1 + uniform(0.08)
+    K = base.K.clone()
+    K[:, 0, 0] *= zoom
+    K[:, 1, 1] *= zoom
+    K[:, :2, 2] += torch.stack([uniform(0.02 * size), uniform(0.02 * size)], -1)
+    return Camera(T, K, size, size)
