@@ -14,10 +14,10 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.data.clip import ClipWriter, read_header
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
-from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.render.viewpoints import chosen_views, rig, world_region
 from geodiff4d.world.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
 from geodiff4d.world.seeds import Split, generator
-from geodiff4d.world.subject import SyntheticSubject
+from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject
 
 
 def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps: float = 24.0) -> HeadParams:
