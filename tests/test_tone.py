@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geodiff4d.render.viewpoints import rig
+from geodiff4d.render.viewpoints import capture_cameras
 from geodiff4d.video.tone import tone_of
 
 LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
@@ -21,7 +21,7 @@ def black_and_white(image):
 
 @pytest.fixture(scope="module")
 def picture(subject):
-    frame = subject.render(subject.params(torch.zeros(1, 52)), rig(96)[:1])
+    frame = subject.render(subject.params(torch.zeros(1, 52)), capture_cameras(96)[:1])
     return frame.rgb[0], frame.mask[0]
 
 

@@ -13,7 +13,7 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.data.world_clips import is_complete, write_world
 from geodiff4d.heads import load_head
 from geodiff4d.render.crops import canonical_crop
-from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.render.viewpoints import capture_cameras, world_region
 from geodiff4d.world import (
     ACTIONS,
     TRACK_KINDS,
@@ -127,7 +127,7 @@ def test_disturbance_has_the_stated_statistics(subject):
 
 
 def test_rig_covers_nersembles_range():
-    cameras = rig(SIZE)
+    cameras = capture_cameras(SIZE)
     forward = cameras.T_cam_world[:, 2, :3]
     offset = -forward
     azimuth, elevation = torch.atan2(offset[:, 0], offset[:, 2]).rad2deg(), torch.asin(offset[:, 1]).rad2deg()
@@ -141,7 +141,7 @@ def test_rig_covers_nersembles_range():
 
 def test_canonical_crop_frames_the_head(subject):
     points = subject.rig.template[world_region()]
-    for camera in (random_cameras(1, 4, SIZE)[0], rig(200)[8]):
+    for camera in (random_cameras(1, 4, SIZE)[0], capture_cameras(200)[8]):
         xy, _ = canonical_crop(camera, points, 96).project(points)
         low, high = xy.amin(0), xy.amax(0)
         assert (high - low).max() == pytest.approx(96 / 1.6, rel=1e-3)

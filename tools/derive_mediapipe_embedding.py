@@ -22,7 +22,7 @@ from geodiff4d.heads import Head, Landmarks, load_head
 from geodiff4d.heads.openhead import OPENHEAD
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import Fragments, rasterize, render_normals
-from geodiff4d.render.viewpoints import FRONT_CAMERA, rig
+from geodiff4d.render.viewpoints import FRONT_CAMERA, capture_cameras
 from geodiff4d.tracking.detect import Detection, MediaPipeDetector
 from geodiff4d.tracking.points import CONTOUR
 from geodiff4d.world import SyntheticSubject
@@ -48,7 +48,7 @@ def person(head: Head, seed: int) -> tuple[Tensor, Fragments, float]:
     turn = np.deg2rad([rng.uniform(-12, 12), rng.uniform(-30, 30), rng.uniform(-5, 5)])
     params = subject.params(expr, rotation=torch.from_numpy(turn).float()[None])
     vertices = subject.vertices(params)
-    front = rig(SIZE)[FRONT_CAMERA : FRONT_CAMERA + 1]
+    front = capture_cameras(SIZE)[FRONT_CAMERA : FRONT_CAMERA + 1]
     camera = canonical_crop(front, vertices[0, head_region(head)])
     fine = camera.resized(SIZE * FINER, SIZE * FINER)
     return subject.render(params, camera, 1).rgb[0], rasterize(vertices, head.faces, fine)[0], abs(float(turn[1]))
@@ -174,7 +174,9 @@ def preview(head: Head, landmarks: Landmarks, index: Tensor, path: Path) -> None
     for yaw in (0.0, 35.0):
         params = replace(head.neutral(1), rotation=torch.tensor([[0.0, float(np.deg2rad(yaw)), 0.0]]))
         mesh = head.pose(params)
-        camera = canonical_crop(rig(1024)[FRONT_CAMERA : FRONT_CAMERA + 1], mesh.vertices[0, head_region(head)])
+        camera = canonical_crop(
+            capture_cameras(1024)[FRONT_CAMERA : FRONT_CAMERA + 1], mesh.vertices[0, head_region(head)]
+        )
         picture = Image.fromarray(to_uint8(encode_normals(*render_normals(mesh, camera))[0]))
         draw = ImageDraw.Draw(picture)
         xy, _ = camera.project(landmarks.on(mesh.vertices, head.faces))

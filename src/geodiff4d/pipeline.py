@@ -19,7 +19,7 @@ from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.relief import render_lifted
-from geodiff4d.render.viewpoints import chosen_views, rig
+from geodiff4d.render.viewpoints import capture_cameras, capture_views
 from geodiff4d.tracking.placed import placed
 from geodiff4d.video.generate import Generated, Portrait, driving_crop, generate, lifted, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
@@ -206,10 +206,10 @@ def plan_shots(driving_frames: int, views: int, frames: int) -> list[Shot]:
 
 
 def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
-    """Return the rig's chosen cameras, cropped around the portrait's head at rest."""
+    """Return the capture views, cropped around the portrait's head at rest."""
     neutral = replace(head.neutral(1), shape=portrait.params.shape[None], static_offset=None)
     points = head.pose(neutral).vertices[0][head_region(head)]
-    return canonical_crop(rig(size)[torch.tensor(chosen_views(views))], points, size)
+    return canonical_crop(capture_cameras(size)[torch.tensor(capture_views(views))], points, size)
 
 
 def still_head(params: HeadParams) -> HeadParams:
@@ -266,8 +266,8 @@ class ClipPlan:
     shots: list[Shot]
     driving: Driving
     """In the portrait's shape, the head still; shots point at its frames."""
-    rig: Camera
-    """Of the clip, [views]."""
+    views: Camera
+    """The clip's cameras, [views]."""
 
     @property
     def chosen(self) -> Driving:
@@ -277,14 +277,14 @@ class ClipPlan:
     @property
     def cameras(self) -> Camera:
         """Of every shot."""
-        return self.rig[torch.tensor([s.camera for s in self.shots])]
+        return self.views[torch.tensor([s.camera for s in self.shots])]
 
 
 def plan_clip(portrait: Portrait, driving: Driving, head: Head, views: int, frames: int) -> ClipPlan:
     """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1)."""
     still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
-    rig_cameras = clip_cameras(head, portrait, views, portrait.camera.width)
-    return ClipPlan(plan_shots(len(driving), views, frames), still, rig_cameras)
+    cameras = clip_cameras(head, portrait, views, portrait.camera.width)
+    return ClipPlan(plan_shots(len(driving), views, frames), still, cameras)
 
 
 def write_planned(
@@ -296,7 +296,7 @@ def write_planned(
         for t in order:
             clip.add_params(t, plan.driving.params[t])
         for i, s in enumerate(plan.shots):
-            clip.add(s.timestep, s.camera, made.rgb[i], plan.rig[s.camera], made.mask[i], made.normal[i])
+            clip.add(s.timestep, s.camera, made.rgb[i], plan.views[s.camera], made.mask[i], made.normal[i])
         clip.set_reference(portrait.on_grey)
         rows = {s.timestep: made.tokens[i] for i, s in enumerate(plan.shots)}
         clip.set_tokens(torch.stack([rows[t] for t in order]))

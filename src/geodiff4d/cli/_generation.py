@@ -105,7 +105,7 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
     """Return (cameras, frames) of an avatar's training clip, by default the preset's; as many frames for each camera.
 
     Raises:
-        UserError: the rig has fewer cameras, or there are fewer frames than cameras.
+        UserError: there are fewer capture cameras, or fewer frames than cameras.
     """
     from geodiff4d.core.errors import UserError
 

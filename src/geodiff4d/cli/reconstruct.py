@@ -15,7 +15,7 @@ class Args(GenerationArgs):
     """Folder to write: portrait/ (as tracked), clip/, avatar/, avatar.mp4, report.html. The same command, on as many
     threads, keeps finished stages; another is refused."""
     views: int | None = None
-    """Cameras, of the rig's 16; by default the preset's."""
+    """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
 

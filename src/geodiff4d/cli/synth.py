@@ -21,7 +21,7 @@ class Args:
     frames: int = 24
     """Frames per person."""
     views: int = 4
-    """Cameras of the 16-view rig per frame; the front one comes first."""
+    """How many of the 16 capture cameras per frame; the front one comes first."""
     size: int | None = None
     """Side of the square pictures [px]; without it, the preset's."""
     split: Literal["train", "val", "test"] = "train"
@@ -41,7 +41,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.images import read_image, write_image
     from geodiff4d.data.world_clips import is_complete, write_world
-    from geodiff4d.render.viewpoints import chosen_views
+    from geodiff4d.render.viewpoints import capture_views
 
     size = args.size or SIZES[args.preset]
     for name, value, low, high in (
@@ -53,7 +53,7 @@ def run(args: Args) -> None:
     ):
         if not low <= value <= high:
             raise UserError(f"{name} is {value}: expected {low} to {high}")
-    chosen_views(args.views)
+    capture_views(args.views)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
     seeds = range(args.seed, args.seed + args.subjects)

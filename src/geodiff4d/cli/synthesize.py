@@ -13,7 +13,7 @@ class Args(GenerationArgs):
     out: Path
     """Clip folder to write."""
     views: int | None = None
-    """Cameras, of the rig's 16; by default the preset's."""
+    """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
 

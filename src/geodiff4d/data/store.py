@@ -210,7 +210,7 @@ def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadP
 
 
 def draw_cameras(config: StoreConfig, seed: int) -> Camera:
-    """View 0 near the front, as portraits are; the others from anywhere in the rig's range."""
+    """View 0 near the front, as portraits are; the others from anywhere in the capture cameras' range."""
     azimuth, elevation = np.random.default_rng(seed).uniform(-1, 1, 2) * (25.0, 10.0)
     front = orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), config.size)
     others = random_cameras(config.views - 1, seed, config.size)

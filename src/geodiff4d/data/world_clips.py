@@ -14,7 +14,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.data.clip import ClipWriter, read_header
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
-from geodiff4d.render.viewpoints import chosen_views, rig, world_region
+from geodiff4d.render.viewpoints import capture_cameras, capture_views, world_region
 from geodiff4d.world.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
 from geodiff4d.world.seeds import Split, generator
 from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject
@@ -27,9 +27,9 @@ def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps:
 
 
 def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int) -> Camera:
-    """Return the rig's cameras cropped canonically around this subject over all its frames."""
+    """Return the capture cameras cropped canonically around this subject over all its frames."""
     points = subject.vertices(params)[..., world_region(), :].reshape(-1, 3)
-    return canonical_crop(rig(size)[torch.tensor(views)], points)
+    return canonical_crop(capture_cameras(size)[torch.tensor(views)], points)
 
 
 def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
@@ -44,9 +44,9 @@ def is_complete(folder: Path, frames: int, views: int, size: int) -> bool:
 def write_clip(
     folder: Path, subject: SyntheticSubject, kind: TrackKind, frames: int, views: int, size: int
 ) -> Float[Tensor, "3 h w"]:
-    """Render a subject's track in some of the rig's views as a clip with true parameters; return its first image."""
+    """Render a subject's track in some of the capture views as a clip with true parameters; return its first image."""
     params = subject_motion(subject, frames, kind)
-    chosen = chosen_views(views)
+    chosen = capture_views(views)
     cameras = subject_cameras(subject, params, chosen, size)
     extra = {"subject_seed": subject.seed, "split": subject.split, "track": kind, "params": "truth"}
     extra["world_version"] = WORLD_VERSION

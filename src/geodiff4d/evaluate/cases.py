@@ -14,7 +14,7 @@ import torch
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip, ClipWriter, read_header
 from geodiff4d.evaluate.pairs import loosely
-from geodiff4d.render.viewpoints import rig, world_region
+from geodiff4d.render.viewpoints import capture_cameras, world_region
 from geodiff4d.world.expressions import TrackKind, expression_track, head_track
 from geodiff4d.world.seeds import Split, generator
 from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject, plain_seed
@@ -81,7 +81,7 @@ class WorldClip:
     seed: int
     kind: TrackKind
     cameras: tuple[int, ...]
-    """Of the rig."""
+    """Capture cameras of a clip."""
     extent: Extent
     size: int
     still: bool = False
@@ -93,7 +93,7 @@ class WorldClip:
 
 
 def world_clips(extent: Extent, size: int, cameras: int) -> list[WorldClip]:
-    """List the open world's clips, each with `cameras` of the rig's, drawn by the clip's name."""
+    """List the open world's clips, each with `cameras` capture cameras, drawn by the clip's name."""
     out = []
     for i in range(extent.subjects):
         seed = world_seed(i, extent)
@@ -123,7 +123,7 @@ def render_world_clip(folder: Path, clip: WorldClip) -> Path:
     turn = head_track(clip.kind, max(n, 24), clip.seed, FPS) * (not clip.still)
     params = subject.params(expr[:n], rotation=turn[:n], jaw_pose=jaw[:n], eyes_pose=eyes[:n])
     points = subject.vertices(params)[:, world_region()].flatten(0, 1)
-    cameras = loosely(rig(clip.size)[torch.tensor(clip.cameras)], points, clip.size)
+    cameras = loosely(capture_cameras(clip.size)[torch.tensor(clip.cameras)], points, clip.size)
     with ClipWriter(out, "openhead", FPS, _about(clip)) as writer:
         for t in range(n):
             writer.add_params(t, params[t])

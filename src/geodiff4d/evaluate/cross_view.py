@@ -39,7 +39,7 @@ from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
 from geodiff4d.pipeline import Driving, animate, load_driving, load_model, load_portrait
 from geodiff4d.render.crops import crop_image
-from geodiff4d.render.viewpoints import FRONT_CAMERA, chosen_views
+from geodiff4d.render.viewpoints import FRONT_CAMERA, capture_views
 from geodiff4d.video.generate import with_identity_of
 
 VIEWS = 12
@@ -72,7 +72,7 @@ def run_cross_view(
     settings = settled(settings)
     if data is None:
         size = 256 if settings.preset != "debug" else load_model(settings.model).config.size
-        views = tuple(sorted(chosen_views(VIEWS)))
+        views = tuple(sorted(capture_views(VIEWS)))
         still = [
             WorldClip(world_seed(i, extent), "extremes", views, extent, size, True) for i in range(extent.subjects)
         ]

@@ -36,7 +36,7 @@ from geodiff4d.pipeline import (
 )
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
-from geodiff4d.render.viewpoints import orbit, rig, world_region
+from geodiff4d.render.viewpoints import capture_cameras, orbit, world_region
 from geodiff4d.video.generate import Portrait
 from geodiff4d.world.expressions import expression_track
 from geodiff4d.world.seeds import Split
@@ -51,7 +51,7 @@ FACE_MARGIN_PX = 2
 
 @dataclass(frozen=True)
 class Pair:
-    """A portrait, someone else's performance, and what that performance would look like on the portrait's own rig."""
+    """A portrait, someone else's performance, and what that performance would look like on the portrait's own head."""
 
     subject: SyntheticSubject
     portrait: Portrait
@@ -160,7 +160,7 @@ def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) ->
 
 
 def _film(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
-    camera = loosely(rig(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
+    camera = loosely(capture_cameras(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
     out = driver.render(motion, camera.expand(motion.batch[0]))
     write_video(path, iter(out.rgb), 24.0)
 
@@ -184,7 +184,7 @@ def _portrait(path: Path, head: Head, subject: SyntheticSubject, size: int) -> P
 
 
 def _driver_clip(folder: Path, driver: SyntheticSubject, motion: HeadParams, tracked: HeadParams, size: int) -> None:
-    camera = canonical_crop(rig(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
+    camera = canonical_crop(capture_cameras(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
     n = motion.batch[0]
     out = driver.render(motion, camera.expand(n))
     with ClipWriter(

@@ -20,7 +20,7 @@ from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 
 VIEWS, VIEW = 8, 3
-"""The rig's cameras, and the one that retrieval looks through: from the side, so that copying the portrait fails."""
+"""The capture cameras, and the one that retrieval looks through: from the side, so that copying the portrait fails."""
 
 
 def ranks(scores: Float[Tensor, "queries candidates"], own: Int[Tensor, " queries"]) -> Int[Tensor, " queries"]:

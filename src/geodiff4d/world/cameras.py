@@ -1,22 +1,22 @@
-"""Random cameras around the rig's range (`render/viewpoints.py`)."""
+"""Random cameras around the capture cameras' range (`render/viewpoints.py`)."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.render.viewpoints import RIG_AZIMUTH_DEG, RIG_ELEVATION_DEG, orbit
+from geodiff4d.render.viewpoints import CAPTURE_AZIMUTH_DEG, CAPTURE_ELEVATION_DEG, orbit
 from geodiff4d.world.seeds import generator
 
 
 def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) -> Camera:
-    """Return cameras that cover the rig's range and a little more: angles ±10 %, distance and zoom ±8 %, roll ±3°."""
+    """Return cameras that cover the capture cameras' range and more: angles ±10 %, distance and zoom ±8 %, roll ±3°."""
     rng = generator("cameras", seed)
 
     def uniform(limit: float) -> Tensor:
         return torch.from_numpy(rng.uniform(-limit, limit, n).astype(np.float32))
 
-    base = orbit(uniform(RIG_AZIMUTH_DEG * 0.55), uniform(RIG_ELEVATION_DEG * 0.55), size, radius_m)
+    base = orbit(uniform(CAPTURE_AZIMUTH_DEG * 0.55), uniform(CAPTURE_ELEVATION_DEG * 0.55), size, radius_m)
     roll, zoom = torch.deg2rad(uniform(3.0)), 1 + uniform(0.08)
     R = torch.eye(4).repeat(n, 1, 1)
     R[:, 0, 0], R[:, 0, 1], R[:, 1, 0], R[:, 1, 1] = roll.cos(), -roll.sin(), roll.sin(), roll.cos()
