@@ -1,4 +1,4 @@
-"""What the documentation shows holds: docs/API.md's blocks run as they stand, and links lead somewhere."""
+"""What the documentation shows holds: docs/API.md's blocks run, links lead somewhere, lines and log entries are short."""
 
 import re
 import tomllib
@@ -10,7 +10,8 @@ import torch
 from geodiff4d.data.world_clips import write_clip
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LOG = sorted((ROOT / "docs/log").glob("*.md"))
 GENERATE, GAUSSIANS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/API.md").read_text(), re.M | re.S)
 
 
@@ -33,11 +34,35 @@ def test_gaussians():
     assert made["coefficients"].grad.abs().sum() > 0
 
 
+def prose(page: Path) -> str:
+    """Return a page without its code blocks, fenced or indented."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return re.sub(r"(?<=\n)\n(?: {4}.*\n)+", "\n", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that a page's headings can be linked by, as GitHub makes them (of one text, the first only)."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_links(page):
-    text = page.read_text()
-    for target in re.findall(r"\]\(([^)\s#]+)", re.sub(r"`[^`\n]*`", "", text)):
-        assert target.startswith("http") or (page.parent / target).exists(), target
+def test_links(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)", re.sub(r"`[^`\n]*`", "", prose(page))):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = page.parent / path if path else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+@pytest.mark.parametrize("page", LOG, ids=lambda p: p.name)
+def test_log_entries_have_one_short_paragraph(page: Path):
+    for entry in re.split(r"^### ", page.read_text(), flags=re.M)[1:]:
+        heading, *blocks = re.sub(r"\n## .*", "", entry, flags=re.S).strip().split("\n\n")
+        paragraphs = [b for b in blocks if not b.startswith("|")]
+        assert len(paragraphs) == 1 and len(paragraphs[0].splitlines()) <= 5, heading
 
 
 def test_extras_that_are_named_exist():
