@@ -1,4 +1,4 @@
-"""What the documentation shows holds: docs/API.md's blocks run, links lead somewhere, lines and log entries are short."""
+"""What the documentation shows holds: API.md's blocks run, links lead somewhere, lines and log entries are short."""
 
 import re
 import tomllib
