@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import invert, look_at, matrix_to_quat, quat_multiply, transform
-from geodiff4d.render import _numba
+from geodiff4d.render import rasterizer_cpu
 from geodiff4d.render.gaussians import Gaussians, rasterize, render
 from geodiff4d.render.harmonics import sh_basis, sh_colors
 
@@ -91,8 +91,8 @@ def test_same_bits_for_any_number_of_threads(monkeypatch):
     cam, (splats, features) = camera(), scene(n=300)
     cotangent = torch.ones(5, cam.height, cam.width)
     ones = [*rasterize(single(splats), cam, features.float()), *vjp(single(splats), cam, features.float(), cotangent)]
-    monkeypatch.setattr(_numba, "BLOCK", 16)
-    monkeypatch.setattr(_numba.numba, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(rasterizer_cpu, "BLOCK", 16)
+    monkeypatch.setattr(rasterizer_cpu.numba, "get_num_threads", lambda: 7)
     more = [*rasterize(single(splats), cam, features.float()), *vjp(single(splats), cam, features.float(), cotangent)]
     assert all(torch.equal(a, b) for a, b in zip(ones, more, strict=True))
 

@@ -22,8 +22,8 @@ from geodiff4d.data.clip import MAX_FPS
 from geodiff4d.data.importing import camera_checked
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.render.binding_kernels import shortest_axes
 from geodiff4d.render.gaussians import Gaussians, rasterize
-from geodiff4d.render.riding import shortest_axes
 
 FORMAT_VERSION = 2
 """1 had Gaussians on the head's own mesh alone."""

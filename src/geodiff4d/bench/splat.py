@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 from geodiff4d.bench.machine import Clock
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at, matrix_to_quat
-from geodiff4d.render._torch import rasterize_oracle
 from geodiff4d.render.gaussians import Gaussians, rasterize
 from geodiff4d.render.photometric import photometric, ssim_reference
+from geodiff4d.render.rasterizer_oracle import rasterize_oracle
 
 CHANNELS = 7
 """Colours, normals and depth."""

@@ -131,13 +131,13 @@ def _backend(means: Tensor, camera: Camera):
     if means.dtype == torch.float64:
         if len(means) * camera.width * camera.height > ORACLE_LIMIT:
             raise ValueError(f"{len(means)} Gaussians in float64 at {camera.width}×{camera.height}: use float32")
-        from geodiff4d.render._torch import rasterize_oracle
+        from geodiff4d.render.rasterizer_oracle import rasterize_oracle
 
         return rasterize_oracle
     if means.is_cuda:
-        from geodiff4d.render._gsplat import rasterize_cuda
+        from geodiff4d.render.rasterizer_cuda import rasterize_cuda
 
         return rasterize_cuda
-    from geodiff4d.render._numba import rasterize_cpu
+    from geodiff4d.render.rasterizer_cpu import rasterize_cpu
 
     return rasterize_cpu

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d
 
-from geodiff4d.render._photometric import _WINDOW, C1, C2, LANES, RADIUS, l1_ssim, work_size
+from geodiff4d.render.kernels.photometric import C1, C2, LANES, RADIUS, WINDOW, l1_ssim, work_size
 
 ROWS_PER_BAND = 32
 """At least: ten rows at each end of a band are filtered twice."""
@@ -45,7 +45,7 @@ def ssim_reference(
 
 def _similarity(image: Tensor, target: Tensor) -> Tensor:
     """SSIM at every pixel."""
-    window = torch.from_numpy(_WINDOW / _WINDOW.sum()).to(image)
+    window = torch.from_numpy(WINDOW).to(image)
 
     def blur(x: Tensor) -> Tensor:
         across = conv2d(x[:, None], window.view(1, 1, 1, -1), padding=(0, RADIUS))

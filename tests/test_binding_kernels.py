@@ -1,4 +1,4 @@
-"""The fused posing against torch's: values and gradients, in double precision, degenerate faces among them."""
+"""The fused binding against torch's: values and gradients, in double precision, degenerate faces among them."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import torch
 
 from geodiff4d.avatar.binding import LocalGaussians, bind, face_frames, place
 from geodiff4d.core.geometry import quat_to_matrix
-from geodiff4d.render.riding import shortest_axes
+from geodiff4d.render.binding_kernels import shortest_axes
 
 
 def scene(degenerate: bool = False) -> tuple[torch.Tensor, torch.Tensor, LocalGaussians]:
@@ -32,7 +32,7 @@ def gradients(vertices, faces, local, fused: bool) -> list[torch.Tensor]:
     return [*(x.detach() for x in seen), *(x.grad for x in leaves[:-1] if x.grad is not None)]
 
 
-def test_fused_posing_is_torchs():
+def test_fused_binding_is_torchs():
     for ours, theirs in zip(gradients(*scene(), True), gradients(*scene(), False), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from geodiff4d.render._bins import BLOCK, DIGIT_BITS, DIGITS, count_tiles, fill_tiles, pick, radix_pass, survey
-from geodiff4d.render._blend import BLOCKS, SCRATCH, blend, blend_backward
-from geodiff4d.render._blocks import CHANNELS
-from geodiff4d.render._project import ROW, TILE, project, project_backward
-from geodiff4d.render._simd import LANES
+from geodiff4d.render.kernels.bins import BLOCK, DIGIT_BITS, DIGITS, count_tiles, fill_tiles, pick, radix_pass, survey
+from geodiff4d.render.kernels.blend import BLOCKS, SCRATCH, blend, blend_backward
+from geodiff4d.render.kernels.blocks import CHANNELS
+from geodiff4d.render.kernels.llvm import LANES
+from geodiff4d.render.kernels.project import ROW, TILE, project, project_backward
 
 
 class _Loan:

@@ -1,4 +1,4 @@
-"""Gaussians on triangles, and their normals, as two Numba passes with analytic backwards.
+"""Gaussians bound to triangles, and their normals, as two Numba passes with analytic backwards.
 
 The same arithmetic as `avatar.binding` in torch, which reads and writes each number dozens of times. Rotations pass
 their gradients on as torques: turning by a small ω changes the loss by τ·ω, whatever the rotation is written as.
@@ -10,21 +10,21 @@ import math
 import numpy as np
 from numba import njit
 
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
+OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy"}
 TINY = 1e-12
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _cross(a, b):
     return (a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0])
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _dot(a, b):
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _product(a, b):
     """Hamilton product, wxyz."""
     return (
@@ -35,7 +35,7 @@ def _product(a, b):
     )
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _quat(a, b, c):
     """Quaternion of the rotation with these columns, by the formula whose pivot is at least 1."""
     m00, m11, m22 = a[0], b[1], c[2]
@@ -52,7 +52,7 @@ def _quat(a, b, c):
     return (q[0] * n, q[1] * n, q[2] * n, q[3] * n)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def face_rows(vertices, faces, rows):
     """Write each face's frame: a0, a1, a2, size, centre, quaternion, length of the first edge, height."""
     for i in range(len(faces)):
@@ -78,8 +78,8 @@ def face_rows(vertices, faces, rows):
         rows[i, 17], rows[i, 18] = length, height
 
 
-@njit(**_OPTIONS)
-def ride(rows, face_index, means, quats, log_scales, out_means, out_quats, out_scales):
+@njit(**OPTIONS)
+def bind(rows, face_index, means, quats, log_scales, out_means, out_quats, out_scales):
     """Carry Gaussians from their faces' frames to the world."""
     for i in range(len(face_index)):
         f = rows[face_index[i]]
@@ -94,8 +94,8 @@ def ride(rows, face_index, means, quats, log_scales, out_means, out_quats, out_s
             out_quats[i, d] = turned[d]
 
 
-@njit(**_OPTIONS)
-def ride_backward(
+@njit(**OPTIONS)
+def bind_backward(
     vertices, faces, rows, face_index, means, quats, scales, g_means, g_quats, g_scales,
     into_means, into_quats, into_log_scales, into_vertices,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def ride_backward(
         _face_backward(vertices, faces[i], rows[i], by_face[i], into_vertices)
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def _face_backward(vertices, face, f, g, into_vertices):
     p, q, r = face
     a0, a1 = (f[0], f[1], f[2]), (f[3], f[4], f[5])
@@ -170,7 +170,7 @@ def _face_backward(vertices, face, f, g, into_vertices):
         into_vertices[p, d] += third - into_e1 - into_e2[d]
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def shortest_axes(quats, scales, means, eye, R, out, signed_axis):
     """Write each splat's shortest axis, flipped to the viewer, along the rows of R; and which axis, with its sign."""
     for i in range(len(quats)):
@@ -192,7 +192,7 @@ def shortest_axes(quats, scales, means, eye, R, out, signed_axis):
             out[i, d] = sign * (R[d, 0] * axis[0] + R[d, 1] * axis[1] + R[d, 2] * axis[2])
 
 
-@njit(**_OPTIONS)
+@njit(**OPTIONS)
 def shortest_axes_backward(quats, signed_axis, R, grad, into_quats):
     """Carry gradients by the normals back to the quaternions."""
     for i in range(len(quats)):

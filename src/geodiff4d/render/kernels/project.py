@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numba import prange
 
-from geodiff4d.render._simd import (
+from geodiff4d.render.kernels.simd import (
     INLINE,
     LANES,
     OPTIONS,

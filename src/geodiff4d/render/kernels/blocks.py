@@ -1,43 +1,27 @@
-"""Operations on 4×4 blocks of pixels and on several channels at once, for the blending kernels (see `_simd`)."""
+"""Operations on 4×4 blocks of pixels and on several channels at once, for the blending kernels (see `simd`)."""
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from geodiff4d.render._simd import (
-    _F,
-    _FLAGS,
-    _FLOAT,
-    _I,
-    _LONG,
-    LANES,
-    F,
-    I,
-    M,
-    _address,
-    _broadcast,
-    _call,
-    _fma,
-    _read,
-    _shuffle,
-    _write,
-    intrinsic,
-)
+from geodiff4d.render.kernels import llvm
+from geodiff4d.render.kernels.llvm import LANES
+from geodiff4d.render.kernels.simd import F, I, M, intrinsic
 
 SIDE = 4
-"""Of a block [px]: 16 pixels, one lane each, row by row."""
+"""Side of a block [px]; its 16 pixels are the lanes of one vector, row by row."""
 CHANNELS = 7
-"""Features blended at once. With position, conic, opacity and what culling needs, a Gaussian fills 16 floats; with six
-moments its gradient does."""
+"""Features blended at once. A Gaussian fills 16 floats: position, conic, opacity, features and numbers for culling; so
+does its gradient, with six moments."""
 
 
 @intrinsic
 def lane(typing, step):
-    """0 1 2 … 15, each times `step`."""
+    """Return 0 1 2 … 15, each times `step`."""
 
     def emit(ctx, b, sig, a):
-        count = ir.Constant(_I, list(range(LANES)))
-        return b.mul(count, _broadcast(b, ctx.cast(b, a[0], sig.args[0], types.int32)))
+        count = ir.Constant(llvm.INTS, list(range(LANES)))
+        return b.mul(count, llvm.broadcast(b, ctx.cast(b, a[0], sig.args[0], types.int32)))
 
     return I(step), emit
 
@@ -45,11 +29,11 @@ def lane(typing, step):
 def _coordinate(place):
     @intrinsic
     def coordinate(typing, first):
-        """Pixel coordinates of a block's lanes, from that of its first lane."""
+        """Return the pixel coordinate of every lane of a block, given that of the first."""
 
         def emit(ctx, b, sig, a):
-            offset = ir.Constant(_F, [float(place(k)) for k in range(LANES)])
-            return b.fadd(_broadcast(b, ctx.cast(b, a[0], sig.args[0], types.float32)), offset)
+            offset = ir.Constant(llvm.FLOATS, [float(place(k)) for k in range(LANES)])
+            return b.fadd(llvm.broadcast(b, ctx.cast(b, a[0], sig.args[0], types.float32)), offset)
 
         return F(first), emit
 
@@ -60,31 +44,32 @@ block_x, block_y = _coordinate(lambda k: k % SIDE), _coordinate(lambda k: k // S
 
 
 def _load_block(ctx, b, array_type, array, start, width):
-    four = ir.VectorType(_FLOAT, SIDE)
+    four = ir.VectorType(llvm.FLOAT, SIDE)
     parts = [
-        _read(b, _address(ctx, b, array_type, array, start, b.mul(width, _LONG(r))), four) for r in range(LANES // SIDE)
+        llvm.read(b, llvm.address(ctx, b, array_type, array, start, b.mul(width, llvm.LONG(r))), four)
+        for r in range(LANES // SIDE)
     ]
     while len(parts) > 1:
         lanes = range(2 * parts[0].type.count)
-        parts = [_shuffle(b, parts[i], parts[i + 1], lanes) for i in range(0, len(parts), 2)]
+        parts = [llvm.shuffle(b, parts[i], parts[i + 1], lanes) for i in range(0, len(parts), 2)]
     return parts[0]
 
 
 def _store_block(ctx, b, array_type, array, start, width, value):
     for r in range(LANES // SIDE):
-        row = _shuffle(b, value, value, range(r * SIDE, (r + 1) * SIDE))
-        _write(b, row, _address(ctx, b, array_type, array, start, b.mul(width, _LONG(r))))
+        row = llvm.shuffle(b, value, value, range(r * SIDE, (r + 1) * SIDE))
+        llvm.write(b, row, llvm.address(ctx, b, array_type, array, start, b.mul(width, llvm.LONG(r))))
 
 
 @intrinsic
 def load_block(typing, image, start, width):
-    """A block of a plane whose rows are `width` apart."""
+    """Return a block of a plane whose rows are `width` floats apart."""
     return F(image, types.intp, types.intp), lambda ctx, b, sig, a: _load_block(ctx, b, sig.args[0], *a)
 
 
 @intrinsic
 def store_block(typing, image, start, width, value):
-    """Set a block of a plane."""
+    """Write a block of a plane whose rows are `width` floats apart."""
 
     def emit(ctx, b, sig, a):
         _store_block(ctx, b, sig.args[0], *a)
@@ -98,23 +83,23 @@ _Planes = types.UniTuple(F, CHANNELS)
 
 @intrinsic
 def no_planes(typing):
-    """Zero in every lane of every channel."""
+    """Return zero in every lane of every channel."""
 
     def emit(ctx, b, sig, a):
-        return ctx.make_tuple(b, sig.return_type, [ir.Constant(_F, [0.0] * LANES)] * CHANNELS)
+        return ctx.make_tuple(b, sig.return_type, [ir.Constant(llvm.FLOATS, [0.0] * LANES)] * CHANNELS)
 
     return _Planes(), emit
 
 
 def _in_plane(b, start, plane, c, channels):
-    last = b.sub(channels, _LONG(1))
-    index = b.select(b.icmp_signed("<", _LONG(c), last), _LONG(c), last)
+    last = b.sub(channels, llvm.LONG(1))
+    index = b.select(b.icmp_signed("<", llvm.LONG(c), last), llvm.LONG(c), last)
     return b.add(start, b.mul(plane, index))
 
 
 @intrinsic
 def load_planes(typing, image, start, width, plane, channels):
-    """A block of every channel; planes are `plane` floats apart, and beyond `channels` the last one comes again."""
+    """Return a block of every channel; planes are `plane` floats apart, and beyond `channels` the last one repeats."""
 
     def emit(ctx, b, sig, a):
         image, start, width, plane, channels = a
@@ -129,7 +114,7 @@ def load_planes(typing, image, start, width, plane, channels):
 
 @intrinsic
 def store_planes(typing, image, start, width, plane, channels, planes):
-    """Set a block of every one of `channels`."""
+    """Write a block of each of the first `channels` planes, which are `plane` floats apart."""
 
     def emit(ctx, b, sig, a):
         image, start, width, plane, channels, planes = a
@@ -147,7 +132,7 @@ def keep_planes(typing, array, i, planes):
 
     def emit(ctx, b, sig, a):
         for c, block in enumerate(cgutils.unpack_tuple(b, a[2])):
-            _write(b, block, _address(ctx, b, sig.args[0], a[0], a[1], LANES * c))
+            llvm.write(b, block, llvm.address(ctx, b, sig.args[0], a[0], a[1], LANES * c))
         return ctx.get_dummy_value()
 
     return types.void(array, types.intp, _Planes), emit
@@ -155,12 +140,12 @@ def keep_planes(typing, array, i, planes):
 
 @intrinsic
 def mix(typing, planes, weight, array, i):
-    """planes[c] + weight · array[i + c], for every channel."""
+    """Return planes[c] + weight · array[i + c], for every channel c."""
 
     def emit(ctx, b, sig, a):
         planes, weight, array, i = a
         mixed = [
-            _fma(b, weight, _broadcast(b, b.load(_address(ctx, b, sig.args[2], array, i, c))), plane)
+            llvm.fma(b, weight, llvm.broadcast(b, b.load(llvm.address(ctx, b, sig.args[2], array, i, c))), plane)
             for c, plane in enumerate(cgutils.unpack_tuple(b, planes))
         ]
         return ctx.make_tuple(b, sig.return_type, mixed)
@@ -170,14 +155,14 @@ def mix(typing, planes, weight, array, i):
 
 @intrinsic
 def weigh(typing, columns, array, i):
-    """Σₖ columns[k] · array[i + k], in two chains to hide latency."""
+    """Return Σₖ columns[k] · array[i + k], summed in two chains to hide latency."""
 
     def emit(ctx, b, sig, a):
-        chains = [ir.Constant(_F, [0.0] * LANES)] * 2
+        chains = [ir.Constant(llvm.FLOATS, [0.0] * LANES)] * 2
         for k, column in enumerate(cgutils.unpack_tuple(b, a[0])):
-            number = _broadcast(b, b.load(_address(ctx, b, sig.args[1], a[1], a[2], k)))
-            chains[k % 2] = _fma(b, column, number, chains[k % 2])
-        return b.fadd(*chains, flags=_FLAGS)
+            number = llvm.broadcast(b, b.load(llvm.address(ctx, b, sig.args[1], a[1], a[2], k)))
+            chains[k % 2] = llvm.fma(b, column, number, chains[k % 2])
+        return b.fadd(*chains, flags=llvm.FLAGS)
 
     return F(columns, array, types.intp), emit
 
@@ -189,19 +174,24 @@ def append(typing, array, i, values, mask):
     def emit(ctx, b, sig, a):
         array, i, values, mask = a
         # 32-bit lanes only: LLVM 22 compiles a split 64-bit compress wrongly.
-        packed = _call(b, "llvm.experimental.vector.compress.v16i32", _I, [values, mask, ir.Constant(_I, ir.Undefined)])
-        _write(b, packed, _address(ctx, b, sig.args[0], array, i))
+        packed = llvm.call(
+            b,
+            "llvm.experimental.vector.compress.v16i32",
+            llvm.INTS,
+            [values, mask, ir.Constant(llvm.INTS, ir.Undefined)],
+        )
+        llvm.write(b, packed, llvm.address(ctx, b, sig.args[0], array, i))
         bits = b.bitcast(mask, ir.IntType(LANES))
-        return b.zext(_call(b, "llvm.ctpop.i16", ir.IntType(16), [bits]), _LONG)
+        return b.zext(llvm.call(b, "llvm.ctpop.i16", ir.IntType(16), [bits]), llvm.LONG)
 
     return types.int64(array, types.intp, I, M), emit
 
 
 @intrinsic
 def next_task(typing, counter):
-    """Take a number that no other thread gets: 0, 1, 2, …"""
+    """Return a number that no other thread gets: 0, 1, 2, … `counter` is incremented atomically."""
 
     def emit(ctx, b, sig, a):
-        return b.atomic_rmw("add", _address(ctx, b, sig.args[0], a[0]), _LONG(1), "monotonic")
+        return b.atomic_rmw("add", llvm.address(ctx, b, sig.args[0], a[0]), llvm.LONG(1), "monotonic")
 
     return types.int64(counter), emit

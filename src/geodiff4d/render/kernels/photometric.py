@@ -8,16 +8,18 @@ down again, since the adjoint of a symmetric window is the window. Rows beyond t
 import numpy as np
 from numba import prange
 
-from geodiff4d.render._blocks import lane
-from geodiff4d.render._simd import INLINE, LANES, OPTIONS, choose, fill, fma, high, load, njit, put, store, total
+from geodiff4d.render.kernels.blocks import lane
+from geodiff4d.render.kernels.simd import INLINE, LANES, OPTIONS, choose, fill, fma, high, load, njit, put, store, total
 
 RADIUS = 5
 SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2
 RING = 16
 """Rows kept: a power of two, at least 2·RADIUS + 1."""
-_WINDOW = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
-G0, G1, G2, G3, G4, G5 = (float(g) for g in (_WINDOW / _WINDOW.sum())[RADIUS:])
+_BELL = np.exp(-0.5 * (np.arange(-RADIUS, RADIUS + 1) / SIGMA) ** 2)
+WINDOW = _BELL / _BELL.sum()
+"""The Gaussian window along one axis; its weights sum to 1."""
+G0, G1, G2, G3, G4, G5 = (float(g) for g in WINDOW[RADIUS:])
 
 
 @njit(**INLINE)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError, install_extra
-from geodiff4d.render._torch import find_broken, without
+from geodiff4d.render.rasterizer_oracle import find_broken, without
 
 
 def rasterize_cuda(

@@ -9,7 +9,7 @@ own: no atomics, the same bits on every run and on any number of threads.
 import numpy as np
 from numba import prange
 
-from geodiff4d.render._blocks import (
+from geodiff4d.render.kernels.blocks import (
     CHANNELS,
     SIDE,
     append,
@@ -26,8 +26,8 @@ from geodiff4d.render._blocks import (
     store_planes,
     weigh,
 )  # fmt: skip
-from geodiff4d.render._project import FEATURES, LIMIT, ROW, TILE
-from geodiff4d.render._simd import (
+from geodiff4d.render.kernels.project import FEATURES, LIMIT, ROW, TILE
+from geodiff4d.render.kernels.simd import (
     INLINE,
     LANES,
     OPTIONS,

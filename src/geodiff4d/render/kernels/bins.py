@@ -10,7 +10,7 @@ Kernels allocate nothing: Numba would compile each allocation as a parallel loop
 import numpy as np
 from numba import prange
 
-from geodiff4d.render._simd import OPTIONS, get, njit, put
+from geodiff4d.render.kernels.simd import OPTIONS, get, njit, put
 
 DIGIT_BITS = 12
 DIGITS = 1 << DIGIT_BITS
