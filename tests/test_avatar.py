@@ -250,10 +250,10 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
 
     fit(clip, tmp_path / "whole", config)
     with pytest.raises(KeyboardInterrupt):
-        fit(clip, tmp_path / "halves", config, track=interrupted)
+        fit(clip, tmp_path / "halves", config, progress=interrupted)
     assert not (tmp_path / "halves").exists()
     seen: list[int] = []
-    fit(clip, tmp_path / "halves", config, track=lambda items, _: (seen.append(i) or i for i in items))
+    fit(clip, tmp_path / "halves", config, progress=lambda items, *_: (seen.append(i) or i for i in items))
     assert seen == [3, 4, 5] and not list(tmp_path.glob("*.run"))
     a, b = Avatar.load(tmp_path / "whole"), Avatar.load(tmp_path / "halves")
     assert all(torch.equal(v, getattr(b.local, n)) for n, v in a.local.tensors.items())
@@ -268,7 +268,7 @@ def test_a_fit_is_not_resumed_on_other_pictures(clip, tmp_path):
 
     mine = edited(clip, tmp_path / "clip", lambda frames: None)
     with pytest.raises(KeyboardInterrupt):
-        fit(mine, tmp_path / "out", config, track=interrupted)
+        fit(mine, tmp_path / "out", config, progress=interrupted)
     run = tmp_path / "out.run/config.json"
     known = json.loads(run.read_text())
     shutil.rmtree(tmp_path / "clip")

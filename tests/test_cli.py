@@ -194,15 +194,15 @@ def test_doctor_names_missing_packages(monkeypatch):
 
 
 def test_progress_is_quiet_when_fast_and_speaks_when_slow(monkeypatch, capsys):
-    assert list(progress.track(range(3), "rendering")) == [0, 1, 2]
+    assert list(progress.bar(range(3), "rendering")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     now = iter(range(0, 1000, 6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
-    assert list(progress.track(iter("abcd"), "rendering", total=4)) == list("abcd")
+    assert list(progress.bar(iter("abcd"), "rendering", total=4)) == list("abcd")
     assert capsys.readouterr().err.splitlines() == ["rendering: 2/4 in 12 s", "rendering: 4/4 in 30 s"]
 
 
 def test_progress_draws_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    assert list(progress.track([1, 2], "rendering")) == [1, 2]
+    assert list(progress.bar([1, 2], "rendering")) == [1, 2]
     assert "2/2" in capsys.readouterr().err

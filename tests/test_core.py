@@ -21,6 +21,7 @@ from scipy.linalg import expm
 from geodiff4d.core import camera as cameras
 from geodiff4d.core import files, geometry, images, packing, topology, video
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.progress import advancing, silent
 from geodiff4d.core.rundir import RunFolder
 
 quick = settings(max_examples=40, deadline=None)
@@ -716,3 +717,22 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         run.save({"w": torch.zeros(4)}, 2)
     assert run.load()[1] == 1
+
+
+def test_advancing_finishes_items_several_at_a_time():
+    finished: list[int] = []
+
+    def shown(items, description="", total=None):
+        assert (description, total) == ("people", 3)
+        for item in items:
+            yield item
+            finished.append(item)
+
+    with advancing(shown, "people", 3) as advance:
+        assert finished == []
+        advance(2)
+        assert finished == [0, 1]
+        advance(1)
+    assert finished == [0, 1, 2]
+    with advancing(silent, "people", 1) as advance:
+        advance(5)

@@ -16,9 +16,10 @@ from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_
 from geodiff4d.cli.evaluate import ProtocolArgs
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
+from geodiff4d.core.progress import silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.pipeline import default_preset, load_model, placed_on, unchanged
+from geodiff4d.pipeline import default_preset, load_model, placed_on
 from geodiff4d.presets import preset
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.model import VideoModel
@@ -47,7 +48,7 @@ def given(source: Path, **options) -> GenerationArgs:
 )
 def test_the_part_of_the_driver_that_was_asked_for_is_taken(tracked_clip, capsys, options, expected):
     args = given(tracked_clip, **options)
-    job = prepare(args, set_up(args), unchanged, limit=4)
+    job = prepare(args, set_up(args), silent, limit=4)
     clip = Clip(tracked_clip)
     want = torch.stack([clip.params(t).expr for t in expected])
     assert torch.equal(job.driving.params.expr, want)
@@ -60,7 +61,7 @@ def test_the_part_of_the_driver_that_was_asked_for_is_taken(tracked_clip, capsys
 def test_a_start_behind_the_end_is_named(tracked_clip):
     args = given(tracked_clip, start=0.6)
     with pytest.raises(UserError, match="has 6 frames: expected more than the 6 that are left out"):
-        prepare(args, set_up(args), unchanged, None)
+        prepare(args, set_up(args), silent, None)
 
 
 def test_only_the_part_that_is_used_is_tracked_and_nothing_stays(tracked_clip, tmp_path, monkeypatch, capsys):
@@ -80,13 +81,13 @@ def test_only_the_part_that_is_used_is_tracked_and_nothing_stays(tracked_clip, t
         return Clip(tracked_clip)
 
     monkeypatch.setattr("geodiff4d.tracking.track.track", track)
-    prepare(args, set_up(args), unchanged, 6)
+    prepare(args, set_up(args), silent, 6)
     (own, *first), (film, *rest) = asked
     assert first == [0, 1] and rest == [10, 6] and not own.exists() and not film.parent.exists()
     assert "takes more" in capsys.readouterr().err
     fails.append(True)
     with pytest.raises(UserError, match="no face"):
-        prepare(args, set_up(args), unchanged, 6)
+        prepare(args, set_up(args), silent, 6)
     assert not asked[-1][0].parent.exists()
 
 

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.progress import unchanged
+from geodiff4d.core.progress import silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.importer import ImportConfig, import_sources
 from geodiff4d.data.importing import Choice, Report
@@ -46,7 +46,7 @@ class Killed(BaseException):
     """Nobody catches it, as nobody catches a kill."""
 
 
-def run(name, src, out, progress=unchanged):
+def run(name, src, out, progress=silent):
     src = src / "tracking" if name == "pixel3dmm" else src
     report = Report()
     sources = import_module(f"geodiff4d.data.{name}").read(src, Choice(), report)

@@ -127,7 +127,7 @@ def result(args: Args, seed: int, variant: str, clips: dict[bool, Clip]) -> dict
         print(f"{time.strftime('%H:%M:%S')} fitting {name}", flush=True)
         normals = normal_estimator() if config.normal_source == "estimator" else None
         clip = clips[variant.startswith("disturbed")]
-        metrics = fit(clip, args.out / "avatars" / name, config, 0, progress.track, normals)
+        metrics = fit(clip, args.out / "avatars" / name, config, 0, progress.bar, normals)
         write_json(figures, metrics | {"config": described})
         print(json.dumps({k: metrics[k] for k in ("held_out_views", "held_out_times")}), flush=True)
     return read_json(figures)

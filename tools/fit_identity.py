@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.cli.progress import track
+from geodiff4d.cli.progress import bar
 from geodiff4d.core.files import save_model
 from geodiff4d.core.images import composite
 from geodiff4d.evaluate.identity import SHIPPED, OpenIdentity, identity_features, separation
@@ -48,7 +48,7 @@ def discriminants(X: Float[Tensor, "n features"], people: Int[Tensor, " n"]) -> 
 
 def unseen(people: int, pictures: int, size: int = 192) -> tuple[Tensor, list[int]]:
     rows, who = [], []
-    for i in track(range(people), "unseen people"):
+    for i in bar(range(people), "unseen people"):
         subject = SyntheticSubject(plain_seed(i, "test"), "test")
         expr, jaw, eyes = random_expression(100 + i, pictures)
         params = subject.params(expr, jaw_pose=jaw, eyes_pose=eyes)
@@ -69,7 +69,7 @@ def main() -> None:
     # Not as a `Store`: a store that is still being rendered has people enough.
     rgb, done = (np.load(args.store / f"{name}.npy", mmap_mode="r") for name in ("rgb", "done"))
     rows, people = [], []
-    for s in track(np.flatnonzero(done)[: args.people].tolist(), "people"):
+    for s in bar(np.flatnonzero(done)[: args.people].tolist(), "people"):
         picks = [(int(rng.integers(n)), int(rng.integers(m))) for n, m in [rgb.shape[1:3]] * args.pictures]
         images = torch.stack([torch.from_numpy(np.array(rgb[s, i, v])).float() / 255 for i, v in picks])
         rows.append(features_of(images))

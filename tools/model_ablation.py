@@ -129,7 +129,7 @@ def main(args: Args) -> None:
     assert isinstance(codec, PatchCodec)
     latents = encode_store(store, codec, args.out / "latents_train.npy")
     head = load_head()
-    cases = [held_out(head, i) for i in progress.track(range(args.people), "rendering held-out people")]
+    cases = [held_out(head, i) for i in progress.bar(range(args.people), "rendering held-out people")]
     found = without_model(args, head, cases)
     found |= {v: result(args, v, store, latents, codec, head, cases) for v in args.variants}
     for lines in (means(found), differences(found)):
@@ -285,7 +285,7 @@ def result(
     model = trained(args, variant, store, latents, codec)
     detector, scores = EmbeddedDetector(), {}
     seconds = time.process_time() - begun
-    for case in progress.track(cases, f"scoring {variant}"):
+    for case in progress.bar(cases, f"scoring {variant}"):
         for name, crops in case.drivers.items():
             rgb, normal = frames_of(model, head, case, crops)
             note(scores, name, score(case.truth, rgb, normal))

@@ -53,7 +53,7 @@ def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     head, model = load_head(), load_model(args.model)
-    pairs = [shots_of(args, head, model, i) for i in progress.track(range(args.pairs), "rendering pairs")]
+    pairs = [shots_of(args, head, model, i) for i in progress.bar(range(args.pairs), "rendering pairs")]
     rows = []
     for way, config in WAYS.items():
         for n in args.steps:

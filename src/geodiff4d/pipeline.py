@@ -14,7 +14,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, head_region
@@ -77,7 +77,7 @@ def placed_on(model: VideoModel, device: torch.device) -> VideoModel:
 
 
 def tracked(
-    source: Path, head: Head, size: int, out: Path, limit: int | None = None, progress: Track = unchanged, skip: int = 0
+    source: Path, head: Head, size: int, out: Path, limit: int | None = None, progress: Progress = silent, skip: int = 0
 ) -> Clip:
     """Open a tracked folder, or track a picture or video into `out`: at most `limit` frames, after the first `skip`.
 
@@ -134,7 +134,7 @@ def load_portrait(clip: Clip, size: int) -> Portrait:
 
 
 def load_driving(
-    clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Track = unchanged, skip: int = 0
+    clip: Clip, head: Head, crop: int, limit: int | None = None, progress: Progress = silent, skip: int = 0
 ) -> Driving:
     """Read a clip's motion and cut its driving crops, from the first camera of every timestep.
 
@@ -221,7 +221,7 @@ def still_head(params: HeadParams) -> HeadParams:
 
 def animate(
     portrait: Portrait, driving: Driving, generator: Generator, model: VideoModel | None, head: Head,
-    cameras: Camera, sample: SampleConfig, progress: Track = unchanged, drop_expression: bool = False,
+    cameras: Camera, sample: SampleConfig, progress: Progress = silent, drop_expression: bool = False,
 ) -> Generated:  # fmt: skip
     """Generate one frame per driving frame and camera, by the video model or by mesh warp.
 
@@ -231,19 +231,11 @@ def animate(
         return warp_frames(portrait, driving.params, head, cameras, progress)
     if model is None:
         raise UserError("the diffusion generator needs a model: give --model DIR, or use --generator warp")
-    bar = iter(progress(range(len(driving)), "generating", len(driving)))
-
-    def step(n: int) -> None:
-        for _ in range(n):
-            next(bar, None)
-
-    out = generate(model, head, portrait, driving.params, cameras, driving.crops, sample, step, drop_expression)
-    next(bar, None)
-    return out
+    return generate(model, head, portrait, driving.params, cameras, driving.crops, sample, progress, drop_expression)
 
 
 def warp_frames(
-    portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Track = unchanged
+    portrait: Portrait, params: HeadParams, head: Head, cameras: Camera, progress: Progress = silent
 ) -> Generated:
     """Mesh warp as a generator: the portrait's texture on the tracked head, in the driver's expression.
 
@@ -306,7 +298,7 @@ def write_planned(
 def synthesize(
     portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator = "diffusion",
     model: VideoModel | None = None, views: int = 8, frames: int = 96,
-    sample: SampleConfig = SampleConfig(), progress: Track = unchanged,
+    sample: SampleConfig = SampleConfig(), progress: Progress = silent,
 ) -> Clip:  # fmt: skip
     """Make the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
 
@@ -327,7 +319,7 @@ def driver_clip_index(driving: Driving, count: int) -> list[int]:
 def reconstruct(
     portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator, model: VideoModel | None,
     preset: str = "embedded", views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(),
-    seed: int = 0, progress: Track = unchanged,
+    seed: int = 0, progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Go the whole way: clip, avatar, driven video. Finished stages are kept, so the same call resumes.
 

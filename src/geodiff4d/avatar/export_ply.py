@@ -21,7 +21,7 @@ from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, write_json
 from geodiff4d.core.geometry import quat_multiply
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.render.gaussians import Gaussians
 
 FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
@@ -84,10 +84,10 @@ def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int 
 
 
 @torch.no_grad()
-def export_sequence(avatar: Avatar, performance: Performance, folder: Path, track: Track = unchanged) -> int:
+def export_sequence(avatar: Avatar, performance: Performance, folder: Path, progress: Progress = silent) -> int:
     """Write `frame_00000.ply …` and `sequence.json` into a new folder, which appears whole or not at all."""
     with fresh_folder(folder) as temporary:
-        for i in track(range(len(performance)), "exporting"):
+        for i in progress(range(len(performance)), "exporting"):
             count = export_ply(avatar, performance, temporary / f"frame_{i:05d}.ply", i)
         about = {
             "format": "3D Gaussian splats, one .ply a frame", "frames": len(performance), "fps": performance.fps,

@@ -26,7 +26,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, refuse_foreign, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import write_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
@@ -136,12 +136,12 @@ def _pictures(clip: Clip) -> str:
 
 def fit(
     clip: Clip, out: Path | str, config: FitConfig | None = None, seed: int = 0,
-    track: Track = unchanged, normals: NormalSource | None = None,
+    progress: Progress = silent, normals: NormalSource | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Fit an avatar to `clip`, write it to `out` and return its metrics.
 
     Meanwhile `OUT.run` holds the log, the newest checkpoints and a live preview; the same call resumes from it, to the
-    same result. `track(items, description)` shows progress; the description is a function that says how far the fit is.
+    same result. The progress's description is a function that tells the current loss.
 
     Raises:
         UserError: the clip lacks masks or parameters, `out` holds something else, or no estimator's normals are given
@@ -161,7 +161,7 @@ def fit(
     head = load_head(clip.head_name)
     frames = Frames(clip, head, config.hold_out, normals)
     with _repeatable(config.device):
-        return _fit(clip, frames, head, out, config, seed, track)
+        return _fit(clip, frames, head, out, config, seed, progress)
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def _repeatable(device: str) -> Iterator[None]:
 
 
 def _fit(
-    clip: Clip, frames: Frames, head: Head, out: Path, config: FitConfig, seed: int, track: Track
+    clip: Clip, frames: Frames, head: Head, out: Path, config: FitConfig, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Fit or resume, and write the avatar."""
     fitting, explained = prepare(frames, head, config, seed)
@@ -192,7 +192,7 @@ def _fit(
     if saved is not None:
         fitting.restore(saved[0])
         first = saved[1]
-    seconds = _learn(fitting, run, first, seed, track)
+    seconds = _learn(fitting, run, first, seed, progress)
     metrics = {
         "train": fitting.score(frames.train[:: max(1, len(frames.train) // SCORED)]),
         "held_out": fitting.score(frames.held_out),
@@ -241,11 +241,11 @@ def _body(frames: Frames, head: Head, surface: Surface, config: FitConfig) -> tu
     return Body(head, surface, code, deformation, dynamics, maps), explained
 
 
-def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, track: Track) -> float:
+def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, progress: Progress) -> float:
     """Take all steps from `first` on; returns the seconds they took."""
     config, status = fitting.config, Status()
     begun = time.perf_counter()
-    for i in track(range(first, config.iterations), status.line):
+    for i in progress(range(first, config.iterations), status.line):
         if i == first + 1:
             # Loading the rasteriser's code is no part of the speed.
             begun = time.perf_counter()

@@ -75,7 +75,7 @@ def _filmed(avatar: "Avatar", source: Path, args: DrivingArgs, pose: "Pose") -> 
         raise UserError(f"--driving {source} does not exist: expected a clip's folder, a video or a .jsonl file")
     with TemporaryDirectory(prefix="geodiff4d-") as name:
         size, out = max(avatar.camera.width, 128), Path(name) / "tracked"
-        clip = tracked(source, avatar.head, size, out, progress=progress.track)
+        clip = tracked(source, avatar.head, size, out, progress=progress.bar)
         params = read_sequence(clip, avatar.head)
         tokens = _tokens(clip, args.model, avatar) if wants_tokens(avatar) else None
     return performed(avatar, params, tokens, clip.fps, pose, not args.absolute)
@@ -94,7 +94,7 @@ def _tokens(clip: "Clip", model: Path | None, avatar: "Avatar"):
     if any(not r.image_path.is_file() for r in clip.records):
         return None
     encoder = load_model(model).expression
-    crops = load_driving(clip, avatar.head, encoder.config.size, progress=progress.track).crops
+    crops = load_driving(clip, avatar.head, encoder.config.size, progress=progress.bar).crops
     with torch.no_grad():
         return torch.cat([encoder.tokens(encoder(part)).float() for part in crops.split(16)])
 

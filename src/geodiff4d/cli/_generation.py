@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from geodiff4d.cli._device import DeviceName, chosen_device
 
 if TYPE_CHECKING:
+    from geodiff4d.core.progress import Progress
     from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
-    from geodiff4d.pipeline import Driving, Track
+    from geodiff4d.pipeline import Driving
     from geodiff4d.presets import Preset, PresetName
     from geodiff4d.video.generate import Portrait
     from geodiff4d.video.model import VideoModel
@@ -117,7 +118,7 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
 
 
 def prepare(
-    args: GenerationArgs, setup: Setup, progress: "Track", limit: int | None, tracked_to: Path | None = None
+    args: GenerationArgs, setup: Setup, progress: "Progress", limit: int | None, tracked_to: Path | None = None
 ) -> Job:
     """Read portrait and driver, at most `limit` frames of it; what is not tracked yet is, and not kept.
 
@@ -137,7 +138,7 @@ def prepare(
 
 
 def _driver(
-    args: GenerationArgs, head: "Head", size: int, crop: int, out: Path, limit: int | None, progress: "Track"
+    args: GenerationArgs, head: "Head", size: int, crop: int, out: Path, limit: int | None, progress: "Progress"
 ) -> "Driving":
     """Read the part of the driver that was asked for, and say so if there is more of it."""
     from geodiff4d.data.clip import Clip

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from geodiff4d.cli.progress import track
+from geodiff4d.cli.progress import bar
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.store import Store, StoreConfig, build_store
 from geodiff4d.data.tracks import TrackConfig, TrackStore, build_tracks
@@ -78,15 +78,15 @@ def _refuse_terabytes(place: Path, config: StoreConfig) -> None:
 
 def with_bar(name: str, people: int, build: Callable[[Callable[[int, int], None]], Built]) -> Built:
     """Call `build(show)` and let `show(done, total)` move a bar."""
-    bar = iter(track(range(people), f"rendering {name} people"))
+    shown = iter(bar(range(people), f"rendering {name} people"))
     seen = 0
 
     def show(done: int, total: int) -> None:
         nonlocal seen
         while seen < done:
-            next(bar, None)
+            next(shown, None)
             seen += 1
 
     built = build(show)
-    next(bar, None)
+    next(shown, None)
     return built

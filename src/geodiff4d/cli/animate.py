@@ -27,7 +27,7 @@ def run(args: Args) -> None:
 
     import torch
 
-    from geodiff4d.cli.progress import track
+    from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import fresh_folder, refuse_foreign
     from geodiff4d.core.images import encode_normals
@@ -40,7 +40,7 @@ def run(args: Args) -> None:
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
     refuse_foreign(args.out, args.portrait, args.driving)
-    job = prepare(args, set_up(args), track, args.frames)
+    job = prepare(args, set_up(args), bar, args.frames)
     n, own = len(job.driving), job.portrait.params
     if args.camera == "driver":
         driving, camera = following(job.portrait, job.driving, job.head)
@@ -50,7 +50,7 @@ def run(args: Args) -> None:
         params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
         driving, camera = replace(job.driving, params=params), job.portrait.camera
     made = animate(
-        job.portrait, driving, args.generator, job.model, job.head, camera.expand(n), job.sample, track
+        job.portrait, driving, args.generator, job.model, job.head, camera.expand(n), job.sample, bar
     )  # fmt: skip
     normals = encode_normals(made.normal, torch.ones_like(made.mask))
     portrait = job.portrait.on_grey

@@ -23,7 +23,7 @@ class Args:
 def run(args: Args) -> None:
     from dataclasses import replace
 
-    from geodiff4d.cli.progress import track
+    from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.evaluate.demo import DEBUG, DemoConfig, run_demo
 
@@ -32,7 +32,7 @@ def run(args: Args) -> None:
         if not 2 <= args.pairs <= 100:
             raise UserError(f"--pairs is {args.pairs}: expected 2 to 100 (the shuffled control needs two)")
         config = replace(config, pairs=args.pairs)
-    metrics = run_demo(args.out, config, args.model, track)
+    metrics = run_demo(args.out, config, args.model, bar)
     made, warp, avatar = metrics["generated"], metrics["mesh_warp"], metrics["avatar"]
     print(
         f"video model {made['psnr_fg']:.2f} dB, normals {made['normal_deg']:.1f}°; "

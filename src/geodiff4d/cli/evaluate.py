@@ -147,12 +147,12 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     if what == "cross-view":
         from geodiff4d.evaluate.cross_view import run_cross_view
 
-        run_cross_view(settings, extent, p.data, workers, progress.track)
+        run_cross_view(settings, extent, p.data, workers, progress.bar)
     else:
         from geodiff4d.evaluate.protocol import run_protocol
         from geodiff4d.evaluate.protocol_page import write_results
 
-        cases, found = run_protocol(what, settings, extent, p.data, workers, progress.track)
+        cases, found = run_protocol(what, settings, extent, p.data, workers, progress.bar)
         config = {
             "data": "open world" if p.data is None else p.data.name, "preset": settings.preset, **counts,
             "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed, "bf16": p.bf16,
@@ -209,7 +209,7 @@ def _video(args: Args, count: int) -> None:
         config = VideoEvaluation(count, 2, 4, 3, args.split, "truth")
     model = placed_on(load_model(args.model), chosen_device(args.device))
     sample = preset(args.preset or default_preset(model)).sample
-    result = evaluate_video(args.out, load_head(), model, sample, config, progress.track)
+    result = evaluate_video(args.out, load_head(), model, sample, config, progress.bar)
     print("  ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
     print(f"{args.out / 'metrics.json'}: all figures")
 
@@ -228,7 +228,7 @@ def _tracking(args: Args, count: int) -> None:
         embedded = name == "embedded"
         known[name] = EmbeddedDetector(load_perception(args.model or SHIPPED)) if embedded else MediaPipeDetector()
     result = evaluate_tracking(
-        args.out, load_head(), known, count, args.split, TrackConfig(size=args.size), progress.track
+        args.out, load_head(), known, count, args.split, TrackConfig(size=args.size), progress.bar
     )
     for name in known:
         r = result[name]

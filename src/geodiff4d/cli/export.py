@@ -69,7 +69,7 @@ def _avatar(args: Args, to: str) -> None:
         count = export_ply(avatar, show, args.out, args.frame)
         print(f"{args.out}: {count} Gaussians at frame {args.frame}")
     else:
-        count = export_sequence(avatar, show, args.out, progress.track)
+        count = export_sequence(avatar, show, args.out, progress.bar)
         print(f"{args.out}: {len(show)} frames of {count} Gaussians")
 
 
@@ -80,7 +80,7 @@ def _vhap(args: Args, to: str) -> None:
     from geodiff4d.data.clip import Clip
     from geodiff4d.data.vhap import write_vhap
 
-    left = write_vhap(Clip(args.source), args.out, args.background, progress.track)
+    left = write_vhap(Clip(args.source), args.out, args.background, progress.bar)
     if left:
         print(f"warning: {len(left)} timesteps have no head parameters and were left out", file=sys.stderr)
     written = Clip(args.out)

@@ -58,7 +58,7 @@ def run(args: Args) -> None:
         config = replace(config, hold_out=HoldOut(0, args.hold_out_views, args.hold_out_times))
     clip = Clip(args.clip)
     normals = normal_estimator() if config.normal_source == "estimator" else None
-    metrics = fit(clip, args.out, config, args.seed, progress.track, normals)
+    metrics = fit(clip, args.out, config, args.seed, progress.bar, normals)
     speed = f"{metrics['gaussians']} Gaussians, {metrics['iterations_per_second']:.1f} it/s"
     print(f"{args.out}: {speed}, held out: {shown(metrics['held_out'])}")
     for name in ("views", "times"):

@@ -83,7 +83,7 @@ def run(args: Args) -> None:
             head = load_head(sources[0].head)
         except UserError:  # FLAME without its file: everything is imported, only the sheet's pose maps are missing
             head = None
-    clips = import_sources(sources, args.out, origin, choice, report, config, head, estimator, progress.track)
+    clips = import_sources(sources, args.out, origin, choice, report, config, head, estimator, progress.bar)
     for folder in clips:
         print(summary(folder))
     for line in report.lines()[:SHOWN_WARNINGS]:

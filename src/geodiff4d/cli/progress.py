@@ -2,35 +2,33 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sized
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-Item = TypeVar("Item")
-Description = str | Callable[[], str]
-"""A function says how far the work is, each time it is asked."""
+from geodiff4d.core.progress import Description, Item
+
 LINE_SECONDS = 10.0
 
 
-def track(iterable: Iterable[Item], description: Description, total: int | None = None) -> Iterator[Item]:
+def bar(items: Iterable[Item], description: Description = "", total: int | None = None) -> Iterator[Item]:
     """Pass items through and show on stderr how far they are.
 
-    `total` defaults to the length of `iterable` where it has one. Away from a terminal (logs, CI), work shorter than
-    ten seconds prints nothing.
+    This is the commands' `core.progress.Progress`. `total` defaults to the length of `items` where it has one. Away
+    from a terminal (logs, CI), work shorter than ten seconds prints nothing.
 
     Example:
-        >>> for frame in track(frames, "rendering"):
+        >>> for frame in bar(frames, "rendering"):
         ...     write(frame)
     """
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
     console = Console(stderr=True)
-    return _bar(iterable, description, total, console) if console.is_terminal else _lines(iterable, description, total)
+    return _bar(items, description, total, console) if console.is_terminal else _lines(items, description, total)
 
 
-def _bar(iterable: Iterable[Item], description: Description, total: int | None, console: Console) -> Iterator[Item]:
+def _bar(items: Iterable[Item], description: Description, total: int | None, console: Console) -> Iterator[Item]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -40,15 +38,15 @@ def _bar(iterable: Iterable[Item], description: Description, total: int | None, 
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(_said(description), total=total)
-        for item in iterable:
+        for item in items:
             yield item
             progress.update(task, advance=1, description=_said(description))
 
 
-def _lines(iterable: Iterable[Item], description: Description, total: int | None) -> Iterator[Item]:
+def _lines(items: Iterable[Item], description: Description, total: int | None) -> Iterator[Item]:
     start = last = time.monotonic()
     done, printed = 0, False
-    for item in iterable:
+    for item in items:
         yield item
         done += 1
         now = time.monotonic()

@@ -26,7 +26,7 @@ def run(args: Args) -> None:
     import torch
 
     from geodiff4d.avatar.fit import PRESETS
-    from geodiff4d.cli.progress import track
+    from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.evaluate.reconstruction import finish
@@ -44,15 +44,15 @@ def run(args: Args) -> None:
         )
     # Before anybody knows whose reconstruction is there, nothing of it is replaced.
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
-    job = prepare(args, setup, track, frames, tracked_to)
+    job = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
     reconstruct(
         job.portrait, job.driving, args.out, job.head, args.generator, job.model, job.preset_name, views, frames,
-        job.sample, args.seed, track,
+        job.sample, args.seed, bar,
     )  # fmt: skip
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
-    finish(args.out, job.portrait, job.driving, args.generator, track)
+    finish(args.out, job.portrait, job.driving, args.generator, bar)
     psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
     found = "too few frames to hold one out" if psnr is None else f"{psnr:.1f} dB on held-out generated frames"
     print(f"{args.out}: avatar fitted, {found}; open {args.out / 'report.html'}")

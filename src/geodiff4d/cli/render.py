@@ -54,5 +54,5 @@ def run(args: Args) -> None:
     views = cameras(avatar, args.camera, count, args.size)
     frames = render_sequence(avatar.to(device), show.looped(count), views)
     pictures = (normal_image(f) if args.normals else f.rgb.clamp(0, 1) for f in islice(frames, count))
-    write_video(args.out, progress.track(pictures, "rendering", count), show.fps)
+    write_video(args.out, progress.bar(pictures, "rendering", count), show.fps)
     print(f"{args.out}: {count} frames")

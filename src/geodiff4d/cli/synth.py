@@ -60,7 +60,7 @@ def run(args: Args) -> None:
     folders = {seed: args.out / f"{args.split}_{seed}" for seed in seeds}
     todo = [seed for seed in seeds if not is_complete(folders[seed], args.frames, args.views, size)]
     writing = write_world(args.out, args.split, todo, args.frames, args.views, size, args.workers)
-    written = sum(1 for _ in progress.track(writing, "people", len(todo)))
+    written = sum(1 for _ in progress.bar(writing, "people", len(todo)))
     fronts = [read_image(folders[seed] / "reference.png") for seed in seeds[:SHEET_MAX]]
     fronts += [torch.ones_like(fronts[0])] * (-len(fronts) % min(SHEET_COLUMNS, len(fronts)))
     columns = min(SHEET_COLUMNS, len(fronts))

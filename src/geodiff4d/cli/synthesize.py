@@ -19,15 +19,15 @@ class Args(GenerationArgs):
 
 
 def run(args: Args) -> None:
-    from geodiff4d.cli.progress import track
+    from geodiff4d.cli.progress import bar
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.pipeline import synthesize
 
     refuse_foreign(args.out, args.portrait, args.driving)
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
-    job = prepare(args, setup, track, frames)
+    job = prepare(args, setup, bar, frames)
     clip = synthesize(
-        job.portrait, job.driving, args.out, job.head, args.generator, job.model, views, frames, job.sample, track
+        job.portrait, job.driving, args.out, job.head, args.generator, job.model, views, frames, job.sample, bar
     )
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

@@ -41,7 +41,7 @@ def run(args: Args) -> None:
     config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
-    clip = track(args.input, args.out, load_head(args.head), detector, config, progress.track)
+    clip = track(args.input, args.out, load_head(args.head), detector, config, progress.bar)
     for note in clip.extra["notes"]:
         print(f"note: {note}", file=sys.stderr)
     show = "overlay.mp4" if (clip.folder / "overlay.mp4").exists() else "overlay.png"

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
@@ -49,7 +49,7 @@ class ImportConfig:
 def import_sources(
     sources: list[Source], out: Path, origin: str, choice: Choice, report: Report,
     config: ImportConfig = ImportConfig(), head: Head | None = None, estimator: Normals | None = None,
-    progress: Track = unchanged,
+    progress: Progress = silent,
 ) -> list[Path]:  # fmt: skip
     """Import every source that is chosen into a clip below `out` and return the clips' folders.
 
@@ -83,7 +83,7 @@ def import_sources(
 
 def import_clip(
     source: Source, folder: Path, origin: str, choice: Choice, report: Report, config: ImportConfig,
-    head: Head | None, estimator: Normals | None, progress: Track,
+    head: Head | None, estimator: Normals | None, progress: Progress,
 ) -> Path:  # fmt: skip
     """Import one source into `folder`, going on where an earlier call stopped.
 

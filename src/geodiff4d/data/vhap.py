@@ -26,7 +26,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_arrays, read_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import composite, decode_normals, read_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipWriter, read_params
 from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES
 from geodiff4d.data.importing import (
@@ -223,7 +223,7 @@ def _params(path: Path | None, where: str, report: Report) -> HeadParams | None:
     return params
 
 
-def write_vhap(clip: Clip, out: Path, background: float = 1.0, progress: Track = unchanged) -> list[int]:
+def write_vhap(clip: Clip, out: Path, background: float = 1.0, progress: Progress = silent) -> list[int]:
     """Write a clip on FLAME as VHAP exports one, strictly: for programs that know nothing of clips.
 
     Against the clip: pictures on a plain `background`, timesteps numbered from zero, the head's mean translation moved

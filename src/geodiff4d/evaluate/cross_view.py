@@ -20,7 +20,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
 from geodiff4d.core.images import composite, write_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.cases import Case, Extent, Source, WorldClip, found_clips, timesteps, world_seed
 from geodiff4d.evaluate.inputs import (
@@ -61,7 +61,7 @@ class Films:
 
 
 def run_cross_view(
-    settings: Settings, extent: Extent, data: Path | None = None, workers: int = 1, progress: Track = unchanged
+    settings: Settings, extent: Extent, data: Path | None = None, workers: int = 1, progress: Progress = silent
 ) -> dict[str, Any]:
     """Run the protocol and write metrics.json, table.md and report.html; returns the metrics.
 

@@ -22,12 +22,13 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
-from geodiff4d.pipeline import Driving, Track, animate, load_model, synthesize, unchanged
+from geodiff4d.pipeline import Driving, animate, load_model, synthesize
 from geodiff4d.presets import Preset, preset
 from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import Generated, Portrait, with_identity_of
@@ -89,7 +90,7 @@ class Scored:
 
 
 def run_demo(
-    out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Track = unchanged
+    out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
     """Run everything; write a page, overview.png, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/, frames/.
 
@@ -109,7 +110,7 @@ def run_demo(
         frames, folder = p.frames if i == 0 else config.driver_frames, out / "pairs" / f"{i}"
         if config.tracking == "truth":
             return make_pair(folder, head, i, frames, size, crop)
-        return track_pair(folder, head, i, frames, size, crop, progress=progress if i == 0 else unchanged)
+        return track_pair(folder, head, i, frames, size, crop, progress=progress if i == 0 else silent)
 
     with watch.stage("track"):
         first = make(0)
@@ -165,7 +166,7 @@ def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> d
 
 
 def _clip(
-    folder: Path, pair: Pair, p: Preset, head: Head, model: VideoModel, sample: SampleConfig, progress: Track
+    folder: Path, pair: Pair, p: Preset, head: Head, model: VideoModel, sample: SampleConfig, progress: Progress
 ) -> Clip:
     if (folder / "transforms.json").exists():
         return Clip(folder)
@@ -236,7 +237,7 @@ def _score_avatar(
     }  # fmt: skip
 
 
-def _videos(out: Path, pair: Pair, avatar: Avatar, clip: Clip, config: DemoConfig, progress: Track) -> None:
+def _videos(out: Path, pair: Pair, avatar: Avatar, clip: Clip, config: DemoConfig, progress: Progress) -> None:
     """Write generated.mp4 (RGB beside normals, camera by camera) and avatar.mp4 (driven, orbiting)."""
 
     def generated() -> Iterator[Float[Tensor, "3 height width"]]:

@@ -19,20 +19,19 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, read_image, write_image
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.pipeline import (
     Driving,
-    Track,
     clip_cameras,
     driver_clip_index,
     load_driving,
     load_portrait,
     still_head,
     tracked,
-    unchanged,
 )
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
@@ -90,7 +89,7 @@ def make_pair(folder: Path, head: Head, index: int, frames: int, size: int, crop
 
 def track_pair(
     folder: Path, head: Head, index: int, frames: int, size: int, crop: int, split: Split = "test",
-    progress: Track = unchanged,
+    progress: Progress = silent,
 ) -> Pair:  # fmt: skip
     """Render portrait.png and driving.mp4 into `folder` and track both from their pixels; what is there is kept.
 

@@ -23,6 +23,7 @@ import torch
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.images import composite, encode_normals, write_image
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
@@ -42,7 +43,7 @@ from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_re
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
 from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
-from geodiff4d.pipeline import Track, load_model, load_portrait, placed_on, unchanged
+from geodiff4d.pipeline import load_model, load_portrait, placed_on
 from geodiff4d.presets import preset
 from geodiff4d.tracking.network import SHIPPED as PERCEPTION
 from geodiff4d.video.generate import Portrait
@@ -107,7 +108,7 @@ class Work:
 
 def run_protocol(
     protocol: Literal["self", "cross"], settings: Settings, extent: Extent, data: Path | None = None, workers: int = 1,
-    progress: Track = unchanged,
+    progress: Progress = silent,
 ) -> tuple[list[Case], list[dict[str, Any]]]:  # fmt: skip
     """Run a protocol; returns its cases and what each left (`scores.json`, or why it failed).
 
@@ -323,7 +324,7 @@ def _keep(folder: Path, made: Made, kept: Sequence[int]) -> None:
 # Several processes
 
 
-def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Track, description: str) -> Iterator[Any]:
+def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress, description: str) -> Iterator[Any]:
     """Do jobs (function, arguments…) by several processes; results come in the jobs' order."""
     if not jobs:
         return

@@ -8,7 +8,7 @@ import torch
 from geodiff4d.avatar.drive import head_centre, orbit, render_sequence, turned
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.images import encode_normals
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, Video, build_report
@@ -20,7 +20,7 @@ YAWS = (-45, -25, 0, 25, 45)
 
 
 @torch.no_grad()
-def finish(out: Path, portrait: Portrait, driving: Driving, generator: str, progress: Track = unchanged) -> None:
+def finish(out: Path, portrait: Portrait, driving: Driving, generator: str, progress: Progress = silent) -> None:
     """Write avatar.mp4 and report.html beside the clip and the avatar."""
     out = Path(out)
     clip, avatar = Clip(out / "clip"), Avatar.load(out / "avatar")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import Head, HeadParams
@@ -30,7 +30,7 @@ def ranks(scores: Float[Tensor, "queries candidates"], own: Int[Tensor, " querie
 
 
 def identity_ranks(
-    pairs: Sequence[Pair], head: Head, model: VideoModel, sample: SampleConfig, progress: Track = unchanged
+    pairs: Sequence[Pair], head: Head, model: VideoModel, sample: SampleConfig, progress: Progress = silent
 ) -> Int[Tensor, " subjects"]:
     """Drive every portrait by the first pair's driver: whose truth, of all subjects', is a frame nearest to?
 
@@ -54,7 +54,7 @@ def identity_ranks(
 
 def expression_ranks(
     pairs: Sequence[Pair], head: Head, model: VideoModel, sample: SampleConfig, count: int = 8,
-    progress: Track = unchanged,
+    progress: Progress = silent,
 ) -> Int[Tensor, "subjects expressions"]:  # fmt: skip
     """Drive every portrait to `count` expressions: which truth's mouth and eyes is a frame nearest to?
 

@@ -20,7 +20,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import write_json
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import write_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.evaluate.metrics import normal_deg
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_region
@@ -171,7 +171,7 @@ def _detected(detection: Detection | None, case: Case, vertices: Tensor, head: H
 
 def evaluate_tracking(
     out: Path, head: Head, detectors: dict[str, Detector], count: int = 100, split: Split = "test",
-    config: TrackConfig = TrackConfig(), progress: Track = unchanged,
+    config: TrackConfig = TrackConfig(), progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Track `count` subjects' pictures with each detector; writes `metrics.json` and a sheet of overlays each."""
     scores: dict[str, list[Score | None]] = {name: [] for name in detectors}

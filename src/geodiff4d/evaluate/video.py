@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from geodiff4d.core.files import write_json
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.evaluate.metrics import score
 from geodiff4d.evaluate.pairs import Pair, make_pair, track_pair, truth_frames
 from geodiff4d.evaluate.retrieval import expression_ranks, identity_ranks
@@ -36,7 +36,7 @@ class VideoEvaluation:
 
 def evaluate_video(
     out: Path, head: Head, model: VideoModel, sample: SampleConfig, config: VideoEvaluation = VideoEvaluation(),
-    progress: Track = unchanged,
+    progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure retrieval and flicker; writes OUT/metrics.json and keeps the pairs in OUT/pairs.
 

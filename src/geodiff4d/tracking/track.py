@@ -18,7 +18,7 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import encode_normals, to_uint8, write_image
-from geodiff4d.core.progress import Track, unchanged
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import cut_short, write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
@@ -105,7 +105,7 @@ class Cut:
 
 def track_frames(
     images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), video: bool = True, progress: Track = unchanged,
+    config: TrackConfig = TrackConfig(), video: bool = True, progress: Progress = silent,
 ) -> Tracked:  # fmt: skip
     """Track pictures that are in memory; `video` says that they follow each other, all show one person.
 
@@ -130,11 +130,11 @@ def track_frames(
 
 def track(
     source: Path, out: Path, head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), progress: Track = unchanged,
+    config: TrackConfig = TrackConfig(), progress: Progress = silent,
 ) -> Clip:  # fmt: skip
     """Track one picture or video and write a clip folder.
 
-    `progress(items, description, total)` passes items through (`cli.progress.track`); without a detector
+    `progress(items, description, total)` passes items through (`cli.progress.bar`); without a detector
     `default_detector` is taken.
 
     Raises:
@@ -199,7 +199,7 @@ def default_detector() -> Detector:
 
 def locate(
     frames: Frames, head: Head, detector: Detector, config: TrackConfig, video: bool,
-    progress: Track = unchanged, source: Path | None = None,
+    progress: Progress = silent, source: Path | None = None,
 ) -> Located:  # fmt: skip
     """Detect and fit: where the head is in all frames.
 

@@ -1,6 +1,5 @@
 """From a tracked portrait, target head poses and driving crops to frames, normals and expression tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import composite, decode_normals, encode_normals
+from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import crop_image, face_crop_box
 from geodiff4d.render.meshes import rasterize, render_normals
@@ -121,7 +121,7 @@ def generate(
     cameras: Camera,
     crops: Float[Tensor, "t 3 size size"],
     config: SampleConfig,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Progress = silent,
     drop_expression: bool = False,
 ) -> Generated:
     """Generate one frame for each (head pose, camera, driving crop), on the model's device; the result is on the CPU.
@@ -129,7 +129,7 @@ def generate(
     Args:
         params: target head parameters in the portrait's shape (`with_identity_of`); their expression is not read.
         drop_expression: use the null expression, as a control.
-        progress: called with the number of frames finished.
+        progress: shown the number of frames finished.
     """
     device = model.device
     portrait = replace(portrait, image=portrait.image.to(device), mask=portrait.mask.to(device),

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.diffusion import SamplerName, make_sampler
 from geodiff4d.video.memory import alone
@@ -92,7 +93,7 @@ def sample(
     reference: list[ReferenceKV],
     start: Float[Tensor, "1 d c h w"] | None,
     config: SampleConfig,
-    progress: Callable[[int], None] = lambda n: None,
+    progress: Progress = silent,
     runs: Sequence[int] | None = None,
     words: Float[Tensor, "1 m x"] | None = None,
 ) -> Float[Tensor, "1 d c t h w"]:
@@ -101,7 +102,7 @@ def sample(
     Args:
         latents: expression latents per frame.
         start: latents of the reference image and its normals, which the first noise is added to; None means zeros.
-        progress: called with the number of frames finished.
+        progress: shown the number of frames finished.
         runs: lengths of the consecutive stretches of frames that belong together in time (the views of a clip); by
             default all of it. Temporal modules see windows inside them.
         words: the portrait's (`VideoModel.words`).
@@ -116,32 +117,33 @@ def sample(
         windows = plan_windows(runs or [frames], config.window, config.overlap)
     else:
         windows = plan_windows([frames], config.chunk)
-    report = _Progress(frames, config.draws * config.steps * len(windows), progress)
     total = torch.zeros_like(conditions.base)
     given = _Given(conditions, latents, reference, words)
     if config.compiled:
         model.compile_steps()
-    for draw in range(config.draws):
-        # One draw for the whole clip, so that windows do not change the noise.
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
-        like = conditions.base[:, :, :, :1] if config.still_noise else conditions.base
-        noise = model.diffusion.noise_like(like, generator, config.shared_noise).expand_as(conditions.base)
-        with alone(model, "unet", offload=config.offload):
-            total += _denoise(model, given, start, config, noise, windows, report)
+    with advancing(progress, "generating", frames) as advance:
+        report = _FinishedFrames(frames, config.draws * config.steps * len(windows), advance)
+        for draw in range(config.draws):
+            # One draw for the whole clip, so that windows do not change the noise.
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + draw)
+            like = conditions.base[:, :, :, :1] if config.still_noise else conditions.base
+            noise = model.diffusion.noise_like(like, generator, config.shared_noise).expand_as(conditions.base)
+            with alone(model, "unet", offload=config.offload):
+                total += _denoise(model, given, start, config, noise, windows, report)
     return total / config.draws
 
 
-class _Progress:
-    """Turns finished windows into finished frames."""
+class _FinishedFrames:
+    """Turns finished windows into finished frames, and tells their number to `advance`."""
 
-    def __init__(self, frames: int, windows: int, tell: Callable[[int], None]):
-        self.frames, self.windows, self.tell, self.done, self.told = frames, windows, tell, 0, 0
+    def __init__(self, frames: int, windows: int, advance: Callable[[int], None]):
+        self.frames, self.windows, self.advance, self.done, self.told = frames, windows, advance, 0, 0
 
     def window(self) -> None:
         self.done += 1
         frames = self.frames * self.done // self.windows
         if frames > self.told:
-            self.tell(frames - self.told)
+            self.advance(frames - self.told)
             self.told = frames
 
 
@@ -180,7 +182,7 @@ class _Given:
 
 def _denoise(
     model: VideoModel, given: _Given, start: Tensor | None, config: SampleConfig, noise: Tensor, windows: list[slice],
-    report: _Progress,
+    report: _FinishedFrames,
 ) -> Tensor:  # fmt: skip
     """Run the solver over the whole clip; where windows overlap, their predictions are averaged in every step."""
     scheduler = make_sampler(config.sampler, model.config.diffusion, config.steps)
