@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from geodiff4d.avatar.binding import sample_surface
-from geodiff4d.avatar.body import Body
+from geodiff4d.avatar.deformable import DeformableSurface
 from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap
 from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig
 from geodiff4d.avatar.expression import fit_expression_code
@@ -53,6 +53,7 @@ def with_networks(avatar: Avatar, tokens: torch.Tensor | None, seed: int = 0) ->
         for parameter in network.parameters():
             parameter.data += 0.06 * torch.randn(parameter.shape, generator=g)
         network.requires_grad_(False)
-    body = Body(avatar.head, surface, code, deformation, dynamics, PositionMap.of(avatar.head, surface, 32))
+    maps = PositionMap.of(avatar.head, surface, 32)
+    deformable = DeformableSurface(avatar.head, surface, code, deformation, dynamics, maps)
     features = torch.randn(len(avatar.local), dynamics.config.features, generator=g)
-    return replace(avatar, local=replace(avatar.local, features=features), parts=body, tokens=tokens)
+    return replace(avatar, local=replace(avatar.local, features=features), parts=deformable, tokens=tokens)

@@ -239,7 +239,11 @@ def test_avatar_round_trip(avatar_folder, tmp_path):
 
 def test_resume_equals_uninterrupted(clip, tmp_path):
     config = replace(
-        PRESETS["debug"][1], iterations=6, gaussians=1, checkpoint_every=3, densify=DensifyConfig(every=2, pull=1e-6)
+        PRESETS["debug"][1],
+        iterations=6,
+        gaussians=1,
+        checkpoint_every=3,
+        densify=DensifyConfig(every=2, grow_grad2d=1e-6),
     )
 
     def interrupted(items, _):
@@ -396,9 +400,9 @@ def test_a_body_goes_on_below_what_enough_cameras_see():
     possible, known = torch.ones(3, 4, 1, dtype=torch.bool), torch.zeros(3, 4, 1, dtype=torch.bool)
     known[:, 2:] = True
     possible[0, 3], possible[2, 2:], possible[1, 0] = False, False, False
-    body = continued(possible, known)[..., 0]
+    filled = continued(possible, known)[..., 0]
     # The columns, from below: known above and carried down; ended by a picture of background; never there.
-    assert body.tolist() == [[True, True, True, False], [False, True, True, True], [False] * 4]
+    assert filled.tolist() == [[True, True, True, False], [False, True, True, True], [False] * 4]
 
 
 def _harmed(tensors: dict, config: dict, params: dict, harm: str) -> None:

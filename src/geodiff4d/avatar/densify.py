@@ -1,11 +1,12 @@
 """Densification with inherited faces (GaussianAvatars, Qian et al. 2024, Sec. 3.2; Kerbl et al. 2023, Sec. 5.2).
 
-Gaussians whose picture position is pulled hard are cloned if small and split in two if large; transparent ones go.
-Children ride on their parent's face, and no face is ever emptied: where all of a face's Gaussians would go, all stay.
-The loss is shown at one picture a step, so gradients are summed over the steps in which a Gaussian was seen.
+Gaussians with a large gradient by their position in the image (`grad2d`) are cloned if small and split in two if large;
+transparent ones are removed. Children are bound to their parent's face, and no face is ever emptied: where all of a
+face's Gaussians would be removed, all stay. A step renders one image, so `grad2d` is averaged over the steps in which a
+Gaussian was seen.
 
-Ours / theirs: the pull is the world gradient carried to the picture, since not every rasteriser hands out the
-picture's; split offsets are drawn in the Gaussian's own axes (theirs mix global sizes with local rotations).
+Ours / theirs: `grad2d` is the gradient by the mean in the world, carried to the image, since not every rasteriser
+returns the image's; split offsets are drawn in the Gaussian's own axes (theirs mix global sizes with local rotations).
 """
 
 import math
@@ -21,40 +22,43 @@ from geodiff4d.core.geometry import quat_to_matrix
 
 CHILDREN = 2
 SHRINK = 1.6
-"""A split Gaussian's children are so much smaller."""
+"""Factor by which the children of a split Gaussian are smaller."""
 
 
 @dataclass(frozen=True)
 class DensifyConfig:
-    """When and what is cloned, split, pruned and reset; times are shares of the fit."""
+    """When Gaussians are cloned, split, pruned and reset, and which ones."""
 
     start: float = 0.1
+    """Share of the fit's steps before the first round."""
     stop: float = 0.7
+    """Share of the fit's steps after which there is no further round."""
     every: int = 100
     """Steps from one round to the next."""
-    pull: float = 2e-4
-    """Mean gradient by the position on the picture, in half pictures, above which a Gaussian is too few."""
+    grow_grad2d: float = 2e-4
+    """Mean `grad2d` above which a Gaussian is cloned or split; positions are in half images, as gsplat's."""
     large_m: float = 0.003
-    """Gaussians with a longer axis are split, others cloned."""
+    """Gaussians whose longest standard deviation exceeds this are split, others cloned [m]."""
     faint: float = 0.005
-    """Opacity below which Gaussians go."""
+    """Opacity below which Gaussians are removed."""
     limit: int = 100_000
-    """So many Gaussians at most; those pulled hardest go first."""
+    """Largest number of Gaussians; where more are wanted, those with the largest `grad2d` are densified first."""
     reset_every: int = 0
     """Steps between resets of all opacities to `reset_to`; 0 for none."""
     reset_to: float = 0.01
+    """Largest opacity after a reset."""
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.start <= self.stop <= 1:
             raise ValueError(f"densification needs every >= 1 and 0 <= start <= stop <= 1, got {self}")
 
     def due(self, iteration: int, iterations: int) -> bool:
-        """Say whether a round follows the step `iteration` (from 0)."""
+        """Return whether a round follows step `iteration` (from 0) of a fit of `iterations` steps."""
         progress = (iteration + 1) / iterations
         return (iteration + 1) % self.every == 0 and self.start < progress <= self.stop
 
     def reset_due(self, iteration: int, iterations: int) -> bool:
-        """Say whether opacities are reset after the step; never so late that they cannot recover."""
+        """Return whether opacities are reset after step `iteration`; never after `stop`, so that they can recover."""
         return (
             self.reset_every > 0
             and (iteration + 1) % self.reset_every == 0
@@ -63,53 +67,59 @@ class DensifyConfig:
 
 
 @dataclass(frozen=True)
-class Pulls:
-    """What the pictures have asked for since the last round."""
+class Grad2d:
+    """Norms of the gradients by the positions in the image, accumulated since the last round."""
 
     total: Float[Tensor, " n"]
     seen: Float[Tensor, " n"]
+    """Steps in which each Gaussian had a gradient."""
 
     @staticmethod
-    def none(count: int, device: torch.device | str = "cpu") -> "Pulls":
-        return Pulls(torch.zeros(count, device=device), torch.zeros(count, device=device))
+    def zeros(count: int, device: torch.device | str = "cpu") -> "Grad2d":
+        """Return the state of `count` Gaussians that no step has seen."""
+        return Grad2d(torch.zeros(count, device=device), torch.zeros(count, device=device))
 
     @torch.no_grad()
-    def plus(self, means: Float[Tensor, "n 3"], gradient: Float[Tensor, "n 3"], camera: Camera) -> "Pulls":
-        """Add one step's gradients by the means in the world; a Gaussian without gradient was not seen."""
+    def plus(self, means: Float[Tensor, "n 3"], gradient: Float[Tensor, "n 3"], camera: Camera) -> "Grad2d":
+        """Return the sum with one step's gradients by the means [1/m]; a Gaussian without gradient was not seen."""
         T = camera.T_cam_world.to(means)
         depth = means @ T[2, :3] + T[2, 3]
         across = (gradient @ T[:2, :3].mT) * depth[:, None]
         half = torch.tensor([camera.width / 2, camera.height / 2]).to(means)
-        pull = (across / camera.K[[0, 1], [0, 1]].to(means) * half).norm(dim=-1)
-        return Pulls(self.total + pull, self.seen + (pull > 0))
+        grad2d = (across / camera.K[[0, 1], [0, 1]].to(means) * half).norm(dim=-1)
+        return Grad2d(self.total + grad2d, self.seen + (grad2d > 0))
 
     @property
     def mean(self) -> Float[Tensor, " n"]:
+        """Return each Gaussian's mean over the steps that saw it; 0 where none did."""
         return self.total / self.seen.clamp(min=1)
 
 
 @dataclass(frozen=True)
 class Round:
-    """The outcome of one round."""
+    """Gaussians after one round, and where each comes from."""
 
     local: LocalGaussians
     parent: Int[Tensor, " n"]
-    """Which Gaussian of before each comes from."""
+    """Index of the Gaussian, before the round, that each was or was made of."""
     fresh: Bool[Tensor, " n"]
-    """Children: an optimiser knows nothing of them yet."""
+    """Clones and children of splits, for which an optimiser has no state."""
 
 
 @torch.no_grad()
 def densify(
-    local: LocalGaussians, pull: Float[Tensor, " n"], face_scale: Float[Tensor, " faces"], config: DensifyConfig,
+    local: LocalGaussians, grad2d: Float[Tensor, " n"], face_scale: Float[Tensor, " faces"], config: DensifyConfig,
     generator: torch.Generator,
 ) -> Round:  # fmt: skip
-    """Clone, split and prune; a pure function of its inputs. The order is survivors, clones, children of splits."""
+    """Clone, split and prune; returns survivors, clones and children of splits, in this order.
+
+    A pure function of its inputs. `grad2d` is `Grad2d.mean`; `face_scale` is the size of each face of the surface [m].
+    """
     opacity = local.opacity_logits.sigmoid()
-    wanted = (pull > config.pull) & (opacity > config.faint)
+    wanted = (grad2d > config.grow_grad2d) & (opacity > config.faint)
     room = max(config.limit - len(local), 0)
     if int(wanted.sum()) > room:
-        ranked = torch.where(wanted, pull, -1.0).argsort(descending=True, stable=True)
+        ranked = torch.where(wanted, grad2d, -1.0).argsort(descending=True, stable=True)
         wanted = torch.zeros_like(wanted).index_fill(0, ranked[:room], True)
     size = (local.log_scales.amax(-1).exp()) * face_scale[local.face_index]
     split, clone = wanted & (size > config.large_m), wanted & (size <= config.large_m)
@@ -122,7 +132,7 @@ def densify(
 
 
 def _kept(face: Tensor, going: Tensor, replaced: Tensor) -> Bool[Tensor, " n"]:
-    """Return who stays: nobody goes from a face that would lose everyone, but parents whose children replace them."""
+    """Return which Gaussians stay: a face that would lose all keeps all, but parents whose children replace them."""
     faces = int(face.max()) + 1 if len(face) else 0
     staying = torch.zeros(faces, device=face.device).index_add(0, face, ((~going) | replaced).float())
     return ~going | ((staying[face] == 0) & ~replaced)
@@ -143,5 +153,5 @@ def _spread(local: LocalGaussians, count: int, generator: torch.Generator) -> Lo
 
 
 def reset_opacity(opacity_logits: Float[Tensor, " n"], config: DensifyConfig) -> Float[Tensor, " n"]:
-    """Return logits of at most `reset_to`: what is needed grows again, what is not goes in the next round."""
+    """Return logits of opacities of at most `reset_to`; those that are not needed are removed in the next round."""
     return opacity_logits.clamp(max=math.log(config.reset_to / (1 - config.reset_to)))

@@ -75,8 +75,8 @@ def wants_tokens(avatar: Avatar) -> bool:
 
 def regressor_of(avatar: Avatar) -> TokenRegressor | None:
     """Return the avatar's map from parameters to tokens, if it has tokens at all."""
-    body = avatar.parts
-    return None if body is None or not body.networks() or body.code is None else body.code.regressor
+    parts = avatar.parts
+    return None if parts is None or not parts.networks() or parts.code is None else parts.code.regressor
 
 
 def own_rest(avatar: Avatar) -> Rest:

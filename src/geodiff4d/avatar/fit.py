@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from geodiff4d.avatar.body import Body
+from geodiff4d.avatar.deformable import DeformableSurface
 from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig, first_features
@@ -60,7 +60,7 @@ class FitConfig:
     deformation: DeformationConfig | None = None
     dynamics: DynamicsConfig | None = None
     densify: DensifyConfig | None = field(
-        default_factory=lambda: DensifyConfig(start=0.15, stop=0.6, every=150, pull=8e-4, limit=32_000)
+        default_factory=lambda: DensifyConfig(start=0.15, stop=0.6, every=150, grow_grad2d=8e-4, limit=32_000)
     )
     normal_source: Literal["clip", "estimator"] = "clip"
     """estimator: normals of a monocular estimator instead of the clip's, which the caller gives to `fit`."""
@@ -220,25 +220,27 @@ def prepare(frames: Frames, head: Head, config: FitConfig, seed: int) -> tuple[F
     # Everything random is drawn on the CPU: the same numbers on every device.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body, explained = _body(frames, head, surface, config)
+        deformable, explained = _deformable(frames, head, surface, config)
     if config.dynamics:
         features = first_features(len(local), config.dynamics, torch.Generator().manual_seed(seed))
         local = replace(local, features=features)
     frames.to(config.device)
-    made = Fitting(body.to(config.device), local.to(config.device), frames, tolerance.to(config.device), config)
+    made = Fitting(deformable.to(config.device), local.to(config.device), frames, tolerance.to(config.device), config)
     return made, explained
 
 
-def _body(frames: Frames, head: Head, surface: Surface, config: FitConfig) -> tuple[Body, dict[str, Any] | None]:
+def _deformable(
+    frames: Frames, head: Head, surface: Surface, config: FitConfig
+) -> tuple[DeformableSurface, dict[str, Any] | None]:
     if config.deformation is None and config.dynamics is None:
-        return Body(head, surface), None
+        return DeformableSurface(head, surface), None
     code, explained = fit_expression_code(frames.sequence, frames.tokens)
     deformation = maps = None
     if config.deformation:
         deformation = Deformation(config.deformation, code.size)
         maps = PositionMap.of(head, surface, config.deformation.size)
     dynamics = Dynamics(config.dynamics, code.basis.shape[1]) if config.dynamics else None
-    return Body(head, surface, code, deformation, dynamics, maps), explained
+    return DeformableSurface(head, surface, code, deformation, dynamics, maps), explained
 
 
 def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, progress: Progress) -> float:

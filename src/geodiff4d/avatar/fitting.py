@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames
-from geodiff4d.avatar.body import Body, Posing
-from geodiff4d.avatar.densify import Pulls, densify, reset_opacity
+from geodiff4d.avatar.deformable import DeformableSurface, Posing
+from geodiff4d.avatar.densify import Grad2d, densify, reset_opacity
 from geodiff4d.avatar.frames import Frames, Target
 from geodiff4d.avatar.losses import binding_loss, image_loss
 from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
@@ -40,14 +40,15 @@ class Fitting:
     """Gaussians, residuals of the head parameters, networks, and their optimiser."""
 
     def __init__(
-        self, body: Body, local: LocalGaussians, frames: Frames, tolerance: Float[Tensor, " faces"], config: "FitConfig"
-    ):
-        self.body, self.frames, self.config, self.tolerance = body, frames, config, tolerance
+        self, deformable: DeformableSurface, local: LocalGaussians, frames: Frames,
+        tolerance: Float[Tensor, " faces"], config: "FitConfig",
+    ):  # fmt: skip
+        self.deformable, self.frames, self.config, self.tolerance = deformable, frames, config, tolerance
         self.tokens = None if frames.tokens is None else frames.tokens.to(config.device)
         self.refinement = Refinement(frames.sequence.to(config.device))
         with torch.no_grad():
-            self.rest_scale = face_frames(self._vertices_of(0), body.surface.faces).scale
-            still = config.refine is None and body.deformation is None
+            self.rest_scale = face_frames(self._vertices_of(0), deformable.surface.faces).scale
+            still = config.refine is None and deformable.deformation is None
             self.posed = [self._vertices_of(i) for i in range(len(self))] if still else None
         self._take(local)
 
@@ -57,7 +58,7 @@ class Fitting:
 
     def _vertices_of(self, row: int) -> Tensor:
         params = self.refinement.params(row)
-        return self.body.vertices(params, self.body.expression(params, self._tokens_of(row)))[0]
+        return self.deformable.vertices(params, self.deformable.expression(params, self._tokens_of(row)))[0]
 
     def _tokens_of(self, row: int) -> Tensor | None:
         return None if self.tokens is None else self.tokens[row]
@@ -66,7 +67,7 @@ class Fitting:
         """Make these Gaussians the ones that are learned, with a new optimiser."""
         self.local = replace(local, **{n: v.detach().clone().requires_grad_() for n, v in local.parameters.items()})
         self.adam = torch.optim.Adam(self._groups(), eps=1e-15, fused=True)
-        self.pulls = Pulls.none(len(local), self.config.device)
+        self.grad2d = Grad2d.zeros(len(local), self.config.device)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return Adam's groups: Gaussians, networks, and the head parameters with a schedule of their own."""
@@ -77,7 +78,7 @@ class Fitting:
             "features": config.dynamics.feature_lr if config.dynamics else 0.0,
         }  # fmt: skip
         groups = [{"params": [v], "peak": rates[n], "name": n} for n, v in self.local.parameters.items()]
-        for name, network in self.body.networks().items():
+        for name, network in self.deformable.networks().items():
             groups.append({"params": list(network.parameters()), "peak": network.config.lr, "name": name})
         refined = self.refinement.groups(config.refine) if config.refine else []
         return [{"lr": 0.0, "refine": False, **g} for g in groups] + [{"refine": True, **g} for g in refined]
@@ -85,7 +86,7 @@ class Fitting:
     def pose(self, row: int) -> Posing:
         """Pose a timestep of the fitted sequence."""
         vertices = self.posed[row] if self.posed else None
-        return self.body.pose(self.local, self.refinement.params(row), self._tokens_of(row), vertices)
+        return self.deformable.pose(self.local, self.refinement.params(row), self._tokens_of(row), vertices)
 
     def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
         """Render a timestep of the fitted sequence."""
@@ -112,7 +113,7 @@ class Fitting:
         self.adam.zero_grad(set_to_none=True)
         loss.backward()
         if config.densify and means.grad is not None:
-            self.pulls = self.pulls.plus(means.detach(), means.grad, target.camera)
+            self.grad2d = self.grad2d.plus(means.detach(), means.grad, target.camera)
         self.adam.step()
         self._rearrange(iteration, generator)
         return frame, target
@@ -125,10 +126,10 @@ class Fitting:
 
     def _penalties(self, posing: Posing) -> Tensor:
         total = torch.zeros((), device=self.config.device)
-        if self.body.deformation is not None and posing.displacement is not None:
-            total = total + self.body.deformation.penalty(posing.displacement)
-        if self.body.dynamics is not None and posing.residuals is not None:
-            total = total + self.body.dynamics.penalty(posing.residuals)
+        if self.deformable.deformation is not None and posing.displacement is not None:
+            total = total + self.deformable.deformation.penalty(posing.displacement)
+        if self.deformable.dynamics is not None and posing.residuals is not None:
+            total = total + self.deformable.dynamics.penalty(posing.residuals)
         return total
 
     def _rearrange(self, iteration: int, generator: torch.Generator) -> None:
@@ -137,7 +138,7 @@ class Fitting:
         if config is None:
             return
         if config.due(iteration, self.config.iterations):
-            done = densify(self.local, self.pulls.mean, self.rest_scale, config, generator)
+            done = densify(self.local, self.grad2d.mean, self.rest_scale, config, generator)
             kept = {n: self.adam.state.get(v, {}) for n, v in self.local.parameters.items()}
             others = {
                 p: s for p, s in self.adam.state.items() if all(p is not v for v in self.local.parameters.values())
@@ -166,21 +167,22 @@ class Fitting:
     def avatar(self, fps: float) -> Avatar:
         """Return what was fitted, detached and on the CPU."""
         sequence = self.refinement.sequence()
-        camera = self.frames.camera(frontal(self.frames, self.body.head, sequence))
-        plain = not self.body.surface.remeshed and not self.body.networks()
-        described, tensors = self.body.described(), {k: v.detach().cpu() for k, v in self.body.tensors().items()}
-        head = self.body.head.to("cpu")
+        camera = self.frames.camera(frontal(self.frames, self.deformable.head, sequence))
+        plain = not self.deformable.surface.remeshed and not self.deformable.networks()
+        described = self.deformable.described()
+        tensors = {k: v.detach().cpu() for k, v in self.deformable.tensors().items()}
+        head = self.deformable.head.to("cpu")
         return Avatar(
             head, replace(self.local, **{n: v.detach() for n, v in self.local.parameters.items()}).to("cpu"),
             self.refinement.shape.detach().cpu(), sequence.to("cpu"), camera.to("cpu"), fps,
-            None if plain else Body.restored(head, described, tensors),
+            None if plain else DeformableSurface.restored(head, described, tensors),
             None if self.tokens is None or plain else self.tokens.cpu(),
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that the next step depends on, by name."""
         leaves = {f"{g['name']}.{i}": p for g in self.adam.param_groups for i, p in enumerate(g["params"])}
-        state = {"face_index": self.local.face_index, "pulled": self.pulls.total, "seen": self.pulls.seen}
+        state = {"face_index": self.local.face_index, "grad2d": self.grad2d.total, "seen": self.grad2d.seen}
         return {**leaves, **state, **optimiser_tensors(self.adam)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -197,7 +199,7 @@ class Fitting:
                 for i, leaf in enumerate(group["params"]):
                     leaf.data.copy_(tensors[f"{group['name']}.{i}"])
             restore_optimiser(self.adam, tensors)
-            self.pulls = Pulls(tensors["pulled"].to(device), tensors["seen"].to(device))
+            self.grad2d = Grad2d(tensors["grad2d"].to(device), tensors["seen"].to(device))
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint is another fit's ({error}): remove its folder to start over") from None
 

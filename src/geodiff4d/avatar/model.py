@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians
-from geodiff4d.avatar.body import Body
+from geodiff4d.avatar.deformable import DeformableSurface
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, save_tensors, write_json
@@ -48,7 +48,7 @@ class PosedSplats:
     colors: Float[Tensor, "n 3"]
     """sRGB, 0 to 1."""
     face_index: Int[Tensor, " n"]
-    """The head's face that each rides on."""
+    """The head's face that each is bound to."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,15 @@ class Avatar:
     camera: Camera
     """The clip's most frontal camera: the default view."""
     fps: float = 24.0
-    parts: Body | None = None
+    parts: DeformableSurface | None = None
     """Remeshed surface, deformation and dynamics; None for Gaussians on the head's own mesh alone."""
     tokens: Float[Tensor, "timesteps _tokens _channels"] | None = None
     """Expression tokens of the sequence, where the clip had them."""
 
     @cached_property
-    def body(self) -> Body:
-        return self.parts or Body.plain(self.head)
+    def deformable(self) -> DeformableSurface:
+        """Return the surface that the Gaussians are bound to: `parts`, or the head's own mesh."""
+        return self.parts or DeformableSurface.plain(self.head)
 
     def posed(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> PosedSplats:
         """Pose the splats (no batch axis). Differentiable in the Gaussians and in the parameters.
@@ -85,8 +86,8 @@ class Avatar:
         `tokens` are the frame's expression tokens, as the driver's encoder gives them; without, the avatar makes them
         out of the parameters.
         """
-        posing = self.body.pose(self.local, replace(params, shape=self.shape), tokens)
-        return PosedSplats(posing.gaussians, posing.colors, self.body.surface.head_face[self.local.face_index])
+        posing = self.deformable.pose(self.local, replace(params, shape=self.shape), tokens)
+        return PosedSplats(posing.gaussians, posing.colors, self.deformable.surface.head_face[self.local.face_index])
 
     def gaussians(self, params: HeadParams) -> Gaussians:
         """Pose the splats without their colours."""
@@ -153,7 +154,7 @@ class Avatar:
             camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
             shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
             tokens, head, described = tensors.pop("tokens", None), load_head(config["head"]), config.get("parts") or {}
-            parts = Body.restored(head, described, tensors) if described else None
+            parts = DeformableSurface.restored(head, described, tensors) if described else None
             local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
             avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)
             _check(avatar, str(folder))
@@ -183,7 +184,7 @@ def _check(avatar: Avatar, where: str) -> None:
         raise ValueError(f"face_index is {_described(local.face_index)}, expected int64 in one row")
     if count and int(local.face_index.min()) < 0:
         raise ValueError("face_index has negative numbers")
-    if count and int(local.face_index.max()) >= len(avatar.body.surface.faces):
+    if count and int(local.face_index.max()) >= len(avatar.deformable.surface.faces):
         raise UserError(f"{where} was made for another version of the head {avatar.head.name!r}: fit it again")
     if camera.T_cam_world.shape != (4, 4) or camera.K.shape != (3, 3):
         raise ValueError("T_cam_world and K are not one camera's")

@@ -1,7 +1,7 @@
 """Gaussians where the person goes on and the head does not: shoulders and chest, from the silhouettes alone.
 
 The head's mesh ends at the neck, the pictures do not. Splats that start on the neck take thousands of steps to get to a
-shoulder; so some start on the visual hull below the neck and ride on the neck's nearest face.
+shoulder; so some start on the visual hull below the neck and are bound to the neck's nearest face.
 """
 
 import math

@@ -36,7 +36,7 @@ def start(
 ) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:
     """Place and colour the first Gaussians, on the surface and below it.
 
-    `tolerance` is that of the surface's triangles; returned as it is, but for those that shoulders ride on.
+    `tolerance` is that of the surface's triangles; returned as it is, but for those that shoulders are bound to.
     """
     generator = torch.Generator().manual_seed(seed)
     density = torch.ones(len(head.template))

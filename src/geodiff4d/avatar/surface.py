@@ -1,4 +1,4 @@
-"""The mesh that Gaussians ride on: the head's own, or the head remeshed in texture space (Sec. 3.3, A.2).
+"""The mesh that Gaussians are bound to: the head's own, or the head remeshed in texture space (Sec. 3.3, A.2).
 
 The remesh lays a grid over the atlas. A grid point on a chart becomes a vertex; two triangles span a cell. CAP4D keeps
 a triangle if its corners are covered, which bridges charts and the slits between lips and lids. Here a triangle needs

@@ -1,4 +1,4 @@
-"""From head parameters and an expression to Gaussians in the world: everything between the rig and the rasteriser.
+"""The deformable surface that Gaussians are bound to: from head parameters and an expression to Gaussians in the world.
 
 head → surface (remeshed or its own) → displaced by the U-Net → a frame per triangle → Gaussians, with the MLP's
 residuals (Sec. 3.3). Parts that an avatar does without are None.
@@ -22,36 +22,38 @@ from geodiff4d.render.gaussians import Gaussians
 
 @dataclass(frozen=True)
 class Posing:
-    """Gaussians in the world, and what was added on the way, which the fit keeps small."""
+    """Gaussians in the world, and the networks' outputs that moved them, which the fit penalises."""
 
     gaussians: Gaussians
     colors: Float[Tensor, "n 3"]
     """sRGB, 0 to 1."""
     displacement: Float[Tensor, "1 3 size size"] | None = None
-    """Of the surface, in texture space [cm]."""
+    """Displacement of the surface, in texture space [cm]; None without a deformation network."""
     residuals: Float[Tensor, "n outputs"] | None = None
-    """Of the Gaussians, in units of `dynamics.STRENGTH`."""
+    """Outputs of the dynamics MLP for each Gaussian, in units of `dynamics.STRENGTH`; None without it."""
 
 
 @dataclass(frozen=True)
-class Body:
-    """What a person's Gaussians ride on."""
+class DeformableSurface:
+    """A head's surface with the networks that deform it: what a person's Gaussians are bound to (Sec. 3.3)."""
 
     head: Head
     surface: Surface
+    """The mesh, at rest."""
     code: ExpressionCode | None = None
+    """What the networks are conditioned on."""
     deformation: Deformation | None = None
     dynamics: Dynamics | None = None
     maps: PositionMap | None = None
-    """Present with the deformation."""
+    """Lookups between the surface and texture space; present with the deformation."""
 
     @staticmethod
-    def plain(head: Head) -> "Body":
+    def plain(head: Head) -> "DeformableSurface":
         """Return the head's own mesh, with nothing added."""
-        return Body(head, own_surface(head))
+        return DeformableSurface(head, own_surface(head))
 
     def expression(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> Code | None:
-        """Return the expression's code, if anything here listens to it."""
+        """Return the code of one expression; None where no network is conditioned on it."""
         if self.code is None or (self.deformation is None and self.dynamics is None):
             return None
         return self.code(params, tokens)
@@ -59,7 +61,7 @@ class Body:
     def vertices(
         self, params: HeadParams, code: Code | None = None
     ) -> tuple[Float[Tensor, "verts 3"], Float[Tensor, "1 3 size size"] | None]:
-        """Pose the surface: its points in the world, and its displacement in texture space."""
+        """Return the posed surface's vertices in the world [m], and their displacement in texture space [cm]."""
         mesh = self.head.pose(params)
         vertices, displacement = self.surface.on(mesh.vertices), None
         if self.deformation is not None and self.maps is not None and code is not None:
@@ -69,7 +71,7 @@ class Body:
 
     @torch.no_grad()
     def position_map(self, params: HeadParams) -> Float[Tensor, "1 6 size size"]:
-        """Draw the head moved by its expression alone."""
+        """Return the deformation network's input: the head moved by its expression alone, drawn in texture space."""
         assert self.maps is not None
         both = HeadParams.stack([canonical(params), canonical(params.without_expression())])
         moved, rest = self.head.pose(both).vertices.unbind(0)
@@ -79,7 +81,7 @@ class Body:
         self, local: LocalGaussians, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None,
         vertices: Float[Tensor, "verts 3"] | None = None,
     ) -> Posing:  # fmt: skip
-        """Pose Gaussians (no batch axis); `vertices` of the surface are given where they are known."""
+        """Pose Gaussians (no batch axis). `vertices`, of the posed surface, are computed unless they are given."""
         code, displacement, residuals = self.expression(params, tokens), None, None
         if vertices is None:
             vertices, displacement = self.vertices(params, code)
@@ -90,22 +92,22 @@ class Body:
         return Posing(splats, local.color_logits.sigmoid(), displacement, residuals)
 
     def networks(self) -> dict[str, Deformation | Dynamics]:
-        """Return what is learned beside the Gaussians."""
+        """Return the networks that are learned with the Gaussians, by name."""
         both: dict[str, Deformation | Dynamics | None] = {"deformation": self.deformation, "dynamics": self.dynamics}
         return {name: network for name, network in both.items() if network is not None}
 
-    def to(self, device: torch.device | str) -> "Body":
+    def to(self, device: torch.device | str) -> "DeformableSurface":
         """Copy everything to a device; the networks are moved where they are."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if v is not None}
         return replace(self, **moved)
 
     def described(self) -> dict[str, Any]:
-        """Return the configurations of what is there, as JSON has them."""
+        """Return the configurations of the parts that are there, for JSON; `restored` reads them."""
         out = {name: asdict(network.config) for name, network in self.networks().items()}
         return out | ({"remeshed": True} if self.surface.remeshed else {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything that is not the head's, by name."""
+        """Return all tensors but the head's, by `part.name`; `restored` reads them."""
         parts: dict[str, dict[str, Tensor]] = {n: dict(m.state_dict()) for n, m in self.networks().items()}
         if self.surface.remeshed:
             parts["surface"] = {k: v for k, v in vars(self.surface).items() if isinstance(v, Tensor)}
@@ -114,8 +116,8 @@ class Body:
         return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
     @staticmethod
-    def restored(head: Head, described: dict[str, Any], tensors: dict[str, Tensor]) -> "Body":
-        """Make a body of `described` and `tensors`; an avatar without either is a plain one.
+    def restored(head: Head, described: dict[str, Any], tensors: dict[str, Tensor]) -> "DeformableSurface":
+        """Make a surface from what `described` and `tensors` returned.
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError: they do not fit each other.
@@ -139,4 +141,4 @@ class Body:
         for network in (deformation, dynamics):
             if network is not None:
                 network.requires_grad_(False)
-        return Body(head, surface, code, deformation, dynamics, maps)
+        return DeformableSurface(head, surface, code, deformation, dynamics, maps)
