@@ -72,3 +72,14 @@ def test_extras_that_are_named_exist():
     named = re.findall(r"install_extra\('(\w+)'\)", code) + re.findall(r"\.\[([\w,]+)\]'", written)
     assert len(named) > 8
     assert {extra for names in named for extra in names.split(",")} <= known
+
+
+def figures(page: str) -> list[str]:
+    """Return the rows of a page's table of the demo, between the marks `figures: begin` and `figures: end`."""
+    block = (ROOT / page).read_text().split("<!-- figures: begin -->")[1].split("<!-- figures: end -->")[0]
+    return [line for line in block.splitlines() if line.startswith("|")]
+
+
+def test_the_readmes_figures_are_those_of_the_results():
+    short, whole = figures("README.md"), figures("docs/RESULTS.md")
+    assert len(short) == 5 and set(short) < set(whole)
