@@ -1,4 +1,4 @@
-"""The ablation of the video model: its variants differ in their part and in nothing else."""
+"""What results stand on: the ablation's variants differ in their part alone; `paper` is as PAPER.md says."""
 
 import importlib.util
 import sys
@@ -13,7 +13,7 @@ import torch
 
 from geodiff4d.data.pairs import PairConfig, draw_pairs
 from geodiff4d.data.store import StoreConfig
-from geodiff4d.presets import DEBUG_CODEC
+from geodiff4d.presets import DEBUG_CODEC, preset
 from geodiff4d.video.batches import Batches
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.vae import PatchCodec
@@ -73,3 +73,13 @@ def test_estimated_batches_change_the_targets_normals_alone(tool: ModuleType, mo
     assert batch.target.shape == z.shape and (batch.target[:, 0] == 0).all() and batch.target[:, 1].abs().sum() > 0
     assert batch.untouched is given.untouched
     assert torch.equal(batch.target, make[3].target), "a picture's error does not change"
+
+
+def test_the_paper_preset_trains_as_the_paper_says_and_as_its_map_assumes():
+    p = preset("paper")
+    image, video = p.image, p.video
+    assert (image.steps, video.steps, image.lr, video.lr) == (80_000, 20_000, 1e-5, 1e-5)
+    assert (image.pairs.references, video.pairs.references, video.pairs.targets) == (32, 8, 16)
+    for training in (image, video):
+        assert (training.weight_decay, training.ema, training.clip, training.drop_expression) == (1e-2, 0.999, 1.0, 0.1)
+        assert training.pairs.frontal_reference == 0.5 and training.pairs.cross_view
