@@ -16,7 +16,7 @@ from geodiff4d.avatar import drive
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_frames, sample_surface, to_local
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
-from geodiff4d.avatar.frames import Frames, HoldOut
+from geodiff4d.avatar.frames import FitFrames, HoldOut
 from geodiff4d.avatar.losses import LossConfig, image_loss, position_tolerance
 from geodiff4d.avatar.model import Avatar, AvatarFrame, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
@@ -327,15 +327,15 @@ def edited(clip: Clip, folder, change) -> Clip:
 
 
 def test_views_and_times_are_held_out(clip, head):
-    frames = Frames(clip, head, HoldOut(every=0, views=1, times=0.3))
+    frames = FitFrames(clip, head, HoldOut(every=0, views=1, times=0.3))
     where = [(r.timestep, r.camera_index) for r in clip.records]
     assert {where[i] for i in frames.held_out_views} == {(0, 2), (1, 2)}
     assert {where[i] for i in frames.held_out_times} == {(2, 0), (2, 1)}
     assert {where[i] for i in frames.train} == {(t, c) for t in (0, 1) for c in (0, 1)}
     with pytest.raises(UserError, match="3 camera"):
-        Frames(clip, head, HoldOut(views=3))
+        FitFrames(clip, head, HoldOut(views=3))
     with pytest.raises(UserError, match="too few"):
-        Frames(clip, head, HoldOut(times=0.9))
+        FitFrames(clip, head, HoldOut(times=0.9))
 
 
 def test_one_picture_is_enough(clip, tmp_path):
@@ -349,7 +349,7 @@ def test_one_picture_is_enough(clip, tmp_path):
 
 def test_estimated_normals_train_and_the_clips_score(clip, head):
     up = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
-    frames = Frames(clip, head, HoldOut(0, 1), lambda frame: up.expand_as(frame.image))
+    frames = FitFrames(clip, head, HoldOut(0, 1), lambda frame: up.expand_as(frame.image))
     seen, held = frames.target(frames.train[0]), frames.target(frames.held_out[0])
     assert seen.normal is not None and seen.clip_normal is not None and held.normal is not None
     inside = seen.mask[0] > 0.99

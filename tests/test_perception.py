@@ -130,7 +130,7 @@ def test_a_turned_square_is_cut_and_mapped_back():
     square = HeadSquare(60.0, 41.0, 30.0, 0.4)
     crop = cut_square(image, square, 24)
     v, u = torch.meshgrid(*[(torch.arange(24) + 0.5) / 24] * 2, indexing="ij")
-    there = square.to_picture(torch.stack([u, v], -1))
+    there = square.to_image(torch.stack([u, v], -1))
     torch.testing.assert_close(crop[0] * 120, there[..., 0], atol=0.6, rtol=0)
     torch.testing.assert_close(crop[1] * 80, there[..., 1], atol=0.6, rtol=0)
     assert len(distinct([square, replace(square, x=63.0, score=2.0), replace(square, x=110.0)])) == 2

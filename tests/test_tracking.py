@@ -27,11 +27,11 @@ from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 from geodiff4d.tracking.matte import matte
 from geodiff4d.tracking.observe import observe
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.problem import FitConfig
+from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
 from geodiff4d.tracking.source import focal_length
 from geodiff4d.tracking.squares import HeadSquare
-from geodiff4d.tracking.track import TrackConfig, track, track_frames
+from geodiff4d.tracking.track import TrackingConfig, track, track_frames
 from geodiff4d.tracking.turn import apparent_turn
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 640.0
@@ -102,7 +102,7 @@ def test_video_shares_identity_and_follows_motion(head):
 
 
 def test_the_start_repeats_to_the_bit(head):
-    config = FitConfig()
+    config = HeadFitConfig()
     seen = observe(head, detections(head, motion(head, 1), 0.3), config.weighting)
     small, K = landmark_head(head, seen.landmarks), pinhole(FOCAL, WIDTH, HEIGHT).double()
     layout, elsewhere, starts = Layout(small), [], set()
@@ -178,7 +178,7 @@ def test_photo_to_clip(head, tmp_path):
         tmp_path / "clip",
         head,
         FakeDetector([replace(d, mask=mask, faces=2)]),
-        TrackConfig(size=64),
+        TrackingConfig(size=64),
     )
     frame = clip.frame(0)
     assert frame.image.shape == (3, 64, 64) and (clip.folder / "overlay.png").exists()
@@ -192,7 +192,7 @@ def test_photo_to_clip(head, tmp_path):
 def test_video_to_clip(head, tmp_path):
     seen = detections(head, motion(head, 4))
     write_video(tmp_path / "me.mp4", [torch.full((3, HEIGHT, WIDTH), 0.1 * t) for t in range(4)], fps=25)
-    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackConfig(size=32, limit=3))
+    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackingConfig(size=32, limit=3))
     assert len(clip) == 3 and clip.fps == 25 and (clip.folder / "overlay.mp4").exists()
     assert torch.equal(clip.params(0).shape, clip.params(2).shape)
 
@@ -201,7 +201,7 @@ def test_a_video_that_ends_early_is_noted(head, tmp_path, monkeypatch):
     seen = detections(head, motion(head, 3))
     write_video(tmp_path / "me.mp4", [torch.full((3, HEIGHT, WIDTH), 0.1 * t) for t in range(3)], fps=25)
     monkeypatch.setattr(tracking, "cut_short", lambda path, count: f"{path.name} ends after {count} of about 90 frames")
-    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackConfig(size=32))
+    clip = track(tmp_path / "me.mp4", tmp_path / "clip", head, FakeDetector(seen), TrackingConfig(size=32))
     assert clip.extra["notes"] == ["me.mp4 ends after 3 of about 90 frames"]
 
 
@@ -238,7 +238,7 @@ def test_own_points_guesses_and_uncertainty(head):
     unsure = fit(head, [replace(d, points=bad, sigma=sigma)], WIDTH, HEIGHT, FOCAL)
     assert rotation_error_deg(unsure.params.rotation, truth.rotation).max() < 3
     # First guesses bind as much as they are trusted.
-    believing = FitConfig(turn_sigma_rad=1e-3, guess_sigma=0.05)
+    believing = HeadFitConfig(turn_sigma_rad=1e-3, guess_sigma=0.05)
     guessed = fit(head, [d], WIDTH, HEIGHT, FOCAL, believing)
     assert rotation_error_deg(guessed.params.rotation, truth.rotation).max() < 0.5
     assert (guessed.params.shape[0, :24] - truth.shape[0, :24]).abs().mean() < 0.15
@@ -250,7 +250,7 @@ def test_frames_in_memory_with_a_gap(head):
     seen: list[Detection | None] = [*perceived(head, truth)]
     seen[2] = None
     images = [torch.full((3, HEIGHT, WIDTH), 0.2 * t) for t in range(4)]
-    tracked = track_frames(images, head, FakeDetector(seen), TrackConfig(size=48, focal_px=FOCAL))
+    tracked = track_frames(images, head, FakeDetector(seen), TrackingConfig(size=48, focal_px=FOCAL))
     assert tracked.located.lost == [2] and tracked.images.shape == (4, 3, 48, 48)
     assert rotation_error_deg(tracked.params.rotation, truth.rotation).max() < 3, "the gap is interpolated"
     assert tracked.normals is not None and tracked.normals[2].abs().max() == 0

@@ -15,7 +15,7 @@ from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.network import SHIPPED
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.track import TrackConfig, track_frames
+from geodiff4d.tracking.track import TrackingConfig, track_frames
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_failures_count_and_true_points_score_well(head, tmp_path, monkeypatch):
     import geodiff4d.evaluate.tracking as module
 
     monkeypatch.setattr(module, "make_case", lambda seed, split: make_case(seed, split, size=64))
-    result = evaluate_tracking(tmp_path, head, {"knowing": Knowing(head)}, 2, "val", TrackConfig(size=64))
+    result = evaluate_tracking(tmp_path, head, {"knowing": Knowing(head)}, 2, "val", TrackingConfig(size=64))
     s = result["knowing"]
     assert s["pictures"] == 2 and s["failures"] == 1 and s["pictures_with_face"] == 1
     assert s["detected_px"] < 0.01 and s["landmark_px"] < 3 and s["rotation_deg"] < 8
@@ -72,6 +72,6 @@ def test_the_shipped_network_tracks_a_render(head):
     size = sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file())
     assert size <= 4_000_000
     case = make_case(1, "val", size=256)
-    tracked = track_frames([case.image], head, EmbeddedDetector(), TrackConfig(size=128), video=False)
+    tracked = track_frames([case.image], head, EmbeddedDetector(), TrackingConfig(size=128), video=False)
     s = score(case, tracked, head)
     assert s.landmark_px < 6 and s.rotation_deg < 12 and s.mask_iou > 0.85 and s.normal_deg < 25

@@ -89,9 +89,9 @@ def tracked(
         clip = Clip(source)
         clip.require_head(head.name)
         return clip
-    from geodiff4d.tracking.track import TrackConfig, track
+    from geodiff4d.tracking.track import TrackingConfig, track
 
-    return track(source, out, head, config=TrackConfig(size=size, limit=limit, skip=skip), progress=progress)
+    return track(source, out, head, config=TrackingConfig(size=size, limit=limit, skip=skip), progress=progress)
 
 
 def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:

@@ -17,7 +17,7 @@ from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig, first_features
 from geodiff4d.avatar.expression import fit_expression_code
 from geodiff4d.avatar.fitting import Fitting, Score, compare
-from geodiff4d.avatar.frames import Frames, HoldOut, NormalSource
+from geodiff4d.avatar.frames import FitFrames, HoldOut, NormalSource
 from geodiff4d.avatar.losses import LossConfig, position_tolerance
 from geodiff4d.avatar.refine import RefineConfig
 from geodiff4d.avatar.start import start
@@ -159,7 +159,7 @@ def fit(
         )
     refuse_foreign(out, clip.folder)
     head = load_head(clip.head_name)
-    frames = Frames(clip, head, config.hold_out, normals)
+    frames = FitFrames(clip, head, config.hold_out, normals)
     with _repeatable(config.device):
         return _fit(clip, frames, head, out, config, seed, progress)
 
@@ -180,7 +180,7 @@ def _repeatable(device: str) -> Iterator[None]:
 
 
 def _fit(
-    clip: Clip, frames: Frames, head: Head, out: Path, config: FitConfig, seed: int, progress: Progress
+    clip: Clip, frames: FitFrames, head: Head, out: Path, config: FitConfig, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Fit or resume, and write the avatar."""
     fitting, explained = prepare(frames, head, config, seed)
@@ -212,7 +212,7 @@ def _fit(
     return metrics
 
 
-def prepare(frames: Frames, head: Head, config: FitConfig, seed: int) -> tuple[Fitting, dict[str, Any] | None]:
+def prepare(frames: FitFrames, head: Head, config: FitConfig, seed: int) -> tuple[Fitting, dict[str, Any] | None]:
     """Set a fit up; also return what head parameters explain of the clip's tokens, if it has any."""
     surface = own_surface(head) if config.remesh is None else remesh(head, config.remesh)
     tolerance = position_tolerance(head)[surface.head_face]
@@ -230,7 +230,7 @@ def prepare(frames: Frames, head: Head, config: FitConfig, seed: int) -> tuple[F
 
 
 def _deformable(
-    frames: Frames, head: Head, surface: Surface, config: FitConfig
+    frames: FitFrames, head: Head, surface: Surface, config: FitConfig
 ) -> tuple[DeformableSurface, dict[str, Any] | None]:
     if config.deformation is None and config.dynamics is None:
         return DeformableSurface(head, surface), None

@@ -11,7 +11,7 @@ from torch import Tensor
 from geodiff4d.avatar.binding import LocalGaussians, face_frames
 from geodiff4d.avatar.deformable import DeformableSurface, Posing
 from geodiff4d.avatar.densify import Grad2d, densify, reset_opacity
-from geodiff4d.avatar.frames import Frames, Target
+from geodiff4d.avatar.frames import FitFrames, Target
 from geodiff4d.avatar.losses import binding_loss, image_loss
 from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
 from geodiff4d.avatar.refine import Refinement
@@ -40,7 +40,7 @@ class Fitting:
     """Gaussians, residuals of the head parameters, networks, and their optimiser."""
 
     def __init__(
-        self, deformable: DeformableSurface, local: LocalGaussians, frames: Frames,
+        self, deformable: DeformableSurface, local: LocalGaussians, frames: FitFrames,
         tolerance: Float[Tensor, " faces"], config: "FitConfig",
     ):  # fmt: skip
         self.deformable, self.frames, self.config, self.tolerance = deformable, frames, config, tolerance
@@ -216,7 +216,7 @@ def compare(frame: AvatarFrame, target: Target) -> Score:
     return Score(-10 * math.log10(max(float(error), 1e-10)), degrees)
 
 
-def frontal(frames: Frames, head: Head, sequence: HeadParams) -> int:
+def frontal(frames: FitFrames, head: Head, sequence: HeadParams) -> int:
     """Return the frame whose camera looks most squarely at the face."""
 
     def score(index: int) -> float:

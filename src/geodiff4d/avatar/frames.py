@@ -63,7 +63,7 @@ class _Stored:
     box: tuple[slice, slice]
 
 
-class Frames:
+class FitFrames:
     """All frames of a clip (1.8 MB each at 512²), and its head parameters.
 
     Raises:
@@ -126,7 +126,7 @@ class Frames:
     def __len__(self) -> int:
         return len(self._stored)
 
-    def to(self, device: torch.device | str) -> "Frames":
+    def to(self, device: torch.device | str) -> "FitFrames":
         """Name the device that targets are made on; the bytes stay where they are."""
         self.device = torch.device(device)
         return self

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool3d, max_pool3d, normalize
 
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, face_frames, to_local
-from geodiff4d.avatar.frames import Frames
+from geodiff4d.avatar.frames import FitFrames
 from geodiff4d.avatar.surface import Surface
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.geometry import invert, matrix_to_quat, transform
@@ -38,7 +38,7 @@ SLACK_M = 0.03
 
 
 def add_shoulders(
-    local: LocalGaussians, tolerance: Float[Tensor, " faces"], frames: Frames, head: Head, surface: Surface,
+    local: LocalGaussians, tolerance: Float[Tensor, " faces"], frames: FitFrames, head: Head, surface: Surface,
     posed: PosedHead, picked: list[int], generator: torch.Generator,
 ) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:  # fmt: skip
     """Add Gaussians on the hull below the neck, if there is any; their faces may be left as far as they reach.
@@ -82,7 +82,7 @@ def continued(possible: Bool[Tensor, "x y z"], known: Bool[Tensor, "x y z"]) -> 
     return inside
 
 
-def _carved(points: Tensor, frames: Frames, posed: PosedHead, picked: list[int]) -> tuple[Tensor, Tensor]:
+def _carved(points: Tensor, frames: FitFrames, posed: PosedHead, picked: list[int]) -> tuple[Tensor, Tensor]:
     """Say which points, moving with the root joint, no picture shows as background, and whether enough cameras look."""
     seen, hits = torch.zeros(len(points)), torch.zeros(len(points))
     home = invert(posed.T_world_joint[0, 0])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, normalize
 
 from geodiff4d.avatar.binding import NORMAL_AXIS, FaceFrames, LocalGaussians, bind, face_frames, sample_surface
-from geodiff4d.avatar.frames import Frames
+from geodiff4d.avatar.frames import FitFrames
 from geodiff4d.avatar.shoulders import add_shoulders
 from geodiff4d.avatar.surface import Surface
 from geodiff4d.core.camera import Camera
@@ -32,7 +32,7 @@ OCCLUDED_M = 0.006
 
 
 def start(
-    frames: Frames, head: Head, surface: Surface, count: int, tolerance: Float[Tensor, " faces"], seed: int
+    frames: FitFrames, head: Head, surface: Surface, count: int, tolerance: Float[Tensor, " faces"], seed: int
 ) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:
     """Place and colour the first Gaussians, on the surface and below it.
 
@@ -56,7 +56,7 @@ def start(
 
 
 def grow(
-    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames], picked: list[int],
+    local: LocalGaussians, frames: FitFrames, posed: dict[int, FaceFrames], picked: list[int],
     reach: Float[Tensor, " faces"], generator: torch.Generator,
 ) -> LocalGaussians:  # fmt: skip
     """Lift splats off the scalp as far as all silhouettes allow: a visual hull along the normals.
@@ -102,7 +102,7 @@ def hair_reach(head: Head, surface: Surface, tolerance: Float[Tensor, " faces"])
 
 
 def paint(
-    local: LocalGaussians, frames: Frames, posed: dict[int, FaceFrames],
+    local: LocalGaussians, frames: FitFrames, posed: dict[int, FaceFrames],
     meshes: Float[Tensor, "timesteps verts 3"], faces: Int[Tensor, "faces 3"], picked: list[int],
 ) -> LocalGaussians:  # fmt: skip
     """Take each splat's colour from the views that see its face, the squarer the more; the unseen ask a neighbour."""

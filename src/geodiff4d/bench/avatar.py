@@ -11,7 +11,7 @@ from geodiff4d.avatar.deformation import DeformationConfig
 from geodiff4d.avatar.dynamics import DynamicsConfig
 from geodiff4d.avatar.fit import PRESETS, FitConfig, prepare
 from geodiff4d.avatar.fitting import Fitting
-from geodiff4d.avatar.frames import Frames, HoldOut
+from geodiff4d.avatar.frames import FitFrames, HoldOut
 from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.bench.machine import Clock
 from geodiff4d.data.clip import Clip
@@ -75,7 +75,7 @@ class AvatarBench:
                 rows = []
                 for name, parts in {"preset": {}, **PARTS}.items():
                     variant: FitConfig = replace(config, **parts)
-                    fitting, _ = prepare(Frames(clip, head, variant.hold_out), head, variant, seed=0)
+                    fitting, _ = prepare(FitFrames(clip, head, variant.hold_out), head, variant, seed=0)
                     rows.append({"parts": name, key: speed(fitting, steps), "gaussians": len(fitting.local)})
         finally:
             torch.set_num_threads(before)

@@ -221,14 +221,14 @@ def _tracking(args: Args, count: int) -> None:
     from geodiff4d.tracking.detect import Detector, MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
     from geodiff4d.tracking.network import SHIPPED, load_perception
-    from geodiff4d.tracking.track import TrackConfig
+    from geodiff4d.tracking.track import TrackingConfig
 
     known: dict[str, Detector] = {}
     for name in args.detectors:
         embedded = name == "embedded"
         known[name] = EmbeddedDetector(load_perception(args.model or SHIPPED)) if embedded else MediaPipeDetector()
     result = evaluate_tracking(
-        args.out, load_head(), known, count, args.split, TrackConfig(size=args.size), progress.bar
+        args.out, load_head(), known, count, args.split, TrackingConfig(size=args.size), progress.bar
     )
     for name in known:
         r = result[name]

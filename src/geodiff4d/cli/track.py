@@ -35,10 +35,10 @@ def run(args: Args) -> None:
     from geodiff4d.heads import load_head
     from geodiff4d.tracking.detect import MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
-    from geodiff4d.tracking.track import TrackConfig, default_detector, track
+    from geodiff4d.tracking.track import TrackingConfig, default_detector, track
 
     refuse_foreign(args.out, args.input)
-    config = TrackConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
+    config = TrackingConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
     clip = track(args.input, args.out, load_head(args.head), detector, config, progress.bar)

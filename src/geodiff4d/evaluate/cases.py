@@ -26,7 +26,7 @@ FPS = 12.0
 
 
 @dataclass(frozen=True)
-class Source:
+class Recording:
     """Frames of one camera of a clip."""
 
     clip: Path
@@ -39,9 +39,9 @@ class Case:
     """One clip of a protocol: who is shown, and who drives."""
 
     name: str
-    reference: Source
+    reference: Recording
     """One frame."""
-    driving: Source
+    driving: Recording
     same: bool
     """Whether both are the same person (self-reenactment): then the driver's frames are the truth."""
 
@@ -200,7 +200,7 @@ def cross_cases(clips: Sequence[Path], extent: Extent) -> list[Case]:
     return out
 
 
-def _chosen(clip: Clip, extent: Extent) -> tuple[Source, list[Source]]:
+def _chosen(clip: Clip, extent: Extent) -> tuple[Recording, list[Recording]]:
     """Draw a clip's reference frame and its target cameras, by its name alone.
 
     A clip of one camera drives itself: its first frame is the reference, the later ones are the targets.
@@ -211,9 +211,9 @@ def _chosen(clip: Clip, extent: Extent) -> tuple[Source, list[Source]]:
     steps = timesteps(clip, extent.frames)
     if len(cameras) == 1:
         first, rest = sorted({r.timestep for r in clip.records})[0], [s for s in steps if s != steps[0]]
-        return Source(clip.folder, order[0], (first,)), [Source(clip.folder, order[0], tuple(rest))]
-    reference = Source(clip.folder, order[0], (steps[int(rng.integers(len(steps)))],))
-    return reference, [Source(clip.folder, c, steps) for c in sorted(order[1 : extent.cameras + 1])]
+        return Recording(clip.folder, order[0], (first,)), [Recording(clip.folder, order[0], tuple(rest))]
+    reference = Recording(clip.folder, order[0], (steps[int(rng.integers(len(steps)))],))
+    return reference, [Recording(clip.folder, c, steps) for c in sorted(order[1 : extent.cameras + 1])]
 
 
 def timesteps(clip: Clip, count: int) -> tuple[int, ...]:

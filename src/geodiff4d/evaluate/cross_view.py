@@ -22,7 +22,7 @@ from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
-from geodiff4d.evaluate.cases import Case, Extent, Source, WorldClip, found_clips, timesteps, world_seed
+from geodiff4d.evaluate.cases import Case, Extent, Recording, WorldClip, found_clips, timesteps, world_seed
 from geodiff4d.evaluate.inputs import (
     face_mask,
     head_yaw,
@@ -104,8 +104,8 @@ def _films(folder: Path, extent: Extent) -> Films:
     ]
     steps = timesteps(clip, extent.frames)
     front = FRONT_CAMERA if FRONT_CAMERA in cameras else cameras[len(cameras) // 2]
-    reference = Source(folder, front, steps[:1])
-    return Films(tuple(Case(f"{folder.name}_c{c:02d}", reference, Source(folder, c, steps), True) for c in picked))
+    reference = Recording(folder, front, steps[:1])
+    return Films(tuple(Case(f"{folder.name}_c{c:02d}", reference, Recording(folder, c, steps), True) for c in picked))
 
 
 def _person(settings: Settings, person: Films) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _tracked_front(settings: Settings, person: Films, head: Any, size: int) -> H
 def _truth(person: Films, reference: Clip) -> tuple[Tensor, Tensor]:
     """The reference camera's own frames, cut as the reference is: the head is still."""
     r = person.cases[0].reference
-    frames = source_frames(Source(r.clip, r.camera, person.cases[0].driving.timesteps))
+    frames = source_frames(Recording(r.clip, r.camera, person.cases[0].driving.timesteps))
     box, size = tuple(reference.extra["crop"]), reference.frame(0).camera.width
     masks = torch.stack([crop_image(f.mask, box, size, fill=0.0) for f in frames])
     images = torch.stack([crop_image(f.image, box, size, fill=0.5) for f in frames])

@@ -21,7 +21,7 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
-from geodiff4d.evaluate.cases import Case, Source
+from geodiff4d.evaluate.cases import Case, Recording
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.pairs import FACE_MARGIN_PX, FACE_REGIONS
 from geodiff4d.heads import Head, HeadParams
@@ -30,7 +30,7 @@ from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.placed import placed
-from geodiff4d.tracking.track import TrackConfig, track_frames
+from geodiff4d.tracking.track import TrackingConfig, track_frames
 from geodiff4d.video.generate import Portrait, with_identity_of
 from geodiff4d.world.subject import SyntheticSubject
 from geodiff4d.world.tracker_error import disturbed
@@ -70,7 +70,7 @@ def prepare_reference(out: Path, case: Case, head: Head, size: int, tracking: Tr
     return _track(out / "references" / case.reference_name, case.reference, head, size, tracking)
 
 
-def stamp(*sources: Source) -> str:
+def stamp(*sources: Recording) -> str:
     """Tell frames of clips apart: which they are, their cameras, and how large their files are."""
     parts = []
     for source in sources:
@@ -123,7 +123,7 @@ def head_yaw(head: Head, params: HeadParams, camera: Camera) -> Float[Tensor, " 
     return torch.atan2(R[:, 0, 2], -R[:, 2, 2])
 
 
-def source_frames(source: Source) -> list[ClipFrame]:
+def source_frames(source: Recording) -> list[ClipFrame]:
     clip = Clip(source.clip)
     at = {(r.timestep, r.camera_index): i for i, r in enumerate(clip.records)}
     try:
@@ -132,14 +132,14 @@ def source_frames(source: Source) -> list[ClipFrame]:
         raise UserError(f"{source.clip} has no frame {error} (timestep, camera): import the clip again") from None
 
 
-def _track(folder: Path, source: Source, head: Head, size: int, tracking: Tracking) -> Clip:
+def _track(folder: Path, source: Recording, head: Head, size: int, tracking: Tracking) -> Clip:
     of = fingerprint(stamp(source), head.name, head.template, size, tracking)
     if (folder / "transforms.json").exists() and (known := Clip(folder)).extra.get("of") == of:
         return known
     frames, fps = source_frames(source), Clip(source.clip).fps
     images = [f.image for f in frames]
     if tracking == "pixels":
-        found = track_frames(images, head, config=TrackConfig(size=size), video=len(frames) > 1)
+        found = track_frames(images, head, config=TrackingConfig(size=size), video=len(frames) > 1)
         box, camera, params, cuts, masks = found.located.box, found.camera, found.params, found.images, found.masks
         normals = found.normals
     else:
@@ -158,7 +158,7 @@ def _track(folder: Path, source: Source, head: Head, size: int, tracking: Tracki
     return Clip(folder)
 
 
-def _own_parameters(frames: list[ClipFrame], source: Source, head: Head) -> HeadParams:
+def _own_parameters(frames: list[ClipFrame], source: Recording, head: Head) -> HeadParams:
     """Take the clip's parameters: a tracker's, or the truth with a tracker's error."""
     clip = Clip(source.clip)
     clip.require_head(head.name)

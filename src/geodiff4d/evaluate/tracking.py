@@ -26,7 +26,7 @@ from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_region
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.tracking.detect import Detection, Detector
-from geodiff4d.tracking.track import Cut, TrackConfig, Tracked, overlay, track_frames
+from geodiff4d.tracking.track import Cut, Tracked, TrackingConfig, overlay, track_frames
 from geodiff4d.world import SyntheticSubject, random_expression
 from geodiff4d.world.seeds import Split, generator
 
@@ -171,7 +171,7 @@ def _detected(detection: Detection | None, case: Case, vertices: Tensor, head: H
 
 def evaluate_tracking(
     out: Path, head: Head, detectors: dict[str, Detector], count: int = 100, split: Split = "test",
-    config: TrackConfig = TrackConfig(), progress: Progress = silent,
+    config: TrackingConfig = TrackingConfig(), progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Track `count` subjects' pictures with each detector; writes `metrics.json` and a sheet of overlays each."""
     scores: dict[str, list[Score | None]] = {name: [] for name in detectors}

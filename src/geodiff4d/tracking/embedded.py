@@ -124,7 +124,7 @@ class EmbeddedDetector:
             return None
         [(after, look)] = self._looks(image, [corrected], TIGHT)
         tight = corrected.grown(TIGHT)
-        points = tight.to_picture(look.points[0])
+        points = tight.to_image(look.points[0])
         box, dense = _upright(broad.dense, square.grown(WIDE), look.dense, tight)
         return Detection(
             points, self.model.points.index, float(broad.score[0].sigmoid()),
@@ -140,7 +140,7 @@ def _corrected(square: HeadSquare, scale: float, look: Look) -> HeadSquare:
     # The head's up axis, as seen, says how much it is tilted in the crop.
     up = look.rotation[0, :2, 1]
     roll = square.roll + float(torch.atan2(up[0], up[1]))
-    at = square.grown(scale).to_picture(look.points[0])
+    at = square.grown(scale).to_image(look.points[0])
     centre, side = head_box(at @ plane_turn(roll))
     x, y = (centre @ plane_turn(roll).mT).tolist()
     return HeadSquare(x, y, float(side), roll, float(look.score))

@@ -26,12 +26,12 @@ from geodiff4d.render.crops import head_region
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe
-from geodiff4d.tracking.problem import FRONT, FitConfig, Problem, camera_offset, limits
+from geodiff4d.tracking.problem import FRONT, HeadFitConfig, Problem, camera_offset, limits
 from geodiff4d.tracking.solve import Unknowns, minimise
 
 
 @dataclass(frozen=True)
-class Fit:
+class HeadFit:
     """What the landmarks say."""
 
     params: HeadParams
@@ -52,8 +52,8 @@ class Fit:
 
 def fit(
     head: Head, detections: Sequence[Detection | None], width: int, height: int,
-    focal_px: float | None = None, config: FitConfig = FitConfig(),
-) -> Fit:  # fmt: skip
+    focal_px: float | None = None, config: HeadFitConfig = HeadFitConfig(),
+) -> HeadFit:  # fmt: skip
     """Fit the head to one detection per frame (None where the face was not seen).
 
     Raises:
@@ -83,7 +83,7 @@ def fit(
 
 
 def assumed_focal(
-    head: Head, layout: Layout, seen: Observed, width: int, height: int, config: FitConfig
+    head: Head, layout: Layout, seen: Observed, width: int, height: int, config: HeadFitConfig
 ) -> float:  # fmt: skip
     """Choose a focal length [px] for a picture of which nothing is known.
 
@@ -139,7 +139,7 @@ def fill_gaps(frame: Float[Tensor, "frames unknowns"], seen: Bool[Tensor, " fram
         frame[:, k] = torch.from_numpy(np.interp(t, at, frame[seen, k].numpy()))
 
 
-def _result(problem: Problem, x: Unknowns, width: int, height: int) -> Fit:
+def _result(problem: Problem, x: Unknowns, width: int, height: int) -> HeadFit:
     seen, layout = problem.seen, problem.layout
     predicted = problem.project(x.frame, x.shared)
     error = (predicted - seen.points).norm(dim=-1)[:, seen.inner].mean(1)
@@ -151,4 +151,4 @@ def _result(problem: Problem, x: Unknowns, width: int, height: int) -> Fit:
     K[[0, 1], [0, 1]] *= x.shared[-1].exp()
     T = rigid(problem.front, problem.offset + problem.front @ mean)
     camera = Camera(T.float(), K.float(), width, height)
-    return Fit(params.map(lambda v: v.float().contiguous()), camera, error.float(), seen.seen, seen.face_px)
+    return HeadFit(params.map(lambda v: v.float().contiguous()), camera, error.float(), seen.seen, seen.face_px)

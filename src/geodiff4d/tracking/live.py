@@ -19,10 +19,10 @@ from geodiff4d.core.video import upright
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.detect import Detection, FollowingDetector
 from geodiff4d.tracking.embedded import EmbeddedDetector
-from geodiff4d.tracking.fit import Fit, fit
+from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import observe, shared_points
-from geodiff4d.tracking.problem import Anchor, FitConfig, Problem, limits
+from geodiff4d.tracking.problem import Anchor, HeadFitConfig, Problem, limits
 from geodiff4d.tracking.solve import Unknowns, minimise
 from geodiff4d.tracking.source import focal_length
 
@@ -43,7 +43,7 @@ class LiveConfig:
     expr_sigma: float = 0.2
     gaze_sigma_rad: float = 0.2
     focal_px: float | None = None
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: HeadFitConfig = field(default_factory=HeadFitConfig)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def track_live(
 class Follower:
     """Fits frame after frame to a head whose identity and camera are settled."""
 
-    def __init__(self, head: Head, settled: Fit, example: Detection, config: LiveConfig):
+    def __init__(self, head: Head, settled: HeadFit, example: Detection, config: LiveConfig):
         self.head, self.settled, self.config = head, settled, config
         self.shared = shared_points(head, example)
         self.small = landmark_head(head, self.shared[0])

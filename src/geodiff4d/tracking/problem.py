@@ -24,7 +24,7 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class FitConfig:
+class HeadFitConfig:
     """Weights of the fit: each σ is what the term is expected to deviate by."""
 
     focal_scale: float = 1.2
@@ -87,7 +87,7 @@ class Problem:
     """The posterior's negative logarithm and its Gauss–Newton model; called by the solver."""
 
     def __init__(
-        self, head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"], config: FitConfig, moves: Limits
+        self, head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"], config: HeadFitConfig, moves: Limits
     ):
         self.head, self.layout, self.seen, self.K, self.config = head, layout, seen, K, config
         free = moves.free_frame.nonzero()[:, 0].tolist()
@@ -250,7 +250,7 @@ class Problem:
         return r * scale, J * scale[..., None]
 
 
-def limits(layout: Layout, config: FitConfig) -> Limits:
+def limits(layout: Layout, config: HeadFitConfig) -> Limits:
     """Say what moves in the last stage, within which bounds and how smoothly."""
     free = layout.fill(1.0, jaw_pose=0.0 if layout.arkit else [1.0, 1.0, 0.0], eyes_pose=[1.0, 1.0, 0.0] * 2)
     low, high = layout.fill(-torch.inf, eyelids=0.0), layout.fill(torch.inf, eyelids=1.0)

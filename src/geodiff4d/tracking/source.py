@@ -10,7 +10,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import open_image, read_image
 from geodiff4d.core.video import read_video
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 FULL_FRAME_DIAGONAL_MM = 43.27
 
 
@@ -24,7 +24,7 @@ def is_video(source: Path) -> bool:
         raise UserError(f"{source} is a directory: expected one picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if not source.exists():
         raise UserError(f"{source} does not exist: expected a picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
-    if source.suffix.lower() in PICTURES:
+    if source.suffix.lower() in IMAGE_SUFFIXES:
         return False
     try:
         with open_image(source):

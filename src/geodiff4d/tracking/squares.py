@@ -26,7 +26,7 @@ class HeadSquare:
     def grown(self, scale: float) -> "HeadSquare":
         return HeadSquare(self.x, self.y, self.side * scale, self.roll, self.score)
 
-    def to_picture(self, points: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
+    def to_image(self, points: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
         """Take points of the square, (0, 0) to (1, 1), to pixels of the picture."""
         return (points - 0.5) @ plane_turn(self.roll).mT * self.side + torch.tensor([self.x, self.y])
 

@@ -25,17 +25,17 @@ from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.tracking.detect import Box, Detection, Detector
-from geodiff4d.tracking.fit import Fit, fit
+from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
-from geodiff4d.tracking.problem import FitConfig
+from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.source import first_size, focal_length, frame_rate, frames_of, is_video
 
-Frames = Callable[[], Iterable[Tensor]]
+FrameStream = Callable[[], Iterable[Tensor]]
 """Streams the frames from the start; called more than once."""
 
 
 @dataclass(frozen=True)
-class TrackConfig:
+class TrackingConfig:
     """How a source becomes a clip."""
 
     size: int = 256
@@ -47,7 +47,7 @@ class TrackConfig:
     focal_px: float | None = None
     """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the
     head's size."""
-    fit: FitConfig = field(default_factory=FitConfig)
+    fit: HeadFitConfig = field(default_factory=HeadFitConfig)
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 4096:
@@ -65,7 +65,7 @@ class Located:
     """Where the head is in all frames."""
 
     detections: list[Detection | None]
-    fit: Fit
+    fit: HeadFit
     mesh: PosedHead
     box: Box
     """The canonical crop of the uncut frames."""
@@ -105,7 +105,7 @@ class Cut:
 
 def track_frames(
     images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), video: bool = True, progress: Progress = silent,
+    config: TrackingConfig = TrackingConfig(), video: bool = True, progress: Progress = silent,
 ) -> Tracked:  # fmt: skip
     """Track pictures that are in memory; `video` says that they follow each other, all show one person.
 
@@ -130,7 +130,7 @@ def track_frames(
 
 def track(
     source: Path, out: Path, head: Head, detector: Detector | None = None,
-    config: TrackConfig = TrackConfig(), progress: Progress = silent,
+    config: TrackingConfig = TrackingConfig(), progress: Progress = silent,
 ) -> Clip:  # fmt: skip
     """Track one picture or video and write a clip folder.
 
@@ -198,7 +198,7 @@ def default_detector() -> Detector:
 
 
 def locate(
-    frames: Frames, head: Head, detector: Detector, config: TrackConfig, video: bool,
+    frames: FrameStream, head: Head, detector: Detector, config: TrackingConfig, video: bool,
     progress: Progress = silent, source: Path | None = None,
 ) -> Located:  # fmt: skip
     """Detect and fit: where the head is in all frames.
@@ -221,7 +221,7 @@ def locate(
     return Located(detections, result, mesh, box, result.camera.cropped(*box, config.size), region, focal_source)
 
 
-def cut_frames(frames: Frames, located: Located, size: int) -> Iterator[Cut]:
+def cut_frames(frames: FrameStream, located: Located, size: int) -> Iterator[Cut]:
     """Cut out every frame's head with its foreground, the flicker taken out of the masks, and its normals."""
     waiting: list[Tensor] = []
     masks: list[Tensor] = []
