@@ -171,6 +171,11 @@ RECIPES = [
         ("runs/perception/perception/model.safetensors", "people/val/people.json"),
     ),
     Recipe(
+        "train reader --preset debug --data faces --workers 1 --out runs/reader",
+        ("runs/reader/reader/model.safetensors", "faces/val/faces.json"),
+        says="val_corr",
+    ),
+    Recipe(
         "track me.png --size 128 --out runs/me",
         ("runs/me/transforms.json", "runs/me/overlay.png", "runs/me/normals/*.png"),
         says="1 frame",

@@ -21,7 +21,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class WorldBench:
-    """Images, normals, masks and parameters of made-up people, painting them included."""
+    """Pictures, normals, masks and parameters of made-up people, painting them included."""
 
     size: int = 256
     subjects: int = 4

@@ -30,7 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "geodiff4d.cli.export",
         "write an avatar or a clip for other programs: 3DGS .ply and more",
     ),
-    "train": ("geodiff4d.cli.train", "train the codec, the video model (two stages) or the perception network"),
+    "train": (
+        "geodiff4d.cli.train",
+        "train the codec, the video model (two stages), or what tracking sees with",
+    ),
     "evaluate": ("geodiff4d.cli.evaluate", "measure: the paper's protocols on any clips, and tracking"),
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),

@@ -1,4 +1,4 @@
-"""Train the codec, the image model, the video model or the perception network; the same command resumes."""
+"""Train the codec, the image model, the video model, or the networks of tracking; the same command resumes."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,10 +11,11 @@ import tyro
 class Args:
     """Options of `geodiff4d train`."""
 
-    stage: Annotated[Literal["vae", "image", "video", "perception"], tyro.conf.Positional]
+    stage: Annotated[Literal["vae", "image", "video", "perception", "reader"], tyro.conf.Positional]
     """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: its
     second stage, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask,
-    normals); it knows preset, data, start, steps, workers and seed of the options below."""
+    normals). reader: what reads expression and gaze from close crops of faces. The last two know preset, data, start,
+    steps, workers and seed of the options below."""
     out: Path
     """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
@@ -57,7 +58,7 @@ class Args:
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
 _LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "recompute", "save_minutes"}
 _READ = {
-    "vae": _COMMON, "perception": _COMMON | {"start"}, "video": _COMMON | _LOOP,
+    "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start"}, "video": _COMMON | _LOOP,
     "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
 }  # fmt: skip
 """Options that each stage reads."""
@@ -79,15 +80,16 @@ def run(args: Args) -> None:
             f"--ablate {' '.join(sorted(unread))}: the video stage knows cross-view alone; other parts are switched "
             "off in the image stage, whose model it takes"
         )
-    if args.stage in ("vae", "perception") and len(args.data) > 1:
+    if args.stage in ("vae", "perception", "reader") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
-    if args.stage == "perception":
-        from geodiff4d.cli import _perception
+    if args.stage in ("perception", "reader"):
+        from geodiff4d.cli import _perception, _reader
 
         if args.preset == "paper":
-            raise UserError("--preset paper has no perception network: expected debug or embedded")
+            raise UserError(f"--preset paper has no {args.stage} stage: expected debug or embedded")
         folder = args.data[0] if args.data else None
-        _perception.train(args.out, args.preset, folder, args.start, args.steps, args.workers, args.seed)
+        stage = _reader if args.stage == "reader" else _perception
+        stage.train(args.out, args.preset, folder, args.start, args.steps, args.workers, args.seed)
         return
     from geodiff4d.cli import _training
 

@@ -1,0 +1,28 @@
+"""The `reader` stage of `geodiff4d train`: render faces, then train the network that reads their expression."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def train(
+    out: Path, preset: Literal["debug", "embedded"], data: Path | None, start: Path | None, steps: int | None,
+    workers: int, seed: int,
+) -> None:  # fmt: skip
+    """Render the stores if they are missing, then train; the same call resumes."""
+    from dataclasses import replace
+
+    from geodiff4d.cli.progress import bar
+    from geodiff4d.tracking.reader import load_reader
+    from geodiff4d.tracking.reader_data import build_faces
+    from geodiff4d.tracking.reader_training import PRESETS, train_reader
+
+    p, folder = PRESETS[preset], data or out / "data"
+    faces = build_faces(folder / "train", p.faces, workers, bar)
+    val = build_faces(folder / "val", replace(p.faces, split="val", subjects=p.val_subjects), workers, bar)
+
+    def report(record: dict) -> None:
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
+
+    training = replace(p.training, steps=steps or p.training.steps, seed=seed)
+    train_reader(out, faces, val, training, None if start is None else load_reader(start), report)
+    print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

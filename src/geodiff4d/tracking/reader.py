@@ -1,0 +1,217 @@
+"""The face reader: from a close crop of a face to what it does, at the source's own resolution.
+
+The perception network sees a head at 128 px and the fit pulls its points toward rest, so lids, brows and irises lose
+most of their motion. This network sees the face alone at 192 px and says directly how far each of OpenHead's actions
+goes, how the jaw and the eyes are turned, and how sure it is of each. Both eyes are looked at again from the crop's own
+pixels by one small network, the right one mirrored: gaze is a matter of single pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import load_model, save_model
+from geodiff4d.core.packing import packed
+from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.face_square import face_square
+from geodiff4d.tracking.network import gram_schmidt
+from geodiff4d.tracking.squares import cut_square
+from geodiff4d.world.expressions import ACTIONS
+
+SHIPPED = Path(__file__).parents[1] / "assets" / "reader"
+EXPRS, JAW, EYES = len(ACTIONS), 3, 6
+TARGETS = EXPRS + JAW + EYES
+"""52 coefficients, the jaw's rotation vector, the eyes' (left, then right)."""
+STILL = (*(i for i, name in enumerate(ACTIONS) if name.startswith("eyeLook")), EXPRS + JAW + 2, EXPRS + JAW + 5)
+"""Targets that never move: the eye joints turn the eyes, and eyes do not roll."""
+EYE_LEFT, EYE_TOP, EYE_WIDTH, EYE_HEIGHT = 20 / 192, 4 / 192, 80 / 192, 64 / 192
+"""Where the person's right eye is in the square, with its brow; the left one mirrors it."""
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Sizes of the network."""
+
+    size: int = 192
+    """Side of the crop [px], a multiple of 64."""
+    widths: tuple[int, int, int, int] = (24, 48, 96, 192)
+    """Channels of the face at strides 4, 8, 16 and 32."""
+    blocks: tuple[int, int, int, int] = (0, 1, 2, 2)
+    squeeze: int = 64
+    """Channels that reach the face's fully connected layer, from each of 6 × 6 cells."""
+    features: int = 256
+    eye_widths: tuple[int, int, int] = (16, 32, 64)
+    """Channels of an eye at strides 2, 4 and 8."""
+    eye_squeeze: int = 24
+    eye_features: int = 96
+    points: int = 192
+    """Points whose places are learnt on the side: what teaches a network where things are."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What crops of faces show; the standard deviations are the reader's own doubt."""
+
+    expr: Float[Tensor, "b 52"]
+    """OpenHead's coefficients, from 0; strong people go beyond 1."""
+    jaw_pose: Float[Tensor, "b 3"]
+    """Axis-angle [rad], beside what `jawOpen` and its neighbours do."""
+    eyes_pose: Float[Tensor, "b 6"]
+    """Axis-angle [rad] of the left and the right eye in the head."""
+    expr_sigma: Float[Tensor, "b 52"]
+    jaw_sigma: Float[Tensor, "b 3"]
+    eyes_sigma: Float[Tensor, "b 6"]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What the network gives, in units of each target's spread."""
+
+    value: Float[Tensor, "b targets"]
+    log_sigma: Float[Tensor, "b targets"]
+    rotation: Float[Tensor, "b 3 3"]
+    """Head to viewer, as `network.Look.rotation`."""
+    points: Float[Tensor, "b points 2"]
+    """In crops: (0, 0) is the left upper corner, (1, 1) the right lower one."""
+
+
+class _Conv(nn.Sequential):
+    def __init__(self, cin: int, cout: int, stride: int = 1, kernel: int = 3):
+        super().__init__(
+            nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)
+        )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = _Conv(channels, channels)
+        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return torch.relu(x + self.second(self.first(x)))
+
+
+class FaceReader(nn.Module):
+    """A crop of a face in, its expression out.
+
+    Example:
+        >>> reader = FaceReader(ReaderConfig(size=64, widths=(8, 8, 8, 8), eye_widths=(8, 8, 8), points=4)).eval()
+        >>> reader.read(torch.rand(2, 3, 64, 64)).expr.shape
+        torch.Size([2, 52])
+    """
+
+    spread: Tensor
+    """Standard deviation of each target in training; 0 for those that never move."""
+    centre: Tensor
+    gain: Tensor
+    """Calibration, target = gain × value + offset: least squares of the truth on other people."""
+    offset: Tensor
+
+    def __init__(self, config: ReaderConfig):
+        super().__init__()
+        self.config = c = config
+        w, e = c.widths, c.eye_widths
+        face: list[nn.Module] = [_Conv(3, w[0], 4, 5)]
+        for i, blocks in enumerate(c.blocks):
+            if i:
+                face.append(_Conv(w[i - 1], w[i], 2))
+            face += [_Residual(w[i]) for _ in range(blocks)]
+        self.face = nn.Sequential(*face, _Conv(w[3], c.squeeze, kernel=1))
+        self.eye = nn.Sequential(
+            _Conv(3, e[0], 2), _Conv(e[0], e[1], 2), _Residual(e[1]), _Conv(e[1], e[2], 2), _Residual(e[2]),
+            _Conv(e[2], c.eye_squeeze, kernel=1),
+        )  # fmt: skip
+        self.face_features = nn.Sequential(nn.Linear(36 * c.squeeze, c.features), nn.ReLU(inplace=True))
+        self.eye_features = nn.Sequential(nn.Linear(80 * c.eye_squeeze, c.eye_features), nn.ReLU(inplace=True))
+        self.drop = nn.Dropout(c.dropout)
+        self.out = nn.Linear(c.features + 2 * c.eye_features, 2 * TARGETS + 6 + 2 * c.points)
+        moves = torch.ones(TARGETS)
+        moves[list(STILL)] = 0
+        for name, value in (("spread", 0.2 * moves), ("centre", 0 * moves), ("gain", moves), ("offset", 0 * moves)):
+            self.register_buffer(name, value.clone())
+
+    def forward(self, crops: Float[Tensor, "b 3 size size"]) -> Raw:
+        x = (crops - 0.5) * 4
+        eyes = torch.cat(eye_windows(x))
+        if x.device.type == "cpu":
+            x, eyes = (v.contiguous(memory_format=torch.channels_last) for v in (x, eyes))
+        whole = self.face_features(adaptive_avg_pool2d(self.face(x), 6).flatten(1))
+        right, left = self.eye_features(adaptive_avg_pool2d(self.eye(eyes), (8, 10)).flatten(1)).chunk(2)
+        out = self.out(self.drop(torch.cat([whole, right, left], 1))).float()
+        value, log_sigma, six, points = out.split([TARGETS, TARGETS, 6, 2 * self.config.points], 1)
+        places = points.unflatten(1, (-1, 2)) * 0.25 + 0.5
+        return Raw(value, log_sigma.clamp(-4, 1.5), gram_schmidt(six), places)
+
+    @torch.no_grad()
+    def read(self, crops: Float[Tensor, "b 3 size size"]) -> Reading:
+        """Read crops in [0, 1] of `config.size`, cut by `face_crop`."""
+        raw = self(crops)
+        value = (raw.value * self.spread + self.centre) * self.gain + self.offset
+        sigma = raw.log_sigma.exp() * self.spread * self.gain
+        parts, doubts = value.split([EXPRS, JAW, EYES], 1), sigma.split([EXPRS, JAW, EYES], 1)
+        return Reading(parts[0].clamp(min=0), parts[1], parts[2], *doubts)
+
+    def save(self, folder: Path) -> None:
+        """Write a model folder with weights in eight bits (`core.packing`)."""
+        state = {k: v for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")}
+        small = packed(state)
+        # Running variances can be smaller than half precision holds.
+        small |= {
+            k: v.float() for k, v in state.items() if "running" in k or k in ("spread", "centre", "gain", "offset")
+        }
+        save_model(folder, asdict(self.config), small)
+
+
+def eye_windows(crops: Float[Tensor, "b c size size"]) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+    """Return the parts of crops with the right eye, mirrored, and with the left one."""
+    size = crops.shape[-1]
+    x, y, w, h = (round(v * size) for v in (EYE_LEFT, EYE_TOP, EYE_WIDTH, EYE_HEIGHT))
+    rows = crops[:, :, y : y + h]
+    return rows[..., x : x + w].flip(-1), rows[..., size - x - w : size - x]
+
+
+def face_crop(image: Float[Tensor, "3 height width"], detection: Detection, size: int) -> Float[Tensor, "3 size size"]:
+    """Cut what the reader looks at out of an uncut image, by a detection in its pixels."""
+    return cut_square(image, face_square(detection.points, detection.index), size)
+
+
+def read_faces(
+    reader: FaceReader,
+    images: Sequence[Float[Tensor, "3 _height _width"]],
+    detections: Sequence[Detection],
+    batch: int = 16,
+) -> Reading:
+    """Read the face of each image, at each image's own resolution."""
+    crops = [face_crop(image, d, reader.config.size) for image, d in zip(images, detections, strict=True)]
+    parts = [reader.read(torch.stack(crops[i : i + batch])) for i in range(0, len(crops), batch)]
+    return Reading(*(torch.cat([getattr(p, k) for p in parts]) for k in Reading.__dataclass_fields__))
+
+
+@cache
+def load_reader(folder: Path = SHIPPED) -> FaceReader:
+    """Load a reader, by default the one that ships with the package.
+
+    Raises:
+        UserError: it is missing, damaged or something else.
+    """
+    config, state = load_model(folder)
+    try:
+        sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        reader = FaceReader(ReaderConfig(**sizes))
+        missing, unexpected = reader.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} is not a face reader ({error}): train one with `geodiff4d train reader`") from None
+    lacking = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if lacking or unexpected:
+        raise UserError(f"{folder} is not a face reader: {(lacking or unexpected)[0]} does not fit; copy it again")
+    return reader.eval()

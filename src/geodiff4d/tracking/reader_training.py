@@ -1,0 +1,242 @@
+"""Training of the face reader on rendered faces; the same command resumes an interrupted run.
+
+A coefficient's error counts over its own spread, so that small actions are learnt as well as large ones, and once more
+as the motion of the skin that it means, so that what looks alike is not told apart at the cost of what does not.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.render.viewpoints import openhead
+from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
+from geodiff4d.tracking.reader_data import Faces, FacesConfig, visible_skin
+from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calibration
+from geodiff4d.tracking.reader_scenes import FaceCrops, FaceScenes
+
+Report = Callable[[dict[str, Any]], None]
+LEAST_SPREAD = 0.04
+"""Smallest spread of a target that its error is divided by [coefficient or rad]."""
+
+
+@dataclass(frozen=True)
+class ReaderTraining:
+    """How the reader is trained."""
+
+    model: ReaderConfig = field(default_factory=ReaderConfig)
+    steps: int = 14000
+    batch: int = 16
+    sizes: tuple[tuple[float, int], ...] = ((0.55, 128),)
+    """Sides of the crops at first, where steps are cheaper: (until which share of the steps, [px])."""
+    backgrounds: int = 96
+    lr: float = 1.5e-3
+    warmup: int = 150
+    fall: float = 0.5
+    """Share of the steps after which the learning rate falls, in a line to a hundredth."""
+    weight_decay: float = 1e-2
+    clip: float = 5.0
+    ema: float = 0.998
+    log_every: int = 25
+    validate_every: int = 500
+    save_every: int = 250
+    val_rows: int = 576
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ReaderPreset:
+    """Faces and training of one size."""
+
+    faces: FacesConfig
+    val_subjects: int
+    training: ReaderTraining
+
+
+PRESETS = {
+    "debug": ReaderPreset(
+        FacesConfig(subjects=2, instants=2, size=96, supersample=1), 1,
+        ReaderTraining(
+            ReaderConfig(64, (4, 8, 8, 8), (0, 1, 1, 1), 4, 16, (4, 4, 8), 4, 8), steps=4, batch=4, sizes=(),
+            backgrounds=4, log_every=2, validate_every=3, save_every=2, val_rows=2,
+        ),
+    ),
+    "embedded": ReaderPreset(FacesConfig(), 120, ReaderTraining()),
+}  # fmt: skip
+
+
+def train_reader(
+    run: Path, faces: Faces, val: Faces, config: ReaderTraining, start: FaceReader | None = None,
+    report: Report = lambda record: None,
+) -> FaceReader:  # fmt: skip
+    """Train on `faces`, report on `val`; writes `run/reader`, the averaged weights, calibrated on `val`.
+
+    `start` gives weights to go on from; a checkpoint in `run` goes before it.
+    """
+    folder = RunFolder(run, config, free=frozenset({"steps"}))
+    torch.manual_seed(config.seed)
+    model = FaceReader(config.model)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
+    else:
+        model.spread.copy_(target_spread(faces))
+    _channels_last(model).train()
+    optimiser = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    first = _resume(folder, model, optimiser, average)
+    scenes = FaceScenes(faces, config.seed, config.backgrounds)
+    checked = FaceScenes(val, 12345, min(config.backgrounds, 32))
+    began, rows = time.monotonic(), faces.ready()
+    for step in range(first, config.steps):
+        for group in optimiser.param_groups:
+            group["lr"] = config.lr * rate(step, config)
+        size = next((s for share, s in config.sizes if step < share * config.steps), config.model.size)
+        if step % 100 == 0:
+            rows = faces.ready()
+        chosen = np.random.default_rng((config.seed, step)).choice(rows, config.batch)
+        batch = scenes.crops(step, chosen, size)
+        # Dropout's draws depend on the step alone, so that a resumed run goes on as it would have.
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        terms = reader_loss(model, model(batch.images), batch)
+        loss = torch.stack(list(terms.values())).sum()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        optimiser.step()
+        _track(average, model, min(config.ema, (step + 1) / (step + 10)))
+        last = step == config.steps - 1
+        if step % config.log_every == 0 or last:
+            record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 3), "rows": len(rows)}
+            record |= {k: round(v.item(), 3) for k, v in terms.items()}
+            if step and (step % config.validate_every == 0 or last):
+                record |= validate(averaged(config, average), checked, size, config.val_rows).rounded()
+            record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
+            folder.log(record)
+            report(record)
+        if (step + 1) % config.save_every == 0 or last:
+            state = {f"model.{k}": v for k, v in model.state_dict().items()}
+            state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)
+            folder.save(state, step + 1)
+    reader = averaged(config, average)
+    calibrate(reader, checked)
+    reader.save(folder.path / "reader")
+    return reader
+
+
+def rate(step: int, config: ReaderTraining) -> float:
+    """Return the learning rate as a share of the highest: up in a line, level, then down in a line."""
+    left = (1 - step / config.steps) / max(1 - config.fall, 1e-6)
+    return min(1.0, (step + 1) / config.warmup) * max(min(1.0, left), 0.01)
+
+
+def target_spread(faces: Faces, most: int = 20000) -> Float[Tensor, " targets"]:
+    """Return each target's standard deviation over the faces, 0 for what never moves."""
+    rows = faces.ready()[:most]
+    labels = torch.cat([torch.from_numpy(faces.rows[k][rows]) for k in ("expr", "jaw", "eyes")], 1)
+    spread = labels.double().std(0, unbiased=False).float().clamp(min=LEAST_SPREAD)
+    spread[list(STILL)] = 0
+    return spread
+
+
+@lru_cache
+def skin_motion() -> Float[Tensor, "52 52"]:
+    """Return what a product of two expressions' skin motions is made of: eᵀ G e, over the mean action's."""
+    basis = openhead().expr_basis[visible_skin()].reshape(-1, EXPRS)
+    G = basis.T @ basis
+    moving = [i for i in range(EXPRS) if i not in STILL]
+    return G / G.diagonal()[moving].mean()
+
+
+def reader_loss(model: FaceReader, raw: Raw, truth: FaceCrops) -> dict[str, Float[Tensor, ""]]:
+    """Sum up what the reader got wrong, in parts."""
+    spread = model.spread
+    moves = (spread > 0).float()
+    off = (raw.value - (truth.targets - model.centre) / spread.clamp(min=1e-6)) * moves
+    skin = (off * spread)[:, :EXPRS]
+    motion = torch.einsum("bi,ij,bj->b", skin, skin_motion(), skin)
+    # The likelihood teaches the doubt alone: it would let hard targets go.
+    likelihood = 0.5 * off.detach().square() * torch.exp(-2 * raw.log_sigma) + raw.log_sigma
+    inside = ((truth.points > -0.05) & (truth.points < 1.05)).all(-1, keepdim=True)
+    distance = smooth_l1_loss(raw.points * 100, truth.points * 100, reduction="none", beta=1.0) * inside
+    return {
+        "targets": off.square().sum(1).mean() / moves.sum(),
+        "motion": 0.3 * motion.mean(),
+        "doubt": 0.1 * (likelihood * moves).sum(1).mean() / moves.sum(),
+        "points": 0.1 * distance.sum() / inside.sum().clamp(min=1),
+        "turn": 0.2 * (raw.rotation - truth.turn).abs().sum((1, 2)).mean(),
+    }
+
+
+@torch.no_grad()
+def answers(reader: FaceReader, scenes: FaceScenes, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the reader says of faces spread over a store, degraded as in training: (value, sigma, truth).
+
+    Values are uncalibrated, in the targets' own units.
+    """
+    ready = scenes.faces.ready()
+    chosen = ready[np.linspace(0, len(ready) - 1, min(rows, len(ready))).round().astype(int)]
+    values, sigmas, truths = [], [], []
+    for k in range(0, len(chosen), 32):
+        batch = scenes.crops(k, chosen[k : k + 32], size)
+        raw = reader(batch.images)
+        values.append(raw.value * reader.spread + reader.centre)
+        sigmas.append(raw.log_sigma.exp() * reader.spread)
+        truths.append(batch.targets)
+    return torch.cat(values), torch.cat(sigmas), torch.cat(truths)
+
+
+def validate(reader: FaceReader, scenes: FaceScenes, size: int, rows: int) -> Agreement:
+    """Measure on other people, degraded as in training."""
+    value, sigma, truth = answers(reader, scenes, size, rows)
+    return agreement(value, truth, sigma)
+
+
+def calibrate(reader: FaceReader, scenes: FaceScenes, rows: int = 10**9) -> None:
+    """Set the reader's gain and offset so that the truth regressed on what it says has slope 1, in place."""
+    value, _, truth = answers(reader, scenes, reader.config.size, rows)
+    gain, offset = fitted_calibration(value, truth)
+    moves = (reader.spread > 0).float()
+    reader.gain.copy_(gain * moves)
+    reader.offset.copy_(offset * moves)
+
+
+def averaged(config: ReaderTraining, average: dict[str, Tensor]) -> FaceReader:
+    """Return a reader with averaged weights, to measure and to ship."""
+    model = FaceReader(config.model)
+    model.load_state_dict(average)
+    return _channels_last(model).eval()
+
+
+def _channels_last(model: FaceReader) -> FaceReader:
+    for p in model.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
+def _track(average: dict[str, Tensor], model: FaceReader, keep: float) -> None:
+    for k, v in model.state_dict().items():
+        if v.is_floating_point():
+            average[k].lerp_(v, 1 - keep)
+        else:
+            average[k].copy_(v)
+
+
+def _resume(folder: RunFolder, model: FaceReader, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
+    found = folder.load()
+    if found is None:
+        return 0
+    tensors, step = found
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+    restore_optimiser(optimiser, tensors)
+    return step
