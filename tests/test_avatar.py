@@ -168,7 +168,7 @@ def test_ssim_of_equal_and_different():
     assert torch.autograd.gradcheck(lambda x: ssim(x, small[1]), small[0].requires_grad_())
 
 
-def test_pictures_are_compared_as_eq_2_says():
+def test_images_are_compared_as_eq_2_says():
     """Ours / theirs: alpha is the rendered one. Where it is the mask, both are the same."""
     config = LossConfig(ssim=0.0, normals=0.1, alpha=0.2)
     mask = torch.zeros(1, 16, 16)
@@ -264,7 +264,7 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
     assert torch.equal(a.sequence.expr, b.sequence.expr) and torch.equal(a.shape, b.shape)
 
 
-def test_a_fit_is_not_resumed_on_other_pictures(clip, tmp_path):
+def test_a_fit_is_not_resumed_on_other_images(clip, tmp_path):
     config = replace(PRESETS["debug"][1], iterations=2, gaussians=1, checkpoint_every=1, densify=None)
 
     def interrupted(items, _):
@@ -277,11 +277,11 @@ def test_a_fit_is_not_resumed_on_other_pictures(clip, tmp_path):
     known = json.loads(run.read_text())
     shutil.rmtree(tmp_path / "clip")
     theirs = edited(clip, tmp_path / "clip", lambda frames: None)
-    picture = theirs.records[0].image_path
-    picture.write_bytes(theirs.records[1].image_path.read_bytes())
+    image = theirs.records[0].image_path
+    image.write_bytes(theirs.records[1].image_path.read_bytes())
     with pytest.raises(UserError, match="another configuration"):
         fit(theirs, tmp_path / "out", config)
-    del known["config"]["pictures"]  # As runs were that began before anybody looked.
+    del known["config"]["files"]  # As runs were that began before anybody looked.
     run.write_text(json.dumps(known))
     fit(theirs, tmp_path / "out", config)
 
@@ -338,7 +338,7 @@ def test_views_and_times_are_held_out(clip, head):
         FitFrames(clip, head, HoldOut(times=0.9))
 
 
-def test_one_picture_is_enough(clip, tmp_path):
+def test_one_image_is_enough(clip, tmp_path):
     one = edited(clip, tmp_path / "one", lambda frames: frames.__delitem__(slice(1, None)))
     config = replace(PRESETS["debug"][1], iterations=2)
     metrics = fit(one, tmp_path / "avatar", config)
@@ -401,7 +401,7 @@ def test_a_body_goes_on_below_what_enough_cameras_see():
     known[:, 2:] = True
     possible[0, 3], possible[2, 2:], possible[1, 0] = False, False, False
     filled = continued(possible, known)[..., 0]
-    # The columns, from below: known above and carried down; ended by a picture of background; never there.
+    # The columns, from below: known above and carried down; ended by an image of background; never there.
     assert filled.tolist() == [[True, True, True, False], [False, True, True, True], [False] * 4]
 
 

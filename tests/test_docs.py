@@ -83,3 +83,19 @@ def figures(page: str) -> list[str]:
 def test_the_readmes_figures_are_those_of_the_results():
     short, whole = figures("README.md"), figures("docs/RESULTS.md")
     assert len(short) == 5 and set(short) < set(whole)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_prose_has_short_lines(page: Path):
+    lines = [line for line in prose(page).splitlines() if not line.startswith(("|", "!["))]
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_files_that_are_named_exist():
+    """Paths of the repository or below the package; the log may name what was there at its time."""
+    package = ROOT / "src/geodiff4d"
+    known = {p.name for p in (*ROOT.iterdir(), *package.iterdir()) if p.is_dir()}
+    named = {name for page in PAGES if page not in LOG for name in re.findall(r"`([\w./-]+\.\w+)`", page.read_text())}
+    paths = {n for n in named if "/" in n and n.split("/")[0] in known and "NAME" not in n}
+    assert len(paths) > 50
+    assert not [n for n in sorted(paths) if not (ROOT / n).exists() and not (package / n).exists()]

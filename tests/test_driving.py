@@ -52,7 +52,7 @@ def test_another_persons_rest_does_not_leak_in(head, avatar):
     assert torch.equal(driven.params.shape[3], avatar.shape)
     leaked = performed(avatar, other, relative=False)
     assert (leaked.params.expr - plain.params.expr).abs().max() > 0.15
-    # In pictures: the leak is what is seen, not what is transferred.
+    # In images: the leak is what is seen, not what is transferred.
     still = int(acting.expr.sum(-1).argmin())
     shots = [avatar.render(p.params[still], avatar.camera).rgb for p in (plain, driven, leaked)]
     assert (shots[0] - shots[1]).abs().max() < 1e-3 < 0.02 < (shots[0] - shots[2]).abs().max()
@@ -92,7 +92,7 @@ def test_live_driving_learns_the_drivers_rest(head, avatar):
     assert (rows[0].expr - whole.params.expr[0]).abs().max() > 0.1
 
 
-def test_one_picture_says_nothing_about_rest(head, avatar):
+def test_one_image_says_nothing_about_rest(head, avatar):
     smile = replace(head.neutral(1), expr=torch.full((1, 52), 0.3))
     assert (Rest.of(head, smile).expr == 0).all()
     tokens = torch.ones(1, 32, 16)

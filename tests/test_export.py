@@ -68,7 +68,7 @@ def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
     np.testing.assert_allclose(R @ scale @ R.T, turn @ ours @ scale @ ours.T @ turn, rtol=1e-3, atol=1e-9)
 
 
-def test_ply_reads_back_as_the_same_picture(avatar, tmp_path):
+def test_ply_reads_back_as_the_same_image(avatar, tmp_path):
     export_ply(avatar, own_performance(avatar), tmp_path / "a.ply")
     splats = read_splats(tmp_path / "a.ply")
     again = render_splats(splats.gaussians, splats.colors, avatar.camera).rgb

@@ -73,7 +73,7 @@ def test_full_pixels_stop():
 
 
 def test_wide_angles_are_clamped():
-    """Splats far outside the picture use the clamped linearisation, with its true derivative."""
+    """Splats far outside the image use the clamped linearisation, with its true derivative."""
     cam, (splats, features) = camera(distance=0.15), scene(seed=3)
     assert_close(rasterize(single(splats), cam, features.float())[0], rasterize(splats, cam, features)[0], 1e-4)
     assert_same_vjp(cam, splats, features, 1e-3)

@@ -7,8 +7,8 @@ from geodiff4d.render import photometric as module
 from geodiff4d.render.photometric import photometric, ssim, ssim_reference
 
 
-def pictures(height: int, width: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two pictures with flat and busy parts, alike enough for SSIM to be neither 0 nor 1."""
+def images(height: int, width: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images with flat and busy parts, alike enough for SSIM to be neither 0 nor 1."""
     g = torch.Generator().manual_seed(height + width)
     a = torch.rand(channels, height, width, generator=g, dtype=torch.float64)
     a[:, : height // 2] = 0.5
@@ -24,7 +24,7 @@ def value_and_gradient(a: torch.Tensor, b: torch.Tensor, weight: float) -> tuple
 @pytest.mark.parametrize(("height", "width", "channels"), [(64, 48, 3), (37, 53, 3), (5, 3, 1), (80, 17, 2)])
 @pytest.mark.parametrize("weight", [0.2, 1.0, 0.0])
 def test_equals_reference(height, width, channels, weight):
-    a, b = pictures(height, width, channels)
+    a, b = images(height, width, channels)
     loss, gradient = value_and_gradient(a.float(), b.float(), weight)
     expected, expected_gradient = value_and_gradient(a, b, weight)
     assert abs(loss - expected) < 1e-5
@@ -35,15 +35,15 @@ def test_equals_reference(height, width, channels, weight):
 
 
 def test_same_bits_for_any_number_of_threads(monkeypatch):
-    a, b = (x.float() for x in pictures(100, 40))
+    a, b = (x.float() for x in images(100, 40))
     one = value_and_gradient(a, b, 0.2)
     monkeypatch.setattr(module.numba, "get_num_threads", lambda: 3)
     assert all(torch.equal(x, y) for x, y in zip(one, value_and_gradient(a, b, 0.2), strict=True))
 
 
 def test_reference_is_the_window_written_out():
-    """Eleven by eleven weights at once, in the middle of a picture, by the definition."""
-    a, b = pictures(11, 11, 1)
+    """Eleven by eleven weights at once, in the middle of an image, by the definition."""
+    a, b = images(11, 11, 1)
     x = torch.arange(11, dtype=torch.float64) - 5
     g = torch.exp(-(x[:, None] ** 2 + x**2) / (2 * 1.5**2))
     w = g / g.sum()
@@ -54,8 +54,8 @@ def test_reference_is_the_window_written_out():
     assert module._similarity(a, b)[0, 5, 5] == pytest.approx(float(expected), abs=1e-12)
 
 
-def test_equal_pictures_and_gradcheck():
-    a, b = pictures(20, 24)
+def test_equal_images_and_gradcheck():
+    a, b = images(20, 24)
     assert float(ssim(a.float(), a.float())) == pytest.approx(1, abs=1e-5)
     assert value_and_gradient(a.float(), a.float(), 0.2)[1].abs().max() * a.numel() < 1e-3
     small = [x[:1, :6, :7].clone().requires_grad_() for x in (a, b)]

@@ -29,7 +29,7 @@ def views(head, *azimuth: float) -> Camera:
 
 @pytest.fixture(scope="module")
 def portrait(head):
-    """A head with a smooth halo of hair and shoulders: picture and mask."""
+    """A head with a smooth halo of hair and shoulders: image and mask."""
     camera = views(head, 0.0)[0]
     y, x = torch.meshgrid(*[(torch.arange(SIZE) + 0.5) / SIZE] * 2, indexing="ij")
     mask = (((x - 0.5) / 0.36) ** 2 + ((y - 0.45) / 0.42) ** 2 < 1) | (y > 0.85)
@@ -75,10 +75,10 @@ def test_where_the_portrait_shows_nothing_nothing_is_shown(head, portrait):
     nothing = lift(head, mesh, camera, torch.zeros_like(mask))
     assert (nothing.follows == -1).all()
     batch = Relief(nothing.points[None], nothing.follows[None])
-    picture = torch.cat([image, torch.zeros_like(mask)])[None]
-    rgb, alpha = carry_relief(batch, picture, head.pose(head.neutral(1)).T_world_joint, Camera.stack([camera]))
+    image = torch.cat([image, torch.zeros_like(mask)])[None]
+    rgb, alpha = carry_relief(batch, image, head.pose(head.neutral(1)).T_world_joint, Camera.stack([camera]))
     assert rgb.isfinite().all() and alpha.max() == 0
-    # A head that is not in the picture at all leaves no outline to continue.
+    # A head that is not in the image at all leaves no outline to continue.
     away = head.neutral()
     away.translation[0] = 5.0
     assert (lift(head, head.pose(away), camera, mask).follows == -1).all()

@@ -47,7 +47,7 @@ def view_of(camera: Camera) -> dict:
 
 
 def drawn_by_spark(ply: Path, camera: Camera, modules: Path, folder: Path) -> torch.Tensor:
-    """Serve the page on this machine alone, let Chromium draw it and return the picture."""
+    """Serve the page on this machine alone, let Chromium draw it and return the image."""
     got: list[str] = []
     finished = threading.Event()
 
@@ -97,7 +97,7 @@ def drawn_by_spark(ply: Path, camera: Camera, modules: Path, folder: Path) -> to
         server.shutdown()
         server.server_close()
     assert got[0].startswith("data:image/png;base64,"), got[0]
-    return decode_image(base64.b64decode(got[0].partition(",")[2]), "Spark's picture")
+    return decode_image(base64.b64decode(got[0].partition(",")[2]), "Spark's image")
 
 
 def side_by_side(avatar: Avatar, modules: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor, float]:

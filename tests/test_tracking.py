@@ -317,7 +317,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(head, tmp_path, bad):
     if bad == "directory":
         source.mkdir()
     elif bad == "text":
-        source.write_text("not a picture")
+        source.write_text("not an image")
     elif bad == "empty video":
         source = tmp_path / "in.mp4"
         source.write_bytes(b"")
@@ -346,7 +346,7 @@ def test_exif_focal_length(tmp_path):
 
 @pytest.mark.parametrize("focal_px", [float("inf"), float("nan"), 1e-30, 10.0, 1e6])
 def test_a_senseless_focal_length_is_refused(focal_px):
-    with pytest.raises(UserError, match="expected 43 to 43267 px for a picture of 360×240"):
+    with pytest.raises(UserError, match="expected 43 to 43267 px for an image of 360×240"):
         focal_length(None, 360, 240, focal_px)
 
 
@@ -466,8 +466,8 @@ def test_mediapipe_finds_a_real_face(head, tmp_path):
     if not os.environ.get(ENVIRONMENT_VARIABLE) and not Path(".track-env/bin/python").exists():
         pytest.skip("needs `make track-env`")
     data = pytest.importorskip("skimage.data")
-    picture = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
-    write_image(tmp_path / "astronaut.png", picture)
+    image = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+    write_image(tmp_path / "astronaut.png", image)
     clip = track(tmp_path / "astronaut.png", tmp_path / "clip", head, MediaPipeDetector())
     assert clip.extra["error_px_at_256"] < 1.5
     p = clip.params(0)

@@ -1,4 +1,4 @@
-"""The live viewer: pictures that follow the view, limits, and a server that strangers cannot reach."""
+"""The live viewer: images that follow the view, limits, and a server that strangers cannot reach."""
 
 import http.client
 import io
@@ -44,12 +44,12 @@ def ask(server, method: str, path: str, body: str | None = None, **headers: str)
     return answer.status, data
 
 
-def test_page_and_pictures(server, avatar):
+def test_page_and_images(server, avatar):
     status, page = ask(server, "GET", "/")
     assert status == 200 and b"/stream" in page and b"http" not in page.replace(b"http-equiv", b"")
     about = json.loads(ask(server, "GET", "/about")[1])
     assert about["sliders"] == list(avatar.head.expression_names) and (about["low"], about["high"]) == (0, 1)
-    status, first = ask(server, "GET", "/picture.jpg")
+    status, first = ask(server, "GET", "/image.jpg")
     assert status == 200 and Image.open(io.BytesIO(first)).size == (64, 64)
     seen = server.studio.number
     change = json.dumps({"yaw": 40, "expressions": {"jawOpen": 1}})
@@ -88,7 +88,7 @@ def test_views(server, avatar):
     assert isinstance(away, torch.Tensor)
     closer = (studio.render(View(play=False, zoom=0.7), 0) - 0.5).abs().amax(0) > 0.03
     assert closer.sum() > 1.3 * away.sum()
-    # From above, more of the head's top: its highest point moves down in the picture less than its chin moves up.
+    # From above, more of the head's top: its highest point moves down in the image less than its chin moves up.
     tilted = studio._turned(View(pitch_deg=40))
     below = studio._turned(View(pitch_deg=-40))
     assert tilted.position[1] > studio.camera.position[1] > below.position[1]
@@ -119,7 +119,7 @@ def test_command(avatar, tmp_path, capsys):
     assert main(["view", str(tmp_path / "a"), "--port", "99999"]) == 2
 
 
-def test_a_picture_that_fails_ends_the_server(avatar, monkeypatch):
+def test_an_image_that_fails_ends_the_server(avatar, monkeypatch):
     def fails(*_: object) -> None:
         raise ZeroDivisionError("no rate")
 

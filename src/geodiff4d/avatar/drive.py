@@ -1,6 +1,6 @@
 """Drive an avatar by somebody's performance and look at it from where you like.
 
-A performance is head parameters, a row per frame, with expression tokens where an encoder saw pictures. It comes from a
+A performance is head parameters, a row per frame, with expression tokens where an encoder saw images. It comes from a
 clip or a tracked video (`performed`), from named weights (`held`), or line by line from a stream (`avatar.stream`).
 """
 
@@ -179,7 +179,7 @@ def clip_cameras(source: Path, frames: int) -> list[Camera]:
 
 
 def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) -> list[Camera]:
-    """Return a camera per frame: `orbit`, `front`, or the path of a transforms.json; `size` is the picture's height."""
+    """Return a camera per frame: `orbit`, `front`, or the path of a transforms.json; `size` is the image's height."""
     if which == "orbit":
         found = orbit(avatar, frames)
     elif which == "front":
@@ -202,5 +202,5 @@ def render_sequence(avatar: Avatar, params: HeadParams | Performance, views: Ite
 
 
 def normal_image(frame: AvatarFrame) -> Tensor:
-    """Return the premultiplied normals as a picture: n/2 + 0.5, grey where nothing is."""
+    """Return the premultiplied normals as an image: n/2 + 0.5, grey where nothing is."""
     return (frame.normal * 0.5 + 0.5).clamp(0, 1)

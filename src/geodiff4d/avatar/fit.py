@@ -124,11 +124,11 @@ class _Run:
     clip: str
     frames: int
     seed: int
-    pictures: str
-    """Fingerprint of the clip: another one may have taken its place."""
+    files: str
+    """Fingerprint of the clip's files: another clip may have taken its place."""
 
 
-def _pictures(clip: Clip) -> str:
+def _files(clip: Clip) -> str:
     files = [p for r in clip.records for p in (r.image_path, r.mask_path, r.normal_path, r.params_path) if p]
     stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return fingerprint((clip.folder / "transforms.json").read_text(), stamps)
@@ -185,7 +185,7 @@ def _fit(
     """Fit or resume, and write the avatar."""
     fitting, explained = prepare(frames, head, config, seed)
     run = RunFolder(
-        out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed, _pictures(clip))
+        out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed, _files(clip))
     )
     saved = run.load(lambda line: run.log({"warning": line}))
     first = 0

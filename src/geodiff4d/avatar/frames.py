@@ -16,7 +16,7 @@ from geodiff4d.heads.rig import Head, HeadParams
 NormalSource = Callable[[ClipFrame], Tensor]
 """Gives a frame other normals than the clip's: camera-space, unit, zero on the background."""
 BOX_MARGIN = 0.06
-"""Around the foreground's box, as a share of the picture: silhouettes need their outside."""
+"""Around the foreground's box, as a share of the image: silhouettes need their outside."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class FitFrames:
         if unmasked:
             raise UserError(
                 f"{clip.folder} has no foreground mask for {unmasked.image_path.name}: "
-                "an avatar needs them; run `geodiff4d track` on the pictures first"
+                "an avatar needs them; run `geodiff4d track` on the images first"
             )
         self.tokens = read_tokens(clip)
         rows = {t: i for i, t in enumerate(clip.timesteps)}

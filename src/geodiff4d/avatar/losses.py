@@ -1,4 +1,4 @@
-"""What an avatar is asked for: pictures, normals and silhouettes like the clip's, from splats that stay on their head.
+"""What an avatar is asked for: images, normals and silhouettes like the clip's, from splats that stay on their head.
 
 Eq. 2's normal term compares premultiplied normals with α(2I - 1). The binding terms are GaussianAvatars' with two
 differences: distances are metres with a tolerance per region (skin 3 mm, hair and clothes 60 mm), since a triangle of

@@ -1,6 +1,6 @@
 """Gaussians where the person goes on and the head does not: shoulders and chest, from the silhouettes alone.
 
-The head's mesh ends at the neck, the pictures do not. Splats that start on the neck take thousands of steps to get to a
+The head's mesh ends at the neck, the images do not. Splats that start on the neck take thousands of steps to get to a
 shoulder; so some start on the visual hull below the neck and are bound to the neck's nearest face.
 """
 
@@ -28,7 +28,7 @@ TOP = 0.4
 CLEAR_M = 0.012
 """What is nearer to the neck is the neck."""
 SEEN = 0.15
-"""Silhouettes of fewer of the views say too little: the hull would go on below the pictures."""
+"""Silhouettes of fewer of the views say too little: the hull would go on below the images."""
 CAMERAS = 3
 """The hull of fewer cameras reaches far beyond the person: where fewer look, the body continues what is above."""
 INSIDE = 0.97
@@ -83,7 +83,7 @@ def continued(possible: Bool[Tensor, "x y z"], known: Bool[Tensor, "x y z"]) -> 
 
 
 def _carved(points: Tensor, frames: FitFrames, posed: PosedHead, picked: list[int]) -> tuple[Tensor, Tensor]:
-    """Say which points, moving with the root joint, no picture shows as background, and whether enough cameras look."""
+    """Say which points, moving with the root joint, no image shows as background, and whether enough cameras look."""
     seen, hits = torch.zeros(len(points)), torch.zeros(len(points))
     home = invert(posed.T_world_joint[0, 0])
     eyes: dict[tuple[float, ...], Tensor] = {}
@@ -100,7 +100,7 @@ def _carved(points: Tensor, frames: FitFrames, posed: PosedHead, picked: list[in
 
 
 def _lookup(mask: Float[Tensor, "height width"], camera: Camera, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which points a camera's picture shows, and the mask there."""
+    """Return which points a camera's image shows, and the mask there."""
     xy, depth = camera.project(points)
     column, row = (xy[:, 0].floor().long(), xy[:, 1].floor().long())
     visible = (depth > 0) & (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)

@@ -1,4 +1,4 @@
-"""From head expression to expression tokens: what moves an avatar where there is no picture to encode.
+"""From head expression to expression tokens: what moves an avatar where there is no image to encode.
 
 Sliders, ARKit streams and clips of other trackers say how a face moves by head parameters; the avatar's networks want
 the video model's tokens. A ridge regression, fitted on the avatar's own clip, guesses them and stays within what the
@@ -14,7 +14,7 @@ from torch import Tensor
 from geodiff4d.heads.rig import HeadParams
 
 BLOCKS = 5
-"""Held-out blocks: runs of consecutive timesteps, since neighbours are nearly the same picture."""
+"""Held-out blocks: runs of consecutive timesteps, since neighbours are nearly the same image."""
 STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Ridges tried, in units of a feature's variance summed over the rows."""
 FLAT = 1e-6

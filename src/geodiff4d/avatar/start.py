@@ -134,7 +134,7 @@ def sample(
     image: Float[Tensor, "channels height width"], camera: Camera, points: Float[Tensor, "n 3"], outside: float,
     nearest: bool = False,
 ) -> Float[Tensor, "n channels"]:  # fmt: skip
-    """Look up what a picture shows at world points; `outside` where they leave it or are behind the camera."""
+    """Look up what an image shows at world points; `outside` where they leave it or are behind the camera."""
     xy, depth = camera.project(points)
     grid = 2 * xy / torch.tensor([camera.width, camera.height]) - 1
     mode = "nearest" if nearest else "bilinear"

@@ -20,7 +20,7 @@ from geodiff4d.heads import load_head
 from geodiff4d.world import SyntheticSubject
 
 SIZES = {"debug": (48, 2), "embedded": (256, 20), "paper": (512, 20)}
-"""Side of the pictures [px], and steps or frames of one measurement."""
+"""Side of the images [px], and steps or frames of one measurement."""
 FRAMES, VIEWS = 3, 2
 PARTS: dict[str, dict[str, Any]] = {
     "bare": {"remesh": None, "deformation": None, "dynamics": None, "densify": None},

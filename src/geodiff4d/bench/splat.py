@@ -30,7 +30,7 @@ ORACLE = (64, 800, 3.0)
 
 @dataclass(frozen=True)
 class SplatBench:
-    """A head-like shell of flat Gaussians, half the picture wide, and a random cotangent."""
+    """A head-like shell of flat Gaussians, half the image wide, and a random cotangent."""
 
     preset: str = "embedded"
     threads: int = 2
@@ -106,7 +106,7 @@ class SplatBench:
 
 
 def head_scene(side: int, count: int, radius_px: float, device: torch.device) -> tuple[Gaussians, Tensor, Camera]:
-    """Flat Gaussians on an egg that covers half the picture, sizes and opacities as a fit ends with."""
+    """Flat Gaussians on an egg that covers half the image, sizes and opacities as a fit ends with."""
     g = torch.Generator().manual_seed(count)
     focal, distance = side / (2 * math.tan(math.radians(15))), 0.8
     half = distance * math.tan(math.radians(15))

@@ -253,7 +253,7 @@ SHORTCUTS = (
     ("12 steps, guidance in 5 of them", 5, 7),
     ("no guidance", 0, GUIDED_STEPS),
 )
-"""Name, steps with guidance, steps without. They change the picture; what they cost in quality is not measured here."""
+"""Name, steps with guidance, steps without. They change the image; what they cost in quality is not measured here."""
 
 
 def _timed(clock: Clock, m: Measures, work: Callable[[], object]) -> float:
@@ -286,7 +286,7 @@ def _counted_memory(p: Preset, window: int) -> dict[str, float]:
     model = build(p, torch.device("meta")).compact()
     given, m = random_window(model, window), Measures(cached=True, together=True)
     c, side, d = model.codec.channels, given.z.shape[-1], len(model.config.domains)
-    # Latents, their noise and prediction, conditions, and the finished pictures.
+    # Latents, their noise and prediction, conditions, and the finished images.
     clip = p.frames * d * 4 * (6 * c * side**2 + 3 * model.config.size**2) + 4 * given.conditions.planes.numel()
     kv = model.reference_kv(*given.portrait)
     clip += sum(x.numel() * x.element_size() for pair in kv for x in pair)

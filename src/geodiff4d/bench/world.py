@@ -21,7 +21,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class WorldBench:
-    """Pictures, normals, masks and parameters of made-up people, painting them included."""
+    """Images, normals, masks and parameters of made-up people, painting them included."""
 
     size: int = 256
     subjects: int = 4

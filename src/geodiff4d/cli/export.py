@@ -24,7 +24,7 @@ class Args(DrivingArgs):
     frame: int = 0
     """Which frame of the performance ply shows."""
     background: float = 1.0
-    """Grey behind the person in vhap's pictures, 0 to 1; VHAP's own is white."""
+    """Grey behind the person in vhap's images, 0 to 1; VHAP's own is white."""
 
 
 def run(args: Args) -> None:

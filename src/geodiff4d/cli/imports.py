@@ -26,7 +26,7 @@ class Args:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write to: a clip, or one clip below it for each person and sequence. The same command resumes."""
     limit: int | None = None
-    """At most so many timesteps of each clip (SynthHuman: so many pictures)."""
+    """At most so many timesteps of each clip (SynthHuman: so many images)."""
     every: int = 1
     """Take every n-th timestep (NeRSemble runs at 73 frames/s: 3 is 24.3)."""
     cameras: tuple[str, ...] = ()
@@ -34,11 +34,11 @@ class Args:
     only: tuple[str, ...] = ()
     """Only clips whose name matches one of these patterns, such as '017_EXP-*'."""
     size: int | None = None
-    """Scale pictures down to this many pixels on their longer side."""
+    """Scale images down to this many pixels on their longer side."""
     masks: Path | None = None
     """Folder of foreground masks by frame (docs/DATA.md says how files are named)."""
     normals: Path | None = None
-    """Folder of camera-space normals by frame, or your DAViD .onnx file, which is then run on every picture."""
+    """Folder of camera-space normals by frame, or your DAViD .onnx file, which is then run on every image."""
     params: Path | None = None
     """Folder of head parameters by timestep, {t:05d}.npz as in a clip."""
     head: str | None = None

@@ -1,4 +1,4 @@
-"""Track pictures as they come, from a webcam or a video that is still being written, and drive an avatar by them."""
+"""Track images as they come, from a webcam or a video that is still being written, and drive an avatar by them."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Args:
     source: Annotated[Path, tyro.conf.Positional]
     """Webcam (/dev/video0), or a video file that is being written (MPEG-TS, Matroska, WebM, fragmented MP4)."""
     out: Path
-    """Folder for live.mp4 (the tracked head over the picture, and the avatar beside it) and params.npz."""
+    """Folder for live.mp4 (the tracked head over the image, and the avatar beside it) and params.npz."""
     avatar: Path | None = None
     """Avatar folder to drive; without it tracking alone is shown."""
     head: str = "openhead"

@@ -25,7 +25,7 @@ class Args(DrivingArgs):
     normals: bool = False
     """Render camera-space normals instead of colours."""
     size: int | None = None
-    """Height of the picture [px]; without it, that of the clip the avatar was fitted to."""
+    """Height of the image [px]; without it, that of the clip the avatar was fitted to."""
     frames: int | None = None
     """Render so many frames, repeating the driving sequence; without it, each once (with --set, 48)."""
     device: DeviceName = "auto"
@@ -53,6 +53,6 @@ def run(args: Args) -> None:
     count = args.frames or (HELD_FRAMES if args.set else len(show))
     views = cameras(avatar, args.camera, count, args.size)
     frames = render_sequence(avatar.to(device), show.looped(count), views)
-    pictures = (normal_image(f) if args.normals else f.rgb.clamp(0, 1) for f in islice(frames, count))
-    write_video(args.out, progress.bar(pictures, "rendering", count), show.fps)
+    images = (normal_image(f) if args.normals else f.rgb.clamp(0, 1) for f in islice(frames, count))
+    write_video(args.out, progress.bar(images, "rendering", count), show.fps)
     print(f"{args.out}: {count} frames")

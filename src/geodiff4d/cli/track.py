@@ -13,7 +13,7 @@ class Args:
     """Options of `geodiff4d track`."""
 
     input: Annotated[Path, tyro.conf.Positional]
-    """Picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face."""
+    """Image (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face."""
     out: Path
     """Clip folder to write; it replaces an older one, and nothing else."""
     head: str = "openhead"
@@ -26,7 +26,7 @@ class Args:
     limit: int | None = None
     """Track at most so many frames of a video."""
     focal_px: float | None = None
-    """Focal length of the uncut picture, if you know it; else EXIF's, else assumed."""
+    """Focal length of the uncut image, if you know it; else EXIF's, else assumed."""
 
 
 def run(args: Args) -> None:

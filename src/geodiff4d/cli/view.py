@@ -11,7 +11,7 @@ from geodiff4d.cli._driving import DrivingArgs
 
 @dataclass(frozen=True)
 class Args(DrivingArgs):
-    """Options of `geodiff4d view`; it runs until Ctrl-C. Lines from --driving -, and a webcam's pictures from
+    """Options of `geodiff4d view`; it runs until Ctrl-C. Lines from --driving -, and a webcam's images from
     --driving /dev/video0, move the face as they come."""
 
     avatar: Annotated[Path, tyro.conf.Positional]
@@ -21,7 +21,7 @@ class Args(DrivingArgs):
     host: str = "127.0.0.1"
     """Address to listen on. The default is reached from this machine alone; there is no password."""
     size: int = 384
-    """Height of the picture [px]."""
+    """Height of the image [px]."""
     seconds: float | None = None
     """Stop after so long."""
 

@@ -1,6 +1,6 @@
 """Texture coordinates for a FLAME model without any: a cylinder around the head, the eyeballs beside it.
 
-FLAME's own atlas comes in separate files. Without them a picture can still be laid on the head, but not exchanged with
+FLAME's own atlas comes in separate files. Without them an image can still be laid on the head, but not exchanged with
 other tools; inside the mouth and behind the ears the cylinder covers itself.
 """
 

@@ -28,7 +28,7 @@ def head_region(head: Head) -> Bool[Tensor, " verts"]:
 def canonical_crop_box(camera: Camera, vertices: Float[Tensor, "*batch verts 3"]) -> tuple[float, float, float]:
     """Return the canonical crop of one camera from the head's vertices in the world, over all frames given.
 
-    A head that moves through the picture widens the crop until it is always inside, so that the box can stay fixed.
+    A head that moves through the image widens the crop until it is always inside, so that the box can stay fixed.
     `camera` is single, or has the batch of the vertices. Pass the head without neck and shoulders.
     """
     points, _ = camera.project(vertices) if camera.batch else _project_all(camera, vertices)

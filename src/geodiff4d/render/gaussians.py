@@ -51,7 +51,7 @@ class Rendering:
     depth: Float[Tensor, "*batch 1 height width"] | None
     """Σ wᵢ zᵢ [m], zᵢ along the camera's axis: divide by alpha for the mean depth."""
     broken: Bool[Tensor, " n"]
-    """Gaussians that were left out in at least one view, and got no gradient: something is infinite or no number, the
+    """Gaussians that were left out in at least one view, and got no gradient: something is infinite or NaN, the
     quaternion is zero, or the splat is astronomically large."""
 
     @property

@@ -225,7 +225,7 @@ def _spans(p: Tensor, area: Tensor, height: int, width: int) -> tuple[Tensor, Te
     rows = ((torch.cat([by, cy]) - 0.5).ceil_().clamp_(0, height) - rows_from).clamp_(min=0).long()
     long = (cx - ax) / (cy - ay)
     short = torch.cat([(bx - ax) / (by - ay), (cx - bx) / (cy - by)])
-    # The plane of 1/z over the picture; bounded below, since slivers have no plane to speak of.
+    # The plane of 1/z over the image; bounded below, since slivers have no plane to speak of.
     x, y, w = p.unbind(0)
     dwdx = ((w[1] - w[0]) * (y[2] - y[0]) - (w[2] - w[0]) * (y[1] - y[0])) / area
     dwdy = ((w[2] - w[0]) * (x[1] - x[0]) - (w[1] - w[0]) * (x[2] - x[0])) / area

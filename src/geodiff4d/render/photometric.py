@@ -1,7 +1,7 @@
-"""How unlike two pictures are: L1 and SSIM as 3D Gaussian splatting uses them, with a gradient that keeps up with it.
+"""How unlike two images are: L1 and SSIM as 3D Gaussian splatting uses them, with a gradient that keeps up with it.
 
 On a CPU, in float32, both and their gradient are one sweep of our kernel; elsewhere, and for float64, they are torch's
-convolutions. SSIM has the usual 11×11 Gaussian window (σ = 1.5 px), a range of 1, and zeros around the picture.
+convolutions. SSIM has the usual 11×11 Gaussian window (σ = 1.5 px), a range of 1, and zeros around the image.
 """
 
 from typing import Any
@@ -88,7 +88,7 @@ class _Photometric(torch.autograd.Function):
 
 
 def _padded(x: Tensor, width: int) -> np.ndarray:
-    """A picture's numbers, its rows filled up with zeros."""
+    """An image's numbers, its rows filled up with zeros."""
     if x.shape[-1] == width:
         return x.detach().contiguous().numpy().reshape(-1)
     out = np.zeros((*x.shape[:-1], width), np.float32)

@@ -1,6 +1,6 @@
 """The CPU rasteriser: project, sort, list per tile, blend; and back, analytically. Float32, on any number of threads.
 
-Kernels handle up to seven features; more go in several passes, whose gradients add up. Pictures are computed in whole
+Kernels handle up to seven features; more go in several passes, whose gradients add up. Images are computed in whole
 tiles of 16 pixels. Results are the same bits whatever the number of threads. Semantics are gsplat's (see `gaussians`).
 """
 
@@ -21,7 +21,7 @@ from geodiff4d.render.kernels.project import ROW, TILE, project, project_backwar
 
 
 class _Loan:
-    """Arrays that go back for the next picture when nothing refers to the loan any more.
+    """Arrays that go back for the next image when nothing refers to the loan any more.
 
     Fresh ones may cost a page fault per 4 kB, together a third of the rasteriser's time.
     """
@@ -36,7 +36,7 @@ class _Loan:
     def take(self, count: int, dtype: type = np.float32) -> np.ndarray:
         """Return a flat array of `count` numbers, whatever they are."""
         size = count * np.dtype(dtype).itemsize
-        # Sizes go in steps of an eighth, so that similar pictures find each other's arrays.
+        # Sizes go in steps of an eighth, so that similar images find each other's arrays.
         step = max(size.bit_length() - 4, 6)
         capacity = ((size >> step) + 1) << step
         try:
@@ -146,7 +146,7 @@ class _Rasterize(torch.autograd.Function):
 
 
 def _in_tiles(g: Tensor, view: _View, loan: _Loan) -> np.ndarray:
-    """A picture's gradient in whole tiles: itself, or a copy with zeros around."""
+    """An image's gradient in whole tiles: itself, or a copy with zeros around."""
     columns, lines = view.tiles
     shape = (len(g), lines * TILE, columns * TILE)
     if g.shape == shape:

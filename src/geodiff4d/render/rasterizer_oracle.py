@@ -46,7 +46,7 @@ def find_broken(
     means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
     opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
 ) -> Bool[Tensor, " n"]:  # fmt: skip
-    """Gaussians that cannot be drawn: something is infinite or no number, the quaternion is zero, the splat is vast."""
+    """Gaussians that cannot be drawn: something is infinite or NaN, the quaternion is zero, the splat is vast."""
     tensors = (means, quats, scales, opacities[:, None], features)
     finite = torch.cat([x.detach() for x in tensors], -1).isfinite().all(-1)
     return ~finite | (quats.detach().norm(dim=-1) <= 1e-12) | (scales.detach().abs().amax(-1) > 1e9)
@@ -68,7 +68,7 @@ def without(
 def _covariance(
     cam: Tensor, quats: Tensor, scales: Tensor, T_cam_world: Tensor, K: Tensor, width: int, height: int
 ) -> Tensor:
-    """EWA splatting: Σ₂ = J R Σ Rᵀ Jᵀ + ε, with J at the point clamped to 15 % around the picture."""
+    """EWA splatting: Σ₂ = J R Σ Rᵀ Jᵀ + ε, with J at the point clamped to 15 % around the image."""
     x, y, z = cam.unbind(-1)
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     mx, my = 0.15 * width / fx, 0.15 * height / fy

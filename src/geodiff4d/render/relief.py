@@ -44,7 +44,7 @@ class Relief:
 
 
 def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 height width"]) -> Relief:
-    """Lift one portrait's foreground off its picture.
+    """Lift one portrait's foreground off its image.
 
     Args:
         mesh: the tracked head, without a batch axis.
@@ -70,7 +70,7 @@ def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 hei
 
 def carry_relief(
     relief: Relief,
-    picture: Float[Tensor, "*batch 4 height width"],
+    image: Float[Tensor, "*batch 4 height width"],
     T_world_joint: Float[Tensor, "*batch joints 4 4"],
     camera: Camera,
     coarse: int = 2,
@@ -78,20 +78,20 @@ def carry_relief(
     """Show the sheet in other views: (rgb, alpha), rgb not multiplied by alpha.
 
     Args:
-        picture: the portrait and its mask.
+        image: the portrait and its mask.
         camera: the target views; the sheet is drawn at `1 / coarse` of their size and its coordinates resampled.
     """
-    height, width = picture.shape[-2] // CELL_PX, picture.shape[-1] // CELL_PX
+    height, width = image.shape[-2] // CELL_PX, image.shape[-1] // CELL_PX
     target = camera.resized(camera.width // coarse, camera.height // coarse)
-    faces = _faces(height, width, picture.device)
+    faces = _faces(height, width, image.device)
     fragments = rasterize(relief.pose(T_world_joint), faces, target, cull_backfaces=False)
-    grid = _centres(height, width, picture.device) / picture.new_tensor([width, height]) * 2 - 1
+    grid = _centres(height, width, image.device) / image.new_tensor([width, height]) * 2 - 1
     ones = torch.ones_like(grid[:, :1])
     maps = interpolate(fragments, faces, torch.cat([grid, ones], 1))
     batch = maps.shape[:-3]
     maps = resize(maps.flatten(0, -4) if batch else maps[None], (camera.height, camera.width), mode="bilinear")
     inside = maps[:, 2:].clamp(min=1e-3)
-    flat = picture.expand(*batch, *picture.shape[-3:]).reshape(-1, *picture.shape[-3:])
+    flat = image.expand(*batch, *image.shape[-3:]).reshape(-1, *image.shape[-3:])
     look = grid_sample(flat, (maps[:, :2] / inside).movedim(1, -1), padding_mode="border", align_corners=False)
     alpha = look[:, 3:] * (maps[:, 2:] > 0.5)
     return look[:, :3].view(*batch, 3, *look.shape[-2:]), alpha.view(*batch, 1, *look.shape[-2:])
@@ -99,10 +99,10 @@ def carry_relief(
 
 @dataclass(frozen=True)
 class LiftedPortrait:
-    """A portrait off its picture: the texture that the head's mesh carries, and what surrounds the head."""
+    """A portrait off its image: the texture that the head's mesh carries, and what surrounds the head."""
 
     head: CompletedHead
-    picture: Float[Tensor, "4 height width"]
+    image: Float[Tensor, "4 height width"]
     """On grey, with its foreground as ones and zeros."""
     relief: Relief | None = None
 
@@ -124,7 +124,7 @@ class LiftedPortrait:
         if self.relief is not None:
             n = len(T_world_joint)
             sheet = Relief(self.relief.points.expand(n, -1, -1, -1), self.relief.follows.expand(n, -1))
-            under, alpha = carry_relief(sheet, self.picture.expand(n, -1, -1, -1), T_world_joint, cameras)
+            under, alpha = carry_relief(sheet, self.image.expand(n, -1, -1, -1), T_world_joint, cameras)
             alpha = alpha * (1 - inside)
             rgb, visible = rgb + alpha * (under - rgb), visible + alpha
         return rgb, torch.cat([visible, inside], 1)
@@ -134,7 +134,7 @@ def lift_portrait(
     head: Head, image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"], mesh: PosedHead,
     camera: Camera, texels: int, surroundings: bool = True,
 ) -> LiftedPortrait:  # fmt: skip
-    """Lift a portrait, on grey, off its picture, given its tracked head; with `surroundings`, beyond its mesh too."""
+    """Lift a portrait, on grey, off its image, given its tracked head; with `surroundings`, beyond its mesh too."""
     texture = complete(head, image, mesh.vertices, camera, mask, texels)
     foreground = (mask > 0.5).to(image.dtype)
     relief = lift(head, mesh, camera, foreground) if surroundings else None

@@ -1,4 +1,4 @@
-"""What happens to pictures on their way to a user: light, colour, blur, noise, compression, and things in front."""
+"""What happens to images on their way to a user: light, colour, blur, noise, compression, and things in front."""
 
 import math
 from functools import cache
@@ -20,7 +20,7 @@ def chance(n: int, p: float, g: torch.Generator) -> Float[Tensor, "n 1 1 1"]:
 
 
 def backgrounds(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 3 size size"]:
-    """Draw plain, graded, cloudy and cluttered pictures without anybody in them."""
+    """Draw plain, graded, cloudy and cluttered images without anybody in them."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     a, b = torch.rand(2, n, 3, 1, 1, generator=g)
     angle = uniform(n, 0, 2 * math.pi, g)
@@ -87,7 +87,7 @@ def relight(
 
 
 def photographed(images: Float[Tensor, "n 3 h w"], g: torch.Generator) -> Float[Tensor, "n 3 h w"]:
-    """Pass pictures through a camera of some quality: colour, contrast, blur, noise, blocks of JPEG."""
+    """Pass images through a camera of some quality: colour, contrast, blur, noise, blocks of JPEG."""
     n = len(images)
     x = images.clamp(1e-4, 1) ** torch.exp(uniform(n, -0.4, 0.4, g))
     grey = (x * torch.tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
@@ -96,7 +96,7 @@ def photographed(images: Float[Tensor, "n 3 h w"], g: torch.Generator) -> Float[
     x = x * (1 + 0.1 * torch.randn(n, 3, 1, 1, generator=g) * chance(n, 0.5, g))
     x = 0.5 + (x - 0.5) * uniform(n, 0.6, 1.25, g) + uniform(n, -0.12, 0.12, g)
     x = x + torch.randn(x.shape, generator=g) * uniform(n, 0, 0.06, g) * chance(n, 0.5, g)
-    # Every defect is worked out for its own few pictures: this is what training waits for.
+    # Every defect is worked out for its own few images: this is what training waits for.
     for p, defect in ((0.25, _soft), (0.12, _softer), (0.06, _shaken), (0.12, _shrunk)):
         rows = (torch.rand(n, generator=g) < p).nonzero()[:, 0]
         if len(rows):

@@ -76,7 +76,7 @@ class Detector(Protocol):
 
 @runtime_checkable
 class FollowingDetector(Protocol):
-    """A detector that answers picture by picture, as they come."""
+    """A detector that answers image by image, as they come."""
 
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
         """Yield a detection per image of a video."""

@@ -1,6 +1,6 @@
 """The embedded detector: the perception network over whole photographs and videos.
 
-The finder looks at the picture shrunk to a few sizes; what it finds is cut out, upright, and looked at twice: in a wide
+The finder looks at the image shrunk to a few sizes; what it finds is cut out, upright, and looked at twice: in a wide
 crop for the foreground, the normals and a better crop, then in a tight one for the points. In a video the last frame's
 head says where to cut, and the finder is asked again when the face is lost.
 """
@@ -19,7 +19,7 @@ from geodiff4d.tracking.scenes import head_box
 from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_turn
 
 FINDER_SIDES = (192, 384, 768)
-"""Longer side of the pictures that the finder sees; the last one is looked at only where the others show nobody."""
+"""Longer side of the images that the finder sees; the last one is looked at only where the others show nobody."""
 FINDER_LOGIT, CANDIDATES = -2.5, 6
 """Every cell above that logit may be a head, and so many of the best are looked at: the looker is the judge."""
 LOOKS = 3
@@ -57,13 +57,13 @@ class EmbeddedDetector:
 
     @torch.no_grad()
     def photo(self, image: Float[Tensor, "3 height width"]) -> Detection | None:
-        """Find the largest face of one picture."""
+        """Find the largest face of one image."""
         faces = self.faces(image)
         return None if not faces else self._detection(image, faces[0], len(faces))
 
     @torch.no_grad()
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
-        """Find the same face in pictures that follow each other; one at a time, as they come."""
+        """Find the same face in images that follow each other; one at a time, as they come."""
         last: Detection | None = None
         for image in images:
             found = None
@@ -149,7 +149,7 @@ def _corrected(square: HeadSquare, scale: float, look: Look) -> HeadSquare:
 def _upright(
     wide: Tensor, square: HeadSquare, tight: Tensor, inner: HeadSquare
 ) -> tuple[tuple[float, float, float], Tensor]:
-    """Take mask and normals of both looks to the picture's axes: (left, top, side), [4, size, size].
+    """Take mask and normals of both looks to the image's axes: (left, top, side), [4, size, size].
 
     The tight look sees more of what it sees; the wide one goes on around it.
     """
@@ -165,7 +165,7 @@ def _upright(
 def _placed(
     dense: Tensor, square: HeadSquare, box: tuple[float, float, float], size: int
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Resample a look's mask and normals to a box of the picture [4, size, size]; and how far out it is, 1 the edge."""
+    """Resample a look's mask and normals to a box of the image [4, size, size]; and how far out it is, 1 the edge."""
     mask, normal = dense[:, :1].sigmoid(), normalize(dense[:, 1:], dim=1, eps=1e-6)
     R, ratio = plane_turn(-square.roll), box[2] / square.side
     off = torch.tensor([box[0] + box[2] / 2 - square.x, box[1] + box[2] / 2 - square.y]) * 2 / square.side
@@ -177,7 +177,7 @@ def _placed(
 
 
 def _untilted(rotation: Float[Tensor, "3 3"], roll: float) -> Float[Tensor, "3 3"]:
-    """Take a rotation seen in a turned crop to the picture's axes (y up there)."""
+    """Take a rotation seen in a turned crop to the image's axes (y up there)."""
     R = torch.eye(3)
     R[:2, :2] = plane_turn(-roll)
     return R @ rotation

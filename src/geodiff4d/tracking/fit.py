@@ -85,10 +85,10 @@ def fit(
 def assumed_focal(
     head: Head, layout: Layout, seen: Observed, width: int, height: int, config: HeadFitConfig
 ) -> float:  # fmt: skip
-    """Choose a focal length [px] for a picture of which nothing is known.
+    """Choose a focal length [px] for an image of which nothing is known.
 
-    People are photographed from about the same distance, and pictures are cut afterwards: how large the head is says
-    more than the picture's sides, which only bound the lens.
+    People are photographed from about the same distance, and images are cut afterwards: how large the head is says
+    more than the image's sides, which only bound the lens.
     """
     side = float(max(width, height))
     x = weak_perspective(head, layout, seen, pinhole(side, width, height).double())

@@ -1,4 +1,4 @@
-"""Tracking as pictures come: from a webcam, or from a video file that is still being written.
+"""Tracking as images come: from a webcam, or from a video file that is still being written.
 
 The first frames settle who it is (identity, focal length, camera); from then on every frame is fitted alone, pulled
 toward where the last one was. Nothing is known of the future, so it lags and trembles a little more than `track` does.
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class LiveConfig:
-    """How pictures are followed as they come."""
+    """How images are followed as they come."""
 
     warmup: int = 6
     """Frames with a face that settle identity and camera; they are given out when the last of them has come."""
@@ -53,7 +53,7 @@ class LiveFrame:
     params: HeadParams
     """No batch axis; the shape is the same in all frames."""
     camera: Camera
-    """Of the uncut picture; the same in all frames."""
+    """Of the uncut image; the same in all frames."""
     seen: bool
     """Whether there was a face; else the last one's parameters are repeated."""
     error_px: float
@@ -64,7 +64,7 @@ def track_live(
     images: Iterable[Float[Tensor, "3 _height _width"]], head: Head, detector: FollowingDetector | None = None,
     config: LiveConfig = LiveConfig(),
 ) -> Iterator[LiveFrame]:  # fmt: skip
-    """Track pictures one by one, as they come.
+    """Track images one by one, as they come.
 
     Frames before the first face are passed over.
 

@@ -1,8 +1,8 @@
 """The foreground of a tracked portrait: head, hair, neck and shoulders.
 
 A segmentation of the person (or, without one, the tracked head grown by a hair's breadth) is joined with the head's
-own silhouette, its edge drawn to the picture's by a guided filter (He et al. 2010). Shoulders stay, as in the video
-model's training pictures; only what is far from the tracked head is no foreground. All lengths are shares of the
+own silhouette, its edge drawn to the image's by a guided filter (He et al. 2010). Shoulders stay, as in the video
+model's training images; only what is far from the tracked head is no foreground. All lengths are shares of the
 head's size, so that they mean the same at any resolution.
 """
 

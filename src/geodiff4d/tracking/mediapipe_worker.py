@@ -57,7 +57,7 @@ def cut(image, left, top, side):
 
 
 class Faces:
-    """Face mesh, with closer looks where the whole picture shows none."""
+    """Face mesh, with closer looks where the whole image shows none."""
 
     def __init__(self, video):
         import mediapipe
@@ -95,7 +95,7 @@ class Faces:
         faces = self.in_image(self.mesh, image)
         seen = self.boxes(self.near, image) + self.boxes(self.far, image)
         if not faces:
-            # A face that is small, or that fills the picture: look again at squares around it.
+            # A face that is small, or that fills the image: look again at squares around it.
             tries = [square(b, 2.0) for b, _ in sorted(seen, key=lambda x: -x[1])[:MAX_FACES]]
             if previous is not None:
                 tries.insert(0, square(previous, 1.6))
@@ -119,7 +119,7 @@ def score_of(points, seen):
 
 
 class People:
-    """Selfie segmentation, looked at twice: the whole picture, and more closely around the face."""
+    """Selfie segmentation, looked at twice: the whole image, and more closely around the face."""
 
     def __init__(self):
         import mediapipe
@@ -141,7 +141,7 @@ class People:
         height, width = image.shape[:2]
         y0, y1, x0, x1 = max(top, 0), min(top + side, height), max(left, 0), min(left + side, width)
         inner = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-        # Beyond the picture there is nothing to fade into.
+        # Beyond the image there is nothing to fade into.
         outer = whole[y0:y1, x0:x1]
         w = weight[inner]
         out = whole.copy()
@@ -175,7 +175,7 @@ def serve(folder):
 
 
 def self_test():
-    """Run every model once on an empty picture: they load, and see nobody."""
+    """Run every model once on an empty image: they load, and see nobody."""
     image = np.full((128, 96, 3), 128, np.uint8)
     faces, _ = Faces(video=False)(image, None)
     mask = People()(image, None)

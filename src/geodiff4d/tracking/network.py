@@ -1,6 +1,6 @@
-"""The embedded perception network: where faces are in a picture, and what a crop of one shows.
+"""The embedded perception network: where faces are in an image, and what a crop of one shows.
 
-Two convolutional networks share a file. `Finder` looks at a whole small picture and says where heads are, how large and
+Two convolutional networks share a file. `Finder` looks at a whole small image and says where heads are, how large and
 how tilted. `Looker` looks at a square crop of one head: points with their uncertainty (as Wood et al. 2022, dense
 landmarks with Gaussian likelihoods, but from heat maps), foreground, camera-space normals, whether a face is there at
 all, and a first guess of how the head is turned and shaped.
@@ -124,7 +124,7 @@ class Looker(nn.Module):
 
 
 class Finder(nn.Module):
-    """A whole picture in; per cell of 16 px a face logit, where its head is, how large and how tilted."""
+    """A whole image in; per cell of 16 px a face logit, where its head is, how large and how tilted."""
 
     def __init__(self, config: PerceptionConfig):
         super().__init__()

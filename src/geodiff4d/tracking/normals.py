@@ -1,4 +1,4 @@
-"""Normals of single pictures by the perception network: a monocular estimator beside a clip's own (Table 2)."""
+"""Normals of single images by the perception network: a monocular estimator beside a clip's own (Table 2)."""
 
 from collections.abc import Callable
 
@@ -14,18 +14,18 @@ from geodiff4d.tracking.embedded import EmbeddedDetector
 
 
 def normal_estimator(detector: Detector | None = None) -> Callable[[ClipFrame], Tensor]:
-    """Return a function from a clip's frame to camera-space normals as one picture shows them.
+    """Return a function from a clip's frame to camera-space normals as one image shows them.
 
     They are unit where the estimator sees the person, zero elsewhere, and zero all over where it finds no face.
     """
     looks = detector or EmbeddedDetector()
 
     def estimate(frame: ClipFrame) -> Float[Tensor, "3 height width"]:
-        picture = composite(frame.image, frame.mask)
-        [found] = looks.detect([picture])
+        image = composite(frame.image, frame.mask)
+        [found] = looks.detect([image])
         if found is None or found.normal is None:
-            return torch.zeros_like(picture)
-        height, width = picture.shape[1:]
+            return torch.zeros_like(image)
+        height, width = image.shape[1:]
         side = max(height, width)
         left, top, extent = found.extent or (0.0, 0.0, float(width))
         scale = found.normal.shape[2] / extent

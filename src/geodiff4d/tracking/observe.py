@@ -68,7 +68,7 @@ def observe(
     first = next((d for d in detections if d is not None), None)
     if first is None:
         raise UserError(
-            "no face was found: expected one face, seen from the front or up to 60° from it; try a larger picture"
+            "no face was found: expected one face, seen from the front or up to 60° from it; try a larger image"
         )
     landmarks, index, rows = shared or shared_points(head, first)
     points = torch.stack([(d or first).points[rows] for d in detections]).double()

@@ -11,7 +11,7 @@ from geodiff4d.render.crops import head_region
 def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:
     """Move heads of another shape to where the tracked ones are seen, as large as they are.
 
-    Of two pictures of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
+    Of two images of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
     look alike; one's shape at the other's distance would be too large or too small. The larger stands farther away.
     One size counts for all frames, so that a clip is as steady as its tracking.
     """

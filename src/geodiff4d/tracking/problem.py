@@ -30,7 +30,7 @@ class HeadFitConfig:
     focal_scale: float = 1.2
     """Least focal length over the image's longer side, where nothing is known of it: a wide lens."""
     distance_m: float = 1.4
-    """Distance a head is assumed to be seen from, where nothing is known of the focal length: pictures may be cut."""
+    """Distance a head is assumed to be seen from, where nothing is known of the focal length: images may be cut."""
     focal_sigma: float = 0.0
     """Relative uncertainty of the focal length; 0 keeps it as it is."""
     weighting: Weighting = Weighting()

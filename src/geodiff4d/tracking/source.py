@@ -1,4 +1,4 @@
-"""Where pictures come from: photographs and videos as streams of frames, their rate and their focal length."""
+"""Where images come from: photographs and videos as streams of frames, their rate and their focal length."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +15,15 @@ FULL_FRAME_DIAGONAL_MM = 43.27
 
 
 def is_video(source: Path) -> bool:
-    """Tell a video from a picture by its name, and by looking inside where the name says nothing.
+    """Tell a video from an image by its name, and by looking inside where the name says nothing.
 
     Raises:
         UserError: the source is missing or a directory.
     """
     if source.is_dir():
-        raise UserError(f"{source} is a directory: expected one picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
+        raise UserError(f"{source} is a directory: expected one image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if not source.exists():
-        raise UserError(f"{source} does not exist: expected a picture (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
+        raise UserError(f"{source} does not exist: expected an image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if source.suffix.lower() in IMAGE_SUFFIXES:
         return False
     try:
@@ -34,7 +34,7 @@ def is_video(source: Path) -> bool:
 
 
 def frames_of(source: Path, limit: int | None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a source's frames, of a video at most `limit` after the first `skip`; a picture is one frame."""
+    """Stream a source's frames, of a video at most `limit` after the first `skip`; an image is one frame."""
     if is_video(source):
         yield from read_video(source, limit, skip)
     else:
@@ -72,14 +72,14 @@ def focal_length(source: Path | None, width: int, height: int, given_px: float |
     fit assumes one (`fit.assumed_focal`).
 
     Raises:
-        UserError: the given one is not 0.1 to 100 times the picture's diagonal.
+        UserError: the given one is not 0.1 to 100 times the image's diagonal.
     """
     diagonal = (width**2 + height**2) ** 0.5
     if given_px is not None:
         if not 0.1 * diagonal <= given_px <= 100 * diagonal:
             raise UserError(
-                f"the focal length is {given_px:g} px: expected {0.1 * diagonal:.0f} to {100 * diagonal:.0f} px for a "
-                f"picture of {width}×{height}; leave it out if you do not know it"
+                f"the focal length is {given_px:g} px: expected {0.1 * diagonal:.0f} to {100 * diagonal:.0f} px for an "
+                f"image of {width}×{height}; leave it out if you do not know it"
             )
         return given_px, "given"
     equivalent = None if source is None else _exif_focal_mm(source)
@@ -97,6 +97,6 @@ def _exif_focal_mm(source: Path) -> float | None:
         with open_image(source) as image:
             value = float(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
     except Exception:
-        # Damaged EXIF is no reason to refuse a picture.
+        # Damaged EXIF is no reason to refuse an image.
         return None
     return value if 5 < value < 2000 else None

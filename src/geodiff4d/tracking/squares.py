@@ -1,4 +1,4 @@
-"""Squares of a picture that a head fills, turned with it, and how to cut them out."""
+"""Squares of an image that a head fills, turned with it, and how to cut them out."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ class HeadSquare:
     side: float
     """[px]"""
     roll: float
-    """From the picture's axes to the head's, clockwise as seen [rad]."""
+    """From the image's axes to the head's, clockwise as seen [rad]."""
     score: float = 0.0
     """Logit."""
 
@@ -27,7 +27,7 @@ class HeadSquare:
         return HeadSquare(self.x, self.y, self.side * scale, self.roll, self.score)
 
     def to_image(self, points: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
-        """Take points of the square, (0, 0) to (1, 1), to pixels of the picture."""
+        """Take points of the square, (0, 0) to (1, 1), to pixels of the image."""
         return (points - 0.5) @ plane_turn(self.roll).mT * self.side + torch.tensor([self.x, self.y])
 
 
@@ -62,6 +62,6 @@ def cut_square(
 
 
 def plane_turn(roll: float) -> Float[Tensor, "2 2"]:
-    """Rotate directions of the picture (x right, y down) clockwise as seen [rad]."""
+    """Rotate directions of the image (x right, y down) clockwise as seen [rad]."""
     c, s = torch.tensor(roll).cos(), torch.tensor(roll).sin()
     return torch.stack([torch.stack([c, -s]), torch.stack([s, c])])

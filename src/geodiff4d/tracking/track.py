@@ -2,7 +2,7 @@
 
 The clip has one camera, the canonical crop of every frame, a foreground mask, normals where the detector sees them, and
 FLAME-named parameters; what the fit left over stands in its `extra`, and overlay.png or overlay.mp4 shows the tracked
-head on the pictures.
+head on the images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +82,7 @@ class Located:
 
 @dataclass(frozen=True)
 class Tracked:
-    """A tracked picture or sequence in memory."""
+    """A tracked image or sequence in memory."""
 
     images: Float[Tensor, "frames 3 size size"]
     """Canonical crops."""
@@ -107,10 +107,10 @@ def track_frames(
     images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
     config: TrackingConfig = TrackingConfig(), video: bool = True, progress: Progress = silent,
 ) -> Tracked:  # fmt: skip
-    """Track pictures that are in memory; `video` says that they follow each other, all show one person.
+    """Track images that are in memory; `video` says that they follow each other, all show one person.
 
     Raises:
-        UserError: no picture shows a face.
+        UserError: no image shows a face.
 
     Example:
         >>> tracked = track_frames([portrait], load_head("openhead"), video=False)  # doctest: +SKIP
@@ -132,7 +132,7 @@ def track(
     source: Path, out: Path, head: Head, detector: Detector | None = None,
     config: TrackingConfig = TrackingConfig(), progress: Progress = silent,
 ) -> Clip:  # fmt: skip
-    """Track one picture or video and write a clip folder.
+    """Track one image or video and write a clip folder.
 
     `progress(items, description, total)` passes items through (`cli.progress.bar`); without a detector
     `default_detector` is taken.
@@ -162,7 +162,7 @@ def track(
         "errors_px_at_256": [None if e != e else round(e * scale, 3) for e in result.error_px.tolist()],
     }  # fmt: skip
     fps = frame_rate(source) if video else 24.0
-    # Compressing pictures takes a quarter of the time: another thread does it, one for the order's sake.
+    # Compressing images takes a quarter of the time: another thread does it, one for the order's sake.
     with ClipWriter(out, head.name, fps, extra) as writer, ThreadPoolExecutor(1) as pool:
         pending: list[Future[None]] = []
 
@@ -211,8 +211,8 @@ def locate(
     detections = detector.detect(progress(frames(), "detecting"), video=video)
     if not any(detections):
         raise UserError(
-            f"{source or 'the pictures'} shows no face: expected one face, seen from the front or up to 60° from it; "
-            "try a picture where it is larger, brighter or upright"
+            f"{source or 'the images'} shows no face: expected one face, seen from the front or up to 60° from it; "
+            "try an image where it is larger, brighter or upright"
         )
     result = fit(head, detections, width, height, focal_px, config.fit)
     mesh = head.pose(result.params)
@@ -249,7 +249,7 @@ def notes(source: Path, detections: list[Detection | None]) -> list[str]:
     out = []
     most = max(d.faces for d in detections if d is not None)
     if most > 1:
-        out.append(f"{source.name} shows {most} faces: the largest was taken; crop the picture to another to choose it")
+        out.append(f"{source.name} shows {most} faces: the largest was taken; crop the image to another to choose it")
     missing = [t for t, d in enumerate(detections) if d is None]
     if missing:
         which = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
@@ -287,7 +287,7 @@ def _spanned(values: Tensor, extent: Box | None, width: int, box: Box, size: int
 
 
 def overlay(cut: Cut, located: Located, t: int) -> Float[Tensor, "3 height width"]:
-    """Draw panels: the picture with landmarks, the head's normals over it, the foreground on grey, what normals say."""
+    """Draw panels: the image with landmarks, the head's normals over it, the foreground on grey, what normals say."""
     from PIL import Image, ImageDraw
 
     camera, crop, detection = located.camera, cut.image, located.detections[t]
@@ -295,14 +295,14 @@ def overlay(cut: Cut, located: Located, t: int) -> Float[Tensor, "3 height width
     fragments: Fragments = rasterize(mesh.vertices, mesh.faces, camera)
     normals, seen = render_normals(mesh, camera, fragments)
     shaded = torch.where(seen > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen), crop)
-    picture = Image.fromarray(to_uint8(crop))
-    draw, scale = ImageDraw.Draw(picture), camera.width / located.box[2]
+    image = Image.fromarray(to_uint8(crop))
+    draw, scale = ImageDraw.Draw(image), camera.width / located.box[2]
     if detection is not None:
         for x, y in ((detection.points - torch.tensor(located.box[:2])) * scale).tolist():
             draw.point((x, y), fill=(60, 255, 60))
     else:
         draw.rectangle((0, 0, camera.width - 1, camera.width - 1), outline=(255, 0, 0), width=4)
-    dotted = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+    dotted = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     panels = [dotted, shaded, crop * cut.mask + 0.5 * (1 - cut.mask)]
     if cut.normal is not None:
         panels.append(encode_normals(cut.normal, cut.mask))

@@ -1,4 +1,4 @@
-"""A small web server for the viewer: one page, a stream of pictures (MJPEG), and a place to send changed views to.
+"""A small web server for the viewer: one page, a stream of images (MJPEG), and a place to send changed views to.
 
 It binds to this machine alone unless told otherwise, and answers only to its own names, so that no web page elsewhere
 can reach it through a browser (DNS rebinding, cross-site requests).
@@ -18,11 +18,11 @@ from geodiff4d.viewer.studio import MAX_PITCH_DEG, ZOOM, Studio, View
 PAGE = Path(__file__).parents[1] / "assets" / "viewer.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 16 * 1024
-BOUNDARY = "picture"
+BOUNDARY = "image"
 AGAIN_SECONDS, KEEP_SECONDS = 0.2, 5.0
-"""When a still picture is sent again: once soon, then to keep the connection."""
+"""When a still image is sent again: once soon, then to keep the connection."""
 FIRST_SECONDS = 120.0
-"""The first picture waits for the rasteriser's code to be compiled."""
+"""The first image waits for the rasteriser's code to be compiled."""
 
 
 class Server(ThreadingHTTPServer):
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
             raise self.studio.failure
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of a picture is no error."""
+        """A browser that goes away in the middle of an image is no error."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send("text/html; charset=utf-8", PAGE.read_bytes())
         elif path == "/about":
             self._send("application/json", json.dumps(about(studio)).encode())
-        elif path == "/picture.jpg":
+        elif path == "/image.jpg":
             self._send("image/jpeg", studio.wait(0, FIRST_SECONDS)[0])
         elif path == "/stream":
             self._stream(studio)
@@ -118,17 +118,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", f"multipart/x-mixed-replace; boundary={BOUNDARY}")
         self.send_header("Cache-Control", "no-store")
         self.end_headers()
-        # Browsers show a picture when the next one begins: the last of a row is sent twice.
+        # Browsers show an image when the next one begins: the last of a row is sent twice.
         edge, seen, again = f"\r\n--{BOUNDARY}\r\n".encode(), 0, 0
         self.wfile.write(edge[2:])
         while not studio.stopped:
             last = seen
-            picture, seen = studio.wait(seen, AGAIN_SECONDS if again == 0 else KEEP_SECONDS)
+            image, seen = studio.wait(seen, AGAIN_SECONDS if again == 0 else KEEP_SECONDS)
             again = again + 1 if seen == last else 0
-            if not picture:
+            if not image:
                 continue
-            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
-            self.wfile.write(head.encode() + picture + edge)
+            head = f"Content-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
+            self.wfile.write(head.encode() + image + edge)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
         """Keep the terminal quiet."""

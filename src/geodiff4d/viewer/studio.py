@@ -1,4 +1,4 @@
-"""What the viewer shows: an avatar, a view of it that can be changed, and the latest picture."""
+"""What the viewer shows: an avatar, a view of it that can be changed, and the latest image."""
 
 import io
 import math
@@ -60,7 +60,7 @@ class Studio:
         self._rest = held(avatar, torch.zeros(1, len(names))).params[0]
         self._live: HeadParams | None = None
         self._changed, self._stopped, self._dirty = threading.Condition(), False, True
-        self.picture, self.number, self.rate = b"", 0, 0.0
+        self.image, self.number, self.rate = b"", 0, 0.0
         self.failure: Exception | None = None
         """What ended the rendering before its time."""
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -97,10 +97,10 @@ class Studio:
                 return
 
     def wait(self, seen: int, seconds: float = 5.0) -> tuple[bytes, int]:
-        """Return the first picture (JPEG) after number `seen`, or the latest when time is up."""
+        """Return the first image (JPEG) after number `seen`, or the latest when time is up."""
         with self._changed:
             self._changed.wait_for(lambda: self.number > seen or self._stopped, seconds)
-            return self.picture, self.number
+            return self.image, self.number
 
     @property
     def stopped(self) -> bool:
@@ -166,6 +166,6 @@ class Studio:
             file = io.BytesIO()
             Image.fromarray(to_uint8(self.render(view, frame))).save(file, "JPEG", quality=JPEG_QUALITY)
             with self._changed:
-                self.picture, self.number = file.getvalue(), self.number + 1
+                self.image, self.number = file.getvalue(), self.number + 1
                 self.rate = 1 / max(time.monotonic() - start, 1e-3)
                 self._changed.notify_all()

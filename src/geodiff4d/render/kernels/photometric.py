@@ -2,7 +2,7 @@
 
 The Gaussian window is separable: rows are filtered across as they come and kept in a ring; once eleven are there they
 are filtered down, which gives a row of scores and of derivatives by the window's means. Those are filtered across and
-down again, since the adjoint of a symmetric window is the window. Rows beyond the picture are zero.
+down again, since the adjoint of a symmetric window is the window. Rows beyond the image are zero.
 """
 
 import numpy as np

@@ -80,7 +80,7 @@ def _rotation(quats, i):
 def _jacobian(camera_point, V, lens):
     """Return 1/z, directions (x/z, y/z), J's entries, and B = J·R_cam_world, the projection's affine map in world axes.
 
-    Like gsplat, directions far outside the picture are clamped first: the linearisation explodes there.
+    Like gsplat, directions far outside the image are clamped first: the linearisation explodes there.
     """
     x, y, z = camera_point
     near = 1.0 / z
