@@ -1,6 +1,7 @@
 """The face reader: what it is shown, what labels mean, mirrored faces, its training, its file and its calibration."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix
+from geodiff4d.core.images import write_image
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import SIDE, face_square
@@ -25,6 +27,7 @@ from geodiff4d.tracking.reader import (
 from geodiff4d.tracking.reader_data import Faces, FacesConfig, build_faces, visible_coefficients, visible_skin
 from geodiff4d.tracking.reader_instants import GAZE_REACH, GROUPS, draw_expressions, draw_gaze, follow_gaze
 from geodiff4d.tracking.reader_measure import agreement, fitted_calibration
+from geodiff4d.tracking.reader_photographs import Photographs, agreed, draw_looks, gather_photographs, photograph_loss
 from geodiff4d.tracking.reader_scenes import FaceScenes, drawn_cut, mirrored_points, mirrored_targets
 from geodiff4d.tracking.reader_training import ReaderTraining, rate, reader_loss, train_reader
 from geodiff4d.world.expressions import ACTIONS, INDEX, MAX_PITCH_RAD, MAX_YAW_RAD
@@ -158,8 +161,6 @@ def test_loss_is_least_at_the_truth(faces):
     batch = FaceScenes(faces, spare=2).crops(0, np.arange(6), 64)
     model = FaceReader(TINY).eval()
     raw = model(batch.images)
-    from dataclasses import replace
-
     spread = model.spread.clamp(min=1e-6)
     right = replace(
         raw,
@@ -184,8 +185,10 @@ def test_training_resumes_exactly(tmp_path, faces):
         validate_every=100,
         log_every=1,
         val_rows=4,
+        photographs=4,
     )
-    whole = train_reader(tmp_path / "a", faces, faces, config)
+    real = Photographs(faces.take(np.arange(4))["rgb"], torch.tensor([[0, 1]]))
+    whole = train_reader(tmp_path / "a", faces, faces, config, photographs=real)
 
     class Stop(Exception):
         pass
@@ -195,13 +198,50 @@ def test_training_resumes_exactly(tmp_path, faces):
             raise Stop
 
     with pytest.raises(Stop):
-        train_reader(tmp_path / "b", faces, faces, config, report=interrupt)
-    resumed = train_reader(tmp_path / "b", faces, faces, config)
+        train_reader(tmp_path / "b", faces, faces, config, photographs=real, report=interrupt)
+    resumed = train_reader(tmp_path / "b", faces, faces, config, photographs=real)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
     crop = torch.rand(1, 3, 64, 64)
     saved = load_reader(tmp_path / "b/reader").read(crop)
     torch.testing.assert_close(saved.expr, resumed.read(crop).expr, atol=0.02, rtol=0.02)
+
+
+class Told:
+    """A detector that is told where the face is, and sees none in dark images."""
+
+    def __init__(self, faces: Faces):
+        self.faces = faces
+
+    def detect(self, images, video=False):
+        p = torch.from_numpy(self.faces.rows["points"][0].copy())
+        face = Detection(p, self.faces.index, 1.0, torch.cat([p.amin(0), p.amax(0)]))
+        return [None if image.mean() < 0.01 else face for image in images]
+
+
+def test_photographs_are_read_alike_and_smiles_smile(tmp_path, faces):
+    image = faces.take(np.arange(1))["rgb"][0].float() / 255
+    for name in ("1_neutral", "1_smiling", "other", "2_smiling"):
+        write_image(tmp_path / f"in/{name}.png", image)
+    write_image(tmp_path / "in/deep/nobody.png", image * 0)
+    with pytest.raises(UserError, match="no image with a face"):
+        gather_photographs(tmp_path / "in/deep", 64, Told(faces))
+    found = gather_photographs(tmp_path / "in", 64, Told(faces))
+    assert found.crops.shape == (4, 3, 64, 64) and found.pairs.tolist() == [[0, 1]]
+    torch.manual_seed(0)
+    reader = FaceReader(TINY).eval()
+    looks = draw_looks(found, 0, 8, 64)
+    assert looks.pairs.tolist() == [[0, 1], [2, 3]]
+    wanted = agreed(reader, looks.clean)
+    torch.testing.assert_close(agreed(reader, looks.clean.flip(-1))[:, 52], wanted[:, 52], atol=1e-5, rtol=1e-4)
+    raw = reader(looks.images)
+    loss = photograph_loss(raw, looks, wanted, reader.spread)
+    order, sign = mirrored_targets()
+    said = torch.where(looks.mirrored[:, None], wanted[:, order] * sign, wanted)
+    smiles = torch.tensor([INDEX["mouthSmileLeft"], INDEX["mouthSmileRight"]])
+    said[torch.tensor([[1], [3]]), smiles] += 20
+    good = photograph_loss(replace(raw, value=said), looks, wanted, reader.spread)
+    assert good["smile"] < 0.01 < loss["smile"] and loss["alike"] > 0
 
 
 def test_rate_rises_stays_and_falls():

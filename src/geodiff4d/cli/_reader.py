@@ -6,7 +6,7 @@ from typing import Literal
 
 def train(
     out: Path, preset: Literal["debug", "embedded"], data: Path | None, start: Path | None, steps: int | None,
-    workers: int, seed: int,
+    workers: int, seed: int, photographs: Path | None,
 ) -> None:  # fmt: skip
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
@@ -14,6 +14,7 @@ def train(
     from geodiff4d.cli.progress import bar
     from geodiff4d.tracking.reader import load_reader
     from geodiff4d.tracking.reader_data import build_faces
+    from geodiff4d.tracking.reader_photographs import gather_photographs
     from geodiff4d.tracking.reader_training import PRESETS, train_reader
 
     p, folder = PRESETS[preset], data or out / "data"
@@ -24,5 +25,6 @@ def train(
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
 
     training = replace(p.training, steps=steps or p.training.steps, seed=seed)
-    train_reader(out, faces, val, training, None if start is None else load_reader(start), report)
+    real = None if photographs is None else gather_photographs(photographs, progress=bar)
+    train_reader(out, faces, val, training, None if start is None else load_reader(start), real, report)
     print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

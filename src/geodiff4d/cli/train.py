@@ -34,6 +34,9 @@ class Args:
     start: Path | None = None
     """Model folder whose weights to continue from (its optimiser starts afresh): by default the shipped one in the
     video stage and none in the others. Another codec's weights are carried over."""
+    photographs: Path | None = None
+    """Folder with photographs of faces, without labels, that the reader stage learns to read alike however they are cut
+    and spoiled; of two named ID_neutral and ID_smiling, that the second smiles more."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()
@@ -58,8 +61,8 @@ class Args:
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
 _LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "recompute", "save_minutes"}
 _READ = {
-    "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start"}, "video": _COMMON | _LOOP,
-    "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
+    "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
+    "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
 }  # fmt: skip
 """Options that each stage reads."""
 
@@ -88,8 +91,8 @@ def run(args: Args) -> None:
         if args.preset == "paper":
             raise UserError(f"--preset paper has no {args.stage} stage: expected debug or embedded")
         folder = args.data[0] if args.data else None
-        stage = _reader if args.stage == "reader" else _perception
-        stage.train(args.out, args.preset, folder, args.start, args.steps, args.workers, args.seed)
+        both = args.out, args.preset, folder, args.start, args.steps, args.workers, args.seed
+        _reader.train(*both, args.photographs) if args.stage == "reader" else _perception.train(*both)
         return
     from geodiff4d.cli import _training
 

@@ -83,6 +83,11 @@ class Raw:
     points: Float[Tensor, "b points 2"]
     """In crops: (0, 0) is the left upper corner, (1, 1) the right lower one."""
 
+    def split(self, count: int) -> "tuple[Raw, Raw]":
+        """Return the first `count` rows and the others."""
+        values = [getattr(self, name) for name in Raw.__dataclass_fields__]
+        return Raw(*(v[:count] for v in values)), Raw(*(v[count:] for v in values))
+
 
 class _Conv(nn.Sequential):
     def __init__(self, cin: int, cout: int, stride: int = 1, kernel: int = 3):

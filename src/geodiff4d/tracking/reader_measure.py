@@ -63,7 +63,7 @@ def agreement(
             inverse[name] = float(xy / xx.clamp(min=1e-12))
     doubt = float("nan")
     if sigma is not None:
-        moves = truth.std(0, unbiased=False) > 1e-4
+        moves = sigma.amax(0) > 0
         doubt = float(((value - truth) / sigma.clamp(min=1e-6))[:, moves].square().mean().sqrt())
     return Agreement(corr, gain, inverse, doubt)
 

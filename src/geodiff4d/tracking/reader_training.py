@@ -22,6 +22,7 @@ from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
 from geodiff4d.tracking.reader_data import Faces, FacesConfig, visible_skin
 from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calibration
+from geodiff4d.tracking.reader_photographs import Photographs, agreed, draw_looks, photograph_loss
 from geodiff4d.tracking.reader_scenes import FaceCrops, FaceScenes
 
 Report = Callable[[dict[str, Any]], None]
@@ -50,6 +51,8 @@ class ReaderTraining:
     validate_every: int = 500
     save_every: int = 250
     val_rows: int = 576
+    photographs: int = 8
+    """Unlabelled photographs per step, where there are any."""
     seed: int = 0
 
 
@@ -76,9 +79,9 @@ PRESETS = {
 
 def train_reader(
     run: Path, faces: Faces, val: Faces, config: ReaderTraining, start: FaceReader | None = None,
-    report: Report = lambda record: None,
+    photographs: Photographs | None = None, report: Report = lambda record: None,
 ) -> FaceReader:  # fmt: skip
-    """Train on `faces`, report on `val`; writes `run/reader`, the averaged weights, calibrated on `val`.
+    """Train on `faces` and unlabelled `photographs`, report on `val`; writes `run/reader`, averaged and calibrated.
 
     `start` gives weights to go on from; a checkpoint in `run` goes before it.
     """
@@ -95,6 +98,7 @@ def train_reader(
     first = _resume(folder, model, optimiser, average)
     scenes = FaceScenes(faces, config.seed, config.backgrounds)
     checked = FaceScenes(val, 12345, min(config.backgrounds, 32))
+    teacher = averaged(config, average)
     began, rows = time.monotonic(), faces.ready()
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
@@ -106,7 +110,14 @@ def train_reader(
         batch = scenes.crops(step, chosen, size)
         # Dropout's draws depend on the step alone, so that a resumed run goes on as it would have.
         torch.manual_seed(config.seed * 1_000_003 + step)
-        terms = reader_loss(model, model(batch.images), batch)
+        if photographs is None:
+            terms = reader_loss(model, model(batch.images), batch)
+        else:
+            looks = draw_looks(photographs, step, config.photographs, size)
+            teacher.load_state_dict(average)
+            wanted = agreed(teacher, looks.clean)
+            raw, real = model(torch.cat([batch.images, looks.images])).split(config.batch)
+            terms = reader_loss(model, raw, batch) | photograph_loss(real, looks, wanted, model.spread)
         loss = torch.stack(list(terms.values())).sum()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
