@@ -86,9 +86,8 @@ class FaceScenes:
         n, size = len(rgb), rgb.shape[-1]
         # Pieces as they are, flipped: resampling them would take as long as cutting the faces.
         room = self.spare.shape[-1] - size + 1
-        places = torch.cat(
-            [torch.randint(k, (n, 1), generator=g) for k in (len(self.spare), room, room, 2)], 1
-        ).tolist()
+        numbers = len(self.spare), room, room, 2
+        choices = torch.cat([torch.randint(k, (n, 1), generator=g) for k in numbers], 1)
         pieces = [self.spare[k, :, y : y + size, x : x + size] for k, y, x, _ in choices.tolist()]
         behind = torch.where(choices[:, 3, None, None, None] > 0, torch.stack(pieces).flip(-1), torch.stack(pieces))
         behind = (behind * uniform(n, 0.4, 1.3, g)).clamp(0, 1)
