@@ -14,8 +14,9 @@ from torch.nn.functional import normalize
 from avatars import painted_avatar, talking
 from geodiff4d.avatar import drive
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_frames, sample_surface, to_local
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.densify import DensifyConfig
-from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
+from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.frames import FitFrames, HoldOut
 from geodiff4d.avatar.losses import LossConfig, image_loss, position_tolerance
 from geodiff4d.avatar.model import Avatar, AvatarFrame, splat_normals
@@ -34,6 +35,7 @@ from geodiff4d.core.video import read_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head
+from geodiff4d.presets import PRESETS
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.photometric import ssim
 
@@ -74,7 +76,7 @@ def clip(head, tmp_path_factory) -> Clip:
 @pytest.fixture(scope="module")
 def avatar_folder(clip, tmp_path_factory):
     out = tmp_path_factory.mktemp("avatar") / "avatar"
-    fit(clip, out, replace(PRESETS["debug"][1], iterations=40))
+    fit(clip, out, replace(PRESETS["debug"].fit, iterations=40))
     return out
 
 
@@ -239,14 +241,14 @@ def test_avatar_round_trip(avatar_folder, tmp_path):
 
 def test_resume_equals_uninterrupted(clip, tmp_path):
     config = replace(
-        PRESETS["debug"][1],
+        PRESETS["debug"].fit,
         iterations=6,
         gaussians=1,
         checkpoint_every=3,
         densify=DensifyConfig(every=2, grow_grad2d=1e-6),
     )
 
-    def interrupted(items, _):
+    def interrupted(items, *_):
         for i in items:
             if i == 4:
                 raise KeyboardInterrupt
@@ -265,9 +267,9 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
 
 
 def test_a_fit_is_not_resumed_on_other_images(clip, tmp_path):
-    config = replace(PRESETS["debug"][1], iterations=2, gaussians=1, checkpoint_every=1, densify=None)
+    config = replace(PRESETS["debug"].fit, iterations=2, gaussians=1, checkpoint_every=1, densify=None)
 
-    def interrupted(items, _):
+    def interrupted(items, *_):
         raise KeyboardInterrupt
 
     mine = edited(clip, tmp_path / "clip", lambda frames: None)
@@ -340,7 +342,7 @@ def test_views_and_times_are_held_out(clip, head):
 
 def test_one_image_is_enough(clip, tmp_path):
     one = edited(clip, tmp_path / "one", lambda frames: frames.__delitem__(slice(1, None)))
-    config = replace(PRESETS["debug"][1], iterations=2)
+    config = replace(PRESETS["debug"].fit, iterations=2)
     metrics = fit(one, tmp_path / "avatar", config)
     assert metrics["held_out"]["psnr_fg"] is None and metrics["train"]["psnr_fg"] > 5
     with pytest.raises(UserError, match="estimator was not given"):

@@ -8,6 +8,7 @@ from geodiff4d.bench.count import count_memory, count_work
 from geodiff4d.bench.machine import Clock, Rates
 from geodiff4d.bench.splat import SplatBench
 from geodiff4d.bench.unet import UnetBench, ladder, roofline_seconds
+from geodiff4d.presets import PRESETS
 
 
 def there(*shape: int) -> torch.Tensor:
@@ -55,7 +56,7 @@ def test_clocks_take_the_median():
 
 
 def test_the_unets_row_has_its_keys():
-    row = UnetBench("debug", threads=1, repeats=1).run()
+    row = UnetBench(PRESETS["debug"], threads=1, repeats=1).run()
     for key in ("seconds_per_frame", "gflop_per_frame_step", "fraction_of_peak", "peak_memory_gb"):
         assert row[key] > 0, key
     assert row["baseline"]["seconds_per_frame"] > 0
@@ -65,7 +66,7 @@ def test_the_unets_row_has_its_keys():
 
 
 def test_the_rasterisers_row_has_its_keys():
-    row = SplatBench("debug", threads=1, clock=Clock(torch.device("cpu"), 1)).run()
+    row = SplatBench(PRESETS["debug"], threads=1, clock=Clock(torch.device("cpu"), 1)).run()
     for key in ("ms_forward", "ms_forward_backward", "ms_forward_64", "ms_forward_backward_64", "ms_loss"):
         assert row[key] > 0, key
     assert sum(r["what"].startswith("baseline") for r in row["rows"]) == 2

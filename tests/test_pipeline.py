@@ -26,6 +26,7 @@ from geodiff4d.pipeline import (
     still_head,
     synthesize,
 )
+from geodiff4d.presets import PRESETS
 from geodiff4d.render import crops as cuts
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.video.generate import with_identity_of
@@ -230,11 +231,11 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
         out.mkdir()
         (out / "metrics.json").write_text("{}")
 
-    monkeypatch.setattr("geodiff4d.avatar.fit.fit", fit)
+    monkeypatch.setattr("geodiff4d.pipeline.fit", fit)
     for _ in range(2):
         pipeline.reconstruct(
-            pair.portrait, pair.driving, tmp_path / "run", head, "warp", None, preset="debug", views=1, frames=2
-        )
+            pair.portrait, pair.driving, tmp_path / "run", head, "warp", None, PRESETS["debug"].fit, views=1, frames=2
+        )  # fmt: skip
         stamp = (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns
         assert calls == [2]
         monkeypatch.setattr(pipeline, "synthesize", None)
@@ -242,10 +243,10 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
 
 
 def test_a_folder_keeps_to_one_reconstruction(pair, head, tmp_path, monkeypatch):
-    monkeypatch.setattr("geodiff4d.avatar.fit.fit", lambda *a: None)
+    monkeypatch.setattr("geodiff4d.pipeline.fit", lambda *a: None)
 
     def go(portrait=pair.portrait, driving=pair.driving, out=tmp_path / "run", frames=2, **options):
-        pipeline.reconstruct(portrait, driving, out, head, "warp", None, "debug", 1, frames, **options)
+        pipeline.reconstruct(portrait, driving, out, head, "warp", None, PRESETS["debug"].fit, 1, frames, **options)
 
     go()
     go(sample=SampleConfig(offload=True, together=False, chunk=1))

@@ -37,6 +37,7 @@ from geodiff4d.evaluate.protocol_page import write_results
 from geodiff4d.evaluate.tables import gathered, metrics_of, ordered, ranked, table_markdown
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import load_model
+from geodiff4d.presets import PRESETS
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.world.subject import SyntheticSubject
 
@@ -151,7 +152,7 @@ def test_a_run_goes_on_and_repeats_to_the_digit(world, model, tmp_path):
     (tmp_path / "rival").mkdir()
     methods = ("video_model", "mesh_warp", "pose_map", "shuffled_reference")
     settings = Settings(
-        tmp_path / "a", "debug", model, methods=methods, tracking="clip", results=tmp_path / "rival"
+        tmp_path / "a", PRESETS["debug"], model, methods=methods, tracking="clip", results=tmp_path / "rival"
     )  # fmt: skip
 
     def run(out: Path):
@@ -192,7 +193,7 @@ def test_a_run_goes_on_and_repeats_to_the_digit(world, model, tmp_path):
 
 
 def test_scores_of_other_frames_are_made_again(world, model, tmp_path):
-    settings = settled(Settings(tmp_path, "debug", model, methods=("mesh_warp",), tracking="clip"))
+    settings = settled(Settings(tmp_path, PRESETS["debug"], model, methods=("mesh_warp",), tracking="clip"))
     [case, _] = self_cases(world, SMALL)
     shorter = replace(case, driving=replace(case.driving, timesteps=case.driving.timesteps[:1]))
 
@@ -229,7 +230,7 @@ def test_the_upper_bound_is_fitted_to_the_truth_of_other_films(world, model, tmp
     cases = self_cases(world, SMALL)
     lessons = lessons_of(cases, world, SMALL)[0]
     assert [c.driving.clip for c in lessons.foreign] == [world[1]] and lessons.compared == {world[0]}
-    settings = settled(Settings(tmp_path, "debug", model, tracking="clip"))
+    settings = settled(Settings(tmp_path, PRESETS["debug"], model, tracking="clip"))
     maker, folder = maker_of(settings), tmp_path / "avatar_trues" / cases[0].reference_name
 
     def make(known: Lessons) -> dict:
@@ -298,23 +299,23 @@ def test_every_gpu_has_a_process(monkeypatch, model, tmp_path):
     for _ in range(3):
         protocol._start_worker(started)
         maker_of.cache_clear()
-        maker_of(Settings(tmp_path, "debug", model, devices=devices))
+        maker_of(Settings(tmp_path, PRESETS["debug"], model, devices=devices))
     maker_of.cache_clear()
     assert chosen == fitting == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 def test_a_protocol_samples_as_the_model_was_trained(monkeypatch, model, tmp_path):
     """One of the paper's schedule would be scored on a single step's noise."""
-    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset == "embedded"
+    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset.name == "embedded"
     trained = load_model(model)
     trained.config = replace(trained.config, diffusion=DiffusionConfig())
     monkeypatch.setattr("geodiff4d.pipeline.load_model", lambda folder: trained)
-    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset == "paper"
-    assert cli._settings(cli.Args("self", tmp_path, model=model, preset="debug"), ("cpu",)).preset == "debug"
+    assert cli._settings(cli.Args("self", tmp_path, model=model), ("cpu",)).preset.name == "paper"
+    assert cli._settings(cli.Args("self", tmp_path, model=model, preset="debug"), ("cpu",)).preset.name == "debug"
 
 
 def test_float32_is_another_run(model, tmp_path):
-    full = Settings(tmp_path, "debug", model, bf16=False)
+    full = Settings(tmp_path, PRESETS["debug"], model, bf16=False)
     assert not maker_of(full).sample.autocast and maker_of(replace(full, bf16=True)).sample.autocast
     assert settled(full).makers != settled(replace(full, bf16=True)).makers, "frames of the other are made again"
 

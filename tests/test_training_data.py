@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
 from geodiff4d.avatar.refine import Refinement
 from geodiff4d.cli import _training
 from geodiff4d.cli._stores import is_footage, rendered_stores, rendered_tracks
@@ -77,7 +76,7 @@ def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
     ("args", "says"),
     [
         (dict(stage="vae", preset="paper"), "no codec to train"),
-        (dict(stage="perception", preset="paper"), "no perception network"),
+        (dict(stage="perception", preset="paper"), "no perception stage"),
         (dict(stage="vae", data=(Path("a"), Path("b"))), "one folder"),
         (dict(stage="image", preset="paper"), "needs --sd"),
         (dict(stage="video", preset="debug"), "needs a stage-1 model"),
@@ -118,7 +117,7 @@ def test_the_presets_batch_is_shared_out(monkeypatch):
 
 def test_the_paper_preset_is_the_papers():
     """Sec. 4.1, 4.2 and S-A; rates stay where they are once warm."""
-    p, fitted = preset("paper"), FIT_PRESETS["paper"][1]
+    p = preset("paper")
     for stage, steps, references, targets in ((p.image, 80_000, 32, 1), (p.video, 20_000, 8, 16)):
         assert (stage.steps, stage.pairs.references, stage.pairs.targets) == (steps, references, targets)
         assert stage.lr == 1e-5 and stage.accumulate == 1 and stage.drop_expression == 0.1 and stage.recompute
@@ -127,8 +126,8 @@ def test_the_paper_preset_is_the_papers():
         assert stage.preview.guidance == 2.5 and stage.preview.steps > 1
     assert (p.sample.steps, p.sample.guidance, p.sample.start, p.sample.window) == (25, 2.5, "reference", 16)
     assert p.model.size == 512 and p.model.diffusion.prediction == "epsilon" and not p.model.warp
-    assert (p.views, p.frames, fitted.iterations) == (12, 200, 100_000)
-    peaks = {g["name"]: g["peak"] for g in Refinement(openhead().neutral(2)).groups(fitted.refine)}
+    assert (p.views, p.frames, p.fit.iterations) == (12, 200, 100_000)
+    peaks = {g["name"]: g["peak"] for g in Refinement(openhead().neutral(2)).groups(p.fit.refine)}
     moved = ("expr", "jaw_pose", "eyes_pose")
     assert {peaks.pop(n) for n in moved} == {1e-4} and set(peaks.values()) == {1e-5}
     with pytest.raises(UserError, match="no warped portrait"):

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.deformation import DeformationConfig
 from geodiff4d.avatar.dynamics import DynamicsConfig
-from geodiff4d.avatar.fit import PRESETS, FitConfig, fit
+from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.frames import HoldOut, read_sequence
 from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.cli import progress
@@ -29,6 +30,7 @@ from geodiff4d.core.files import fresh_folder, read_json, write_json
 from geodiff4d.data.clip import Clip, write_params
 from geodiff4d.data.world_clips import is_complete, track_of, write_clip
 from geodiff4d.heads import load_head
+from geodiff4d.presets import preset
 from geodiff4d.tracking.normals import normal_estimator
 from geodiff4d.world.subject import SyntheticSubject, plain_seed
 from geodiff4d.world.tracker_error import disturbed
@@ -102,7 +104,7 @@ def disturbed_clip(clip: Clip, folder: Path) -> Clip:
 
 def configured(args: Args, variant: str) -> FitConfig:
     """Return the preset with a variant's parts switched."""
-    config = replace(PRESETS[args.preset][1], hold_out=HoldOut(every=0, views=2, times=0.1))
+    config = replace(preset(args.preset).fit, hold_out=HoldOut(every=0, views=2, times=0.1))
     if args.steps:
         config = replace(config, iterations=args.steps)
     for word in variant.split():

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.avatar.config import FitConfig
+from geodiff4d.avatar.fit import fit
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
@@ -17,6 +19,7 @@ from geodiff4d.core.images import composite
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipFrame, ClipWriter
 from geodiff4d.heads import Head, HeadParams
+from geodiff4d.presets import Preset, preset
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.render.viewpoints import capture_cameras, capture_views
@@ -63,9 +66,9 @@ def load_model(folder: Path | None = None) -> VideoModel:
     return load_video_model(folder or SHIPPED_MODEL)
 
 
-def default_preset(model: VideoModel | None) -> Literal["embedded", "paper"]:
+def default_preset(model: VideoModel | None) -> Preset:
     """Return the preset that samples a model as it was trained: the paper's starts from a noised reference."""
-    return "embedded" if model is None or model.config.diffusion.zero_terminal else "paper"
+    return preset("embedded" if model is None or model.config.diffusion.zero_terminal else "paper")
 
 
 def placed_on(model: VideoModel, device: torch.device) -> VideoModel:
@@ -318,7 +321,7 @@ def driver_clip_index(driving: Driving, count: int) -> list[int]:
 
 def reconstruct(
     portrait: Portrait, driving: Driving, out: Path, head: Head, generator: Generator, model: VideoModel | None,
-    preset: str = "embedded", views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(),
+    fitting: FitConfig, views: int = 8, frames: int = 96, sample: SampleConfig = SampleConfig(),
     seed: int = 0, progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Go the whole way: clip, avatar, driven video. Finished stages are kept, so the same call resumes.
@@ -326,21 +329,18 @@ def reconstruct(
     Raises:
         UserError: `out` holds a reconstruction of something else.
     """
-    from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
-    from geodiff4d.avatar.fit import fit
-
     out = Path(out)
     weights = None if model is None else (model.config, model.state_dict())
     # How much memory sampling takes may change from call to call.
     drawn = replace(sample, **{k: getattr(SampleConfig(), k) for k in ("offload", "together", "chunk")})
     driven = (driving.params, driving.crops, driving.fps)
-    _claim(out, fingerprint(portrait, driven, generator, weights, views, frames, drawn, seed, preset))
+    _claim(out, fingerprint(portrait, driven, generator, weights, views, frames, drawn, seed, fitting))
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:
         clip = synthesize(portrait, driving, out / "clip", head, generator, model, views, frames, sample, progress)
     if not (out / "avatar" / "metrics.json").exists():
-        fit(clip, out / "avatar", FIT_PRESETS[preset][1], seed, progress)
+        fit(clip, out / "avatar", fitting, seed, progress)
     return out
 
 

@@ -6,11 +6,23 @@ The three run the same modules; only widths, sizes and counts differ.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from geodiff4d.avatar.config import FitConfig
+from geodiff4d.avatar.deformation import DeformationConfig
+from geodiff4d.avatar.densify import DensifyConfig
+from geodiff4d.avatar.dynamics import DynamicsConfig
+from geodiff4d.avatar.refine import RefineConfig
+from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.pairs import PairConfig
 from geodiff4d.data.store import StoreConfig
 from geodiff4d.data.tracks import TrackConfig
+from geodiff4d.tracking.learn import PerceptionTraining
+from geodiff4d.tracking.network import PerceptionConfig
+from geodiff4d.tracking.people import PeopleConfig
+from geodiff4d.tracking.reader import ReaderConfig
+from geodiff4d.tracking.reader_data import FacesConfig
+from geodiff4d.tracking.reader_training import ReaderTraining
 from geodiff4d.video.batches import WeightConfig
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
@@ -25,9 +37,43 @@ PresetName = Literal["debug", "embedded", "paper"]
 
 
 @dataclass(frozen=True)
+class PerceptionStage:
+    """How the perception network is trained, and on whom."""
+
+    training: PerceptionTraining
+    people: PeopleConfig
+    val_people: PeopleConfig
+
+
+@dataclass(frozen=True)
+class ReaderStage:
+    """How the reader of faces is trained, and on whose."""
+
+    training: ReaderTraining
+    faces: FacesConfig
+    val_faces: FacesConfig
+
+
+@dataclass(frozen=True)
+class BenchSizes:
+    """How much `geodiff4d bench` measures, beside the preset's own sizes."""
+
+    people: int = 4
+    """People of the open world per process."""
+    images: int = 30
+    """Images of each of them."""
+    steps: int = 20
+    """Steps of a fit, or a third of the frames of a driven avatar, per measurement."""
+    scenes: tuple[tuple[int, int, float], ...] = ((256, 20_000, 3.0), (512, 50_000, 4.0))
+    """For the rasteriser: side of the image [px], Gaussians, and their mean radius on it at three standard deviations
+    [px]."""
+
+
+@dataclass(frozen=True)
 class Preset:
     """One row: what every command takes from it."""
 
+    name: PresetName
     description: str
     model: VideoModelConfig
     codec: CodecTraining
@@ -44,6 +90,16 @@ class Preset:
     tracks: TrackConfig
     """What stage 2 is trained on, in the sizes of `store`."""
     val_tracks: TrackConfig
+    fit: FitConfig
+    """How an avatar is fitted."""
+    perception: PerceptionStage | None = None
+    """What tracking looks with; None where it is not trained."""
+    reader: ReaderStage | None = None
+    """What tracking reads expression and gaze with; None where it is not trained."""
+    bench: BenchSizes = BenchSizes()
+    trackable: bool = True
+    """Whether heads can be tracked in images of this size; where not, evaluations disturb the true parameters as a
+    tracker would."""
     temporal: tuple[int, int, int] = (2, 4, 0)
     """Attentions and feed-forward factor of stage 2's temporal modules (the default is X-NeMo's), and the reach of the
     filter behind them (ours)."""
@@ -77,8 +133,9 @@ OPENHEAD_MOTION = 52 + 3
 DEBUG_CODEC = PatchCodecConfig(factor=8, channels=16, trunk=16, detail=8)
 EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=96, trunk=48)
 
-PRESETS: dict[str, Preset] = {
-    "debug": Preset(
+_ROWS = (
+    Preset(
+        "debug",
         "64 px, a few steps: tests",
         model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
         codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
@@ -98,9 +155,33 @@ PRESETS: dict[str, Preset] = {
         ),
         tracks=TrackConfig(subjects=2, frames=5, portraits=1),
         val_tracks=TrackConfig(subjects=1, frames=3, portraits=1),
+        fit=FitConfig(
+            iterations=20, gaussians=10_000, checkpoint_every=10, remesh=RemeshConfig(48),
+            deformation=DeformationConfig(size=16, channels=4, levels=2), dynamics=DynamicsConfig(hidden=8),
+            densify=DensifyConfig(every=8, limit=18_500),
+        ),
+        perception=PerceptionStage(
+            PerceptionTraining(
+                PerceptionConfig(32, 32, (4, 8, 8, 8), (1, 1, 1, 1), 8, 4, (4, 4, 8, 8)), steps=4, batch=4, pictures=2,
+                sizes=(), backgrounds=4, log_every=2, validate_every=3, save_every=2,
+            ),
+            people=PeopleConfig(subjects=2, instants=1, size=64, supersample=1, points=32),
+            val_people=PeopleConfig("val", subjects=1, instants=1, size=64, supersample=1, points=32),
+        ),
+        reader=ReaderStage(
+            ReaderTraining(
+                ReaderConfig(64, (4, 8, 8, 8), (0, 1, 1, 1), 4, 16, (4, 4, 8), 4, 8), steps=4, batch=4, sizes=(),
+                backgrounds=4, log_every=2, validate_every=3, save_every=2, val_rows=2,
+            ),
+            faces=FacesConfig(subjects=2, instants=2, size=96, supersample=1),
+            val_faces=FacesConfig("val", subjects=1, instants=2, size=96, supersample=1),
+        ),
+        bench=BenchSizes(people=1, images=2, steps=2, scenes=((48, 300, 3.0), (64, 600, 3.0))),
+        trackable=False,
         temporal=(1, 2, 1),
     ),
-    "embedded": Preset(
+    Preset(
+        "embedded",
         "256 px on two CPU cores, trained on the open world (docs/LOG.md has the measurements)",
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
@@ -120,9 +201,13 @@ PRESETS: dict[str, Preset] = {
         ),
         tracks=TrackConfig(),
         val_tracks=TrackConfig(subjects=6, frames=16, portraits=1),
+        fit=FitConfig(),
+        perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
+        reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120)),
         temporal=(1, 2, 4),
     ),
-    "paper": Preset(
+    Preset(
+        "paper",
         "512 px in Stable Diffusion 1.5's size (Sec. 4); needs a GPU and the user's own weights and data",
         model=VideoModelConfig(),
         codec=CodecTraining(),
@@ -140,8 +225,22 @@ PRESETS: dict[str, Preset] = {
         ),
         tracks=TrackConfig(subjects=5_000, frames=48, portraits=4, views=4),
         val_tracks=TrackConfig(subjects=16, frames=32, portraits=1),
+        # Sec. 4.2, A.2.
+        fit=FitConfig(
+            iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
+            color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
+            refine=RefineConfig(
+                expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8
+            ),
+            remesh=RemeshConfig(128),
+            deformation=DeformationConfig(size=128, channels=64, levels=6, lr=1e-4),
+            dynamics=DynamicsConfig(features=16, hidden=64, lr=1e-4, feature_lr=2.5e-3),
+            densify=DensifyConfig(start=0.08, stop=0.7, every=2000, reset_every=20_000, limit=250_000),
+        ),
+        bench=BenchSizes(people=3, images=20, scenes=((512, 100_000, 3.0), (1024, 200_000, 4.0))),
     ),
-}  # fmt: skip
+)  # fmt: skip
+PRESETS: dict[str, Preset] = {row.name: row for row in _ROWS}
 
 
 def with_temporal_modules(config: VideoModelConfig, temporal: tuple[int, int, int]) -> VideoModelConfig:

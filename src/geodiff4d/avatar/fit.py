@@ -1,27 +1,26 @@
-"""Fit an avatar to a clip: what is learned, for how long, and what is written (Sec. 3.3, 4.2, A.2)."""
+"""Fit an avatar to a clip, resumably, and write it with its metrics (Sec. 3.3, 4.2, A.2)."""
 
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.deformable import DeformableSurface
-from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap
-from geodiff4d.avatar.densify import DensifyConfig
-from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig, first_features
+from geodiff4d.avatar.deformation import Deformation, PositionMap
+from geodiff4d.avatar.dynamics import Dynamics, first_features
 from geodiff4d.avatar.expression import fit_expression_code
 from geodiff4d.avatar.fitting import Fitting, Score, compare
-from geodiff4d.avatar.frames import FitFrames, HoldOut, NormalSource
-from geodiff4d.avatar.losses import LossConfig, position_tolerance
-from geodiff4d.avatar.refine import RefineConfig
+from geodiff4d.avatar.frames import FitFrames, NormalSource
+from geodiff4d.avatar.losses import position_tolerance
 from geodiff4d.avatar.start import start
-from geodiff4d.avatar.surface import RemeshConfig, Surface, own_surface, remesh
+from geodiff4d.avatar.surface import Surface, own_surface, remesh
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, refuse_foreign, write_json
 from geodiff4d.core.fingerprint import fingerprint
@@ -32,88 +31,9 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head
 
-Part = Literal["refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify"]
-PARTS: tuple[Part, ...] = ("refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify")
 STATUS_EVERY = 10
 SCORED = 16
 """Training frames that the final score looks at."""
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How an avatar is fitted."""
-
-    iterations: int = 2400
-    gaussians: int = 20_000
-    """At most, at the start; every face of the surface gets at least one."""
-    means_lr: float = 2e-2
-    """In units of the face's size; decays to a twentieth, like all Gaussian rates."""
-    quats_lr: float = 1e-2
-    log_scales_lr: float = 1.5e-2
-    opacity_lr: float = 4e-2
-    color_lr: float = 2e-2
-    loss: LossConfig = field(default_factory=LossConfig)
-    refine: RefineConfig | None = field(default_factory=RefineConfig)
-    """None trusts the clip's head parameters (`--ablate refine`)."""
-    remesh: RemeshConfig | None = None
-    """None binds Gaussians to the head's own mesh."""
-    deformation: DeformationConfig | None = None
-    dynamics: DynamicsConfig | None = None
-    densify: DensifyConfig | None = field(
-        default_factory=lambda: DensifyConfig(start=0.15, stop=0.6, every=150, grow_grad2d=8e-4, limit=32_000)
-    )
-    normal_source: Literal["clip", "estimator"] = "clip"
-    """estimator: normals of a monocular estimator instead of the clip's, which the caller gives to `fit`."""
-    hold_out: HoldOut = field(default_factory=HoldOut)
-    checkpoint_every: int = 500
-    """Steps between checkpoints; the live preview is written with each."""
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.iterations < 1 or self.gaussians < 1 or self.checkpoint_every < 1:
-            raise ValueError(f"iterations, gaussians and checkpoint_every must be positive, got {self}")
-
-    def ablated(self, part: str) -> "FitConfig":
-        """Switch a part off (Table 2, lower half, and each part of the hierarchy).
-
-        Raises:
-            UserError: an unknown part.
-        """
-        if part not in PARTS:
-            raise UserError(f"--ablate {part} is not known: expected one of {', '.join(PARTS)}")
-        if part == "normals":
-            return replace(self, loss=replace(self.loss, normals=0.0))
-        if part == "normal-source":
-            return replace(self, normal_source="estimator")
-        without: dict[str, Any] = {part: None}
-        return replace(self, **without)
-
-
-PRESETS: dict[str, tuple[str, FitConfig]] = {
-    "debug": (
-        "seconds: tests",
-        FitConfig(
-            iterations=20, gaussians=10_000, checkpoint_every=10, remesh=RemeshConfig(48),
-            deformation=DeformationConfig(size=16, channels=4, levels=2), dynamics=DynamicsConfig(hidden=8),
-            densify=DensifyConfig(every=8, limit=18_500),
-        ),
-    ),
-    "embedded": ("two minutes on two cores at 256 px", FitConfig()),
-    "paper": (
-        "100K steps on a GPU (Sec. 4.2, A.2)",
-        FitConfig(
-            iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
-            color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
-            refine=RefineConfig(
-                expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8
-            ),
-            remesh=RemeshConfig(128),
-            deformation=DeformationConfig(size=128, channels=64, levels=6, lr=1e-4),
-            dynamics=DynamicsConfig(features=16, hidden=64, lr=1e-4, feature_lr=2.5e-3),
-            densify=DensifyConfig(start=0.08, stop=0.7, every=2000, reset_every=20_000, limit=250_000),
-        ),
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.deformable import DeformableSurface, Posing
 from geodiff4d.avatar.densify import Grad2d, densify, reset_opacity
 from geodiff4d.avatar.frames import FitFrames, Target
@@ -18,9 +19,6 @@ from geodiff4d.avatar.refine import Refinement
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import optimiser_tensors, restore_optimiser
 from geodiff4d.heads.rig import Head, HeadParams
-
-if TYPE_CHECKING:
-    from geodiff4d.avatar.fit import FitConfig
 
 LAST_RATE = 0.05
 """Where the rates of Gaussians and networks end, as a share of where they begin."""
@@ -41,7 +39,7 @@ class Fitting:
 
     def __init__(
         self, deformable: DeformableSurface, local: LocalGaussians, frames: FitFrames,
-        tolerance: Float[Tensor, " faces"], config: "FitConfig",
+        tolerance: Float[Tensor, " faces"], config: FitConfig,
     ):  # fmt: skip
         self.deformable, self.frames, self.config, self.tolerance = deformable, frames, config, tolerance
         self.tokens = None if frames.tokens is None else frames.tokens.to(config.device)

@@ -4,41 +4,42 @@ from collections.abc import Callable
 from typing import Any
 
 from geodiff4d.bench.machine import commit, hardware
+from geodiff4d.presets import Preset
 
 __all__ = ["TARGETS", "commit", "hardware"]
 
 
-def _world(preset: str, threads: int) -> dict[str, Any]:
-    from geodiff4d.bench.world import SIZES, WorldBench
+def _world(preset: Preset, threads: int) -> dict[str, Any]:
+    from geodiff4d.bench.world import WorldBench
 
-    return WorldBench(**SIZES[preset], threads=threads).run()
+    return WorldBench(preset.model.size, preset.bench.people, preset.bench.images, threads).run()
 
 
-def _unet(preset: str, threads: int) -> dict[str, Any]:
+def _unet(preset: Preset, threads: int) -> dict[str, Any]:
     from geodiff4d.bench.unet import UnetBench
 
     return UnetBench(preset, threads).run()
 
 
-def _fit(preset: str, threads: int) -> dict[str, Any]:
+def _fit(preset: Preset, threads: int) -> dict[str, Any]:
     from geodiff4d.bench.avatar import AvatarBench
 
     return AvatarBench(preset, threads).fit()
 
 
-def _render(preset: str, threads: int) -> dict[str, Any]:
+def _render(preset: Preset, threads: int) -> dict[str, Any]:
     from geodiff4d.bench.avatar import AvatarBench
 
     return AvatarBench(preset, threads).render()
 
 
-def _splat(preset: str, threads: int) -> dict[str, Any]:
+def _splat(preset: Preset, threads: int) -> dict[str, Any]:
     from geodiff4d.bench.splat import SplatBench
 
     return SplatBench(preset, threads).run()
 
 
-TARGETS: dict[str, Callable[[str, int], dict[str, Any]]] = {
+TARGETS: dict[str, Callable[[Preset, int], dict[str, Any]]] = {
     "world": _world,
     "unet": _unet,
     "fit": _fit,

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.deformation import DeformationConfig
 from geodiff4d.avatar.dynamics import DynamicsConfig
-from geodiff4d.avatar.fit import PRESETS, FitConfig, prepare
+from geodiff4d.avatar.fit import prepare
 from geodiff4d.avatar.fitting import Fitting
 from geodiff4d.avatar.frames import FitFrames, HoldOut
 from geodiff4d.avatar.surface import RemeshConfig
@@ -17,10 +18,9 @@ from geodiff4d.bench.machine import Clock
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.world_clips import write_clip
 from geodiff4d.heads import load_head
+from geodiff4d.presets import Preset
 from geodiff4d.world import SyntheticSubject
 
-SIZES = {"debug": (48, 2), "embedded": (256, 20), "paper": (512, 20)}
-"""Side of the images [px], and steps or frames of one measurement."""
 FRAMES, VIEWS = 3, 2
 PARTS: dict[str, dict[str, Any]] = {
     "bare": {"remesh": None, "deformation": None, "dynamics": None, "densify": None},
@@ -36,7 +36,7 @@ PARTS: dict[str, dict[str, Any]] = {
 class AvatarBench:
     """Measures steps of a fit, or frames of a driven avatar, after a few to warm up."""
 
-    preset: str
+    preset: Preset
     threads: int
 
     def fit(self) -> dict[str, Any]:
@@ -64,8 +64,8 @@ class AvatarBench:
         return self._measured("frames_per_second", speed)
 
     def _measured(self, key: str, speed: Any) -> dict[str, Any]:
-        size, steps = SIZES[self.preset]
-        config = replace(PRESETS[self.preset][1], hold_out=HoldOut(0))
+        size, steps = self.preset.model.size, self.preset.bench.steps
+        config = replace(self.preset.fit, hold_out=HoldOut(0))
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

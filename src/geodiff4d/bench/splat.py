@@ -12,18 +12,13 @@ from torch.nn.functional import normalize
 from geodiff4d.bench.machine import Clock
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at, matrix_to_quat
+from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.render.gaussians import Gaussians, rasterize
 from geodiff4d.render.photometric import photometric, ssim_reference
 from geodiff4d.render.rasterizer_oracle import rasterize_oracle
 
 CHANNELS = 7
 """Colours, normals and depth."""
-SIZES = {
-    "debug": ((48, 300, 3.0), (64, 600, 3.0)),
-    "embedded": ((256, 20_000, 3.0), (512, 50_000, 4.0)),
-    "paper": ((512, 100_000, 3.0), (1024, 200_000, 4.0)),
-}
-"""Per scene: side [px], Gaussians, mean radius on the image at three standard deviations [px]."""
 ORACLE = (64, 800, 3.0)
 """What the oracle can do: its memory grows as Gaussians × pixels."""
 
@@ -32,7 +27,7 @@ ORACLE = (64, 800, 3.0)
 class SplatBench:
     """A head-like shell of flat Gaussians, half the image wide, and a random cotangent."""
 
-    preset: str = "embedded"
+    preset: Preset = PRESETS["embedded"]
     threads: int = 2
     clock: Clock = Clock(torch.device("cpu"), repeats=31)
 
@@ -50,7 +45,7 @@ class SplatBench:
     def _run(self) -> dict[str, Any]:
         row: dict[str, Any] = {"device": str(self.clock.device)}
         rows = []
-        for k, case in enumerate(SIZES[self.preset]):
+        for k, case in enumerate(self.preset.bench.scenes):
             timed = self._rasteriser(case, rasterize)
             suffix = f"_{case[0]}" if k else ""
             row |= {
@@ -58,7 +53,7 @@ class SplatBench:
                 f"ms_forward_backward{suffix}": timed["ms_forward_backward"],
             }
             rows.append({"what": "rasterize, 7 channels and alpha", **timed})
-        side = SIZES[self.preset][0][0]
+        side = self.preset.bench.scenes[0][0]
         ours, theirs = self._loss(side, photometric), self._loss(side, _torch_loss)
         row["ms_loss"] = ours["ms_forward_backward"]
         rows += [

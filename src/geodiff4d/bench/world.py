@@ -12,11 +12,6 @@ from geodiff4d.world import SyntheticSubject, random_cameras, random_expression
 from geodiff4d.world.draw import Backend
 
 TIMEOUT_SECONDS = 600.0
-SIZES = {
-    "debug": {"size": 32, "subjects": 1, "images": 2},
-    "embedded": {"size": 256, "subjects": 4, "images": 30},
-    "paper": {"size": 512, "subjects": 3, "images": 20},
-}
 
 
 @dataclass(frozen=True)

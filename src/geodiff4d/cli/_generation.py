@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
     from geodiff4d.pipeline import Driving
-    from geodiff4d.presets import Preset, PresetName
+    from geodiff4d.presets import Preset
     from geodiff4d.video.generate import Portrait
     from geodiff4d.video.model import VideoModel
     from geodiff4d.video.sample import SampleConfig
@@ -58,7 +58,6 @@ class GenerationArgs:
 class Setup:
     """What a generating command knows before it looks at a picture."""
 
-    preset_name: "PresetName"
     preset: "Preset"
     head: "Head"
     model: "VideoModel | None"
@@ -94,12 +93,11 @@ def set_up(args: GenerationArgs) -> Setup:
     device, head, model = chosen_device(args.device), load_head(args.head), None
     if args.generator == "diffusion":
         model = placed_on(load_model(args.model), device)
-    name = args.preset or default_preset(model)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
     if args.memory == "offload":
         wanted |= {"offload": True, "together": False, "chunk": 1}
-    p = preset(name)
-    return Setup(name, p, head, model, replace(p.sample, seed=args.seed, **wanted))
+    p = preset(args.preset) if args.preset else default_preset(model)
+    return Setup(p, head, model, replace(p.sample, seed=args.seed, **wanted))
 
 
 def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:

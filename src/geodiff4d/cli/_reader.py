@@ -1,12 +1,15 @@
 """The `reader` stage of `geodiff4d train`: render faces, then train the network that reads their expression."""
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from geodiff4d.presets import ReaderStage
 
 
 def train(
-    out: Path, preset: Literal["debug", "embedded"], data: Path | None, start: Path | None, steps: int | None,
-    workers: int, seed: int, photographs: Path | None,
+    out: Path, stage: "ReaderStage", data: Path | None, start: Path | None, steps: int | None, workers: int, seed: int,
+    photographs: Path | None,
 ) -> None:  # fmt: skip
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
@@ -15,16 +18,16 @@ def train(
     from geodiff4d.tracking.reader import load_reader
     from geodiff4d.tracking.reader_data import build_faces
     from geodiff4d.tracking.reader_photographs import gather_photographs
-    from geodiff4d.tracking.reader_training import PRESETS, train_reader
+    from geodiff4d.tracking.reader_training import train_reader
 
-    p, folder = PRESETS[preset], data or out / "data"
-    faces = build_faces(folder / "train", p.faces, workers, bar)
-    val = build_faces(folder / "val", replace(p.faces, split="val", subjects=p.val_subjects), workers, bar)
+    folder = data or out / "data"
+    faces = build_faces(folder / "train", stage.faces, workers, bar)
+    val = build_faces(folder / "val", stage.val_faces, workers, bar)
 
     def report(record: dict) -> None:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
 
-    training = replace(p.training, steps=steps or p.training.steps, seed=seed)
+    training = replace(stage.training, steps=steps or stage.training.steps, seed=seed)
     real = None if photographs is None else gather_photographs(photographs, progress=bar)
     train_reader(out, faces, val, training, None if start is None else load_reader(start), real, report)
     print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from geodiff4d.cli._stores import is_footage, rendered_stores, rendered_tracks
-from geodiff4d.cli.train import Args
+from geodiff4d.cli._training_args import Args
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.mixture import Mixture, MixtureConfig

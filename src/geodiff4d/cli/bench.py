@@ -28,13 +28,14 @@ def run(args: Args) -> None:
     from geodiff4d.bench import TARGETS, commit, hardware
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import write_json
+    from geodiff4d.presets import preset
 
     if not 1 <= args.threads <= 256:
         raise UserError(f"--threads is {args.threads}: expected 1 to 256")
     if args.json is not None and args.json.is_dir():
         raise UserError(f"{args.json} is a folder: expected a file to write the row to")
     command = f"geodiff4d bench {args.what} --preset {args.preset} --threads {args.threads}"
-    measured = TARGETS[args.what](args.preset, args.threads)
+    measured = TARGETS[args.what](preset(args.preset), args.threads)
     row = {"command": command, "commit": commit(), "hardware": hardware(), "threads": args.threads, **measured}
     if args.json is not None:
         write_json(args.json, row)

@@ -154,7 +154,7 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
 
         cases, found = run_protocol(what, settings, extent, p.data, workers, progress.bar)
         config = {
-            "data": "open world" if p.data is None else p.data.name, "preset": settings.preset, **counts,
+            "data": "open world" if p.data is None else p.data.name, "preset": settings.preset.name, **counts,
             "split": args.split, "people": p.people, "tracking": settings.tracking, "seed": p.seed, "bf16": p.bf16,
             "model": "shipped" if args.model is None else args.model.name, "methods": settings.methods,
         }  # fmt: skip
@@ -168,11 +168,12 @@ def _settings(args: Args, devices: tuple[str, ...]) -> "Settings":
     from geodiff4d.evaluate.methods import DEFAULT_METHODS
     from geodiff4d.evaluate.protocol import Settings
     from geodiff4d.pipeline import default_preset, load_model
+    from geodiff4d.presets import preset
 
-    p, preset = args.protocol, args.preset or default_preset(load_model(args.model))
-    tracking = p.tracking or ("clip" if args.preset == "debug" else "pixels")
+    p, chosen = args.protocol, preset(args.preset) if args.preset else default_preset(load_model(args.model))
+    tracking = p.tracking or ("pixels" if chosen.trackable else "clip")
     return Settings(
-        args.out, preset, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
+        args.out, chosen, args.model, p.head, p.methods or DEFAULT_METHODS, p.results, tracking,
         JudgeConfig(p.lpips, p.arcface), p.keep, p.seed, p.bf16, devices,
     )  # fmt: skip
 
@@ -208,7 +209,7 @@ def _video(args: Args, count: int) -> None:
     if debug:
         config = VideoEvaluation(count, 2, 4, 3, args.split, "truth")
     model = placed_on(load_model(args.model), chosen_device(args.device))
-    sample = preset(args.preset or default_preset(model)).sample
+    sample = (preset(args.preset) if args.preset else default_preset(model)).sample
     result = evaluate_video(args.out, load_head(), model, sample, config, progress.bar)
     print("  ".join(f"{k} {v:.3f}" for k, v in result.items() if isinstance(v, float)))
     print(f"{args.out / 'metrics.json'}: all figures")

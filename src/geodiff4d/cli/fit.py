@@ -36,14 +36,15 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from geodiff4d.avatar.fit import PRESETS, fit
+    from geodiff4d.avatar.fit import fit
     from geodiff4d.avatar.frames import HoldOut
     from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
     from geodiff4d.data.clip import Clip
+    from geodiff4d.presets import preset
     from geodiff4d.tracking.normals import normal_estimator
 
-    config = PRESETS[args.preset][1]
+    config = preset(args.preset).fit
     if args.device != "auto":
         config = replace(config, device=chosen_device(args.device, splats=True).type)
     for part in args.ablate:

@@ -25,7 +25,6 @@ def run(args: Args) -> None:
 
     import torch
 
-    from geodiff4d.avatar.fit import PRESETS
     from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
@@ -37,9 +36,9 @@ def run(args: Args) -> None:
         refuse_foreign(args.out / name)
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
-    if PRESETS[setup.preset_name][1].device == "cuda" and not torch.cuda.is_available():
+    if setup.preset.fit.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"preset {setup.preset_name} fits the avatar on a GPU and torch finds none: "
+            f"preset {setup.preset.name} fits the avatar on a GPU and torch finds none: "
             "run `geodiff4d synthesize`, then `geodiff4d fit --preset embedded`"
         )
     # Before anybody knows whose reconstruction is there, nothing of it is replaced.
@@ -47,7 +46,7 @@ def run(args: Args) -> None:
     job = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
     reconstruct(
-        job.portrait, job.driving, args.out, job.head, args.generator, job.model, job.preset_name, views, frames,
+        job.portrait, job.driving, args.out, job.head, args.generator, job.model, job.preset.fit, views, frames,
         job.sample, args.seed, bar,
     )  # fmt: skip
     if kept:

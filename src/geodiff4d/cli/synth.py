@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import tyro
 
-SIZES = {"debug": 64, "embedded": 256, "paper": 512}
 SHEET_COLUMNS, SHEET_MAX = 8, 64
 
 
@@ -41,9 +40,10 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.images import read_image, write_image
     from geodiff4d.data.world_clips import is_complete, write_world
+    from geodiff4d.presets import preset
     from geodiff4d.render.viewpoints import capture_views
 
-    size = args.size or SIZES[args.preset]
+    size = args.size or preset(args.preset).model.size
     for name, value, low, high in (
         ("--subjects", args.subjects, 1, 1_000_000),
         ("--frames", args.frames, 1, 99_999),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def fingerprint(*parts: Any) -> str:
-    """Hash tensors by their values, dataclasses, lists and dictionaries by what is in them, all else by its repr."""
+    """Hash tensors and bytes by their values, dataclasses, lists and dictionaries by what is in them, all else by its
+    repr.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         _feed(digest, part)
@@ -28,5 +30,8 @@ def _feed(digest: "hashlib.blake2b", value: Any) -> None:
         digest.update(f"{len(value)}:".encode())
         for part in value:
             _feed(digest, part)
+    elif isinstance(value, bytes):
+        digest.update(f"{len(value)} bytes;".encode())
+        digest.update(value)
     else:
         digest.update(f"{value!r};".encode())

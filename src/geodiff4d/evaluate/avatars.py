@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
 from geodiff4d.avatar.fit import fit
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
@@ -111,7 +110,7 @@ def make_avatar(
         if not (folder / "clip" / "transforms.json").exists():
             _write_clip(method, maker, out, folder / "clip", case, chosen, lessons, tracking)
         if not (folder / "avatar" / "metrics.json").exists():
-            fit(Clip(folder / "clip"), folder / "avatar", FIT_PRESETS[maker.preset_name][1], maker.seed)
+            fit(Clip(folder / "clip"), folder / "avatar", maker.preset.fit, maker.seed)
     except UserError as error:
         write_json(folder / "made.json", note | {"failed": str(error)})
     else:

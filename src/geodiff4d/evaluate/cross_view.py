@@ -33,7 +33,7 @@ from geodiff4d.evaluate.inputs import (
 from geodiff4d.evaluate.judges import MIN_SIZE, quantised
 from geodiff4d.evaluate.metrics import PairScores, bootstrap, psnr
 from geodiff4d.evaluate.observe import expressed, observe_frames
-from geodiff4d.evaluate.protocol import Settings, in_processes, maker_of, render_clip, settled
+from geodiff4d.evaluate.protocol import WORLD_SIZE, Settings, in_processes, maker_of, render_clip, settled
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
 from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
@@ -71,7 +71,7 @@ def run_cross_view(
     settings.out.mkdir(parents=True, exist_ok=True)
     settings = settled(settings)
     if data is None:
-        size = 256 if settings.preset != "debug" else load_model(settings.model).config.size
+        size = WORLD_SIZE if settings.preset.trackable else load_model(settings.model).config.size
         views = tuple(sorted(capture_views(VIEWS)))
         still = [
             WorldClip(world_seed(i, extent), "extremes", views, extent, size, True) for i in range(extent.subjects)
@@ -85,7 +85,7 @@ def run_cross_view(
     if all("failed" in f for f in found):
         raise UserError(f"nobody could be tracked; the first: {found[0]['failed']}")
     metrics = _summary(found)
-    metrics["config"] = {"people": len(found), "views": len(people[0].cases), "preset": settings.preset,
+    metrics["config"] = {"people": len(found), "views": len(people[0].cases), "preset": settings.preset.name,
                          "data": "open world" if data is None else Path(data).name}  # fmt: skip
     write_json(settings.out / "metrics.json", metrics)
     with fresh_file(settings.out / "table.md") as file:

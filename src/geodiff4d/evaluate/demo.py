@@ -15,7 +15,6 @@ from torch import Tensor
 
 from geodiff4d.avatar.drive import orbit as orbit_cameras
 from geodiff4d.avatar.drive import render_sequence
-from geodiff4d.avatar.fit import PRESETS as FIT_PRESETS
 from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.camera import Camera
@@ -29,7 +28,7 @@ from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
 from geodiff4d.pipeline import Driving, animate, load_model, synthesize
-from geodiff4d.presets import Preset, preset
+from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import Generated, Portrait, with_identity_of
 from geodiff4d.video.model import VideoModel
@@ -41,7 +40,7 @@ from geodiff4d.world.subject import WORLD_VERSION
 class DemoConfig:
     """How large a demo is."""
 
-    preset: str = "embedded"
+    preset: Preset = PRESETS["embedded"]
     pairs: int = 8
     frames_per_pair: int = 4
     """Frames that are scored."""
@@ -57,7 +56,7 @@ class DemoConfig:
 
 
 DEBUG = DemoConfig(
-    "debug", pairs=2, frames_per_pair=2, driver_frames=2, tracking="truth", orbit_views=3, video_frames=4
+    PRESETS["debug"], pairs=2, frames_per_pair=2, driver_frames=2, tracking="truth", orbit_views=3, video_frames=4
 )
 
 
@@ -99,9 +98,7 @@ def run_demo(
     from geodiff4d.evaluate.demo_report import write_overview, write_report
 
     out = Path(out)
-    p, head, model, watch = preset(config.preset), load_head(), load_model(model_folder), Stopwatch()
-    if model_folder is None and config.preset == "debug":
-        p = replace(p, model=model.config)
+    p, head, model, watch = config.preset, load_head(), load_model(model_folder), Stopwatch()
     sample = replace(config.sample or p.sample, seed=config.seed)
     _forget_others(out, _fingerprint(config, sample, model))
     size, crop = model.config.size, model.config.expression.size
@@ -119,7 +116,7 @@ def run_demo(
     with watch.stage("fit"):
         metrics_path = out / "avatar" / "metrics.json"
         if not metrics_path.exists():
-            fit(clip, out / "avatar", FIT_PRESETS[config.preset][1], config.seed, progress)
+            fit(clip, out / "avatar", p.fit, config.seed, progress)
         fitted = json.loads(metrics_path.read_text())
     avatar = Avatar.load(out / "avatar")
     with watch.stage("render"):
@@ -162,7 +159,7 @@ def _forget_others(out: Path, ours: str) -> None:
 
 
 def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> dict[str, Any]:
-    return {**vars(config), "sample": vars(sample), "size": model.config.size}
+    return {**vars(config), "preset": config.preset.name, "sample": vars(sample), "size": model.config.size}
 
 
 def _clip(

@@ -60,7 +60,6 @@ class Maker:
     head: Head
     model: VideoModel
     preset: Preset
-    preset_name: str
     sample: SampleConfig
     seed: int = 0
 

@@ -5,15 +5,13 @@ and score case by case. Everything a stage leaves is whole or absent, so the sam
 case is worked on by one thread of one process, whatever their number: the figures do not depend on it.
 """
 
-import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +20,7 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, encode_normals, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
@@ -44,7 +43,7 @@ from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quanti
 from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model, load_portrait, placed_on
-from geodiff4d.presets import preset
+from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.tracking.network import SHIPPED as PERCEPTION
 from geodiff4d.video.generate import Portrait
 
@@ -64,7 +63,7 @@ class Settings:
     """What a run depends on; workers get it whole."""
 
     out: Path
-    preset: Literal["debug", "embedded", "paper"] = "embedded"
+    preset: Preset = PRESETS["embedded"]
     model: Path | None = None
     head: str = "openhead"
     methods: tuple[str, ...] = DEFAULT_METHODS
@@ -119,7 +118,7 @@ def run_protocol(
     size = load_model(settings.model).config.size
     settings = settled(settings)
     if data is None:
-        wanted = world_clips(extent, max(WORLD_SIZE, size) if settings.preset != "debug" else size, extent.cameras + 1)
+        wanted = world_clips(extent, max(WORLD_SIZE, size) if settings.preset.trackable else size, extent.cameras + 1)
         jobs = [(render_clip, settings.out / "data", clip) for clip in wanted]
         clips = [Path(p) for p in in_processes(jobs, workers, progress, "rendering people")]
     else:
@@ -153,25 +152,20 @@ def _works(cases: list[Case], clips: list[Path], extent: Extent) -> list[Work]:
 def settled(settings: Settings) -> Settings:
     """Note what frames and scores depend on."""
     model = load_model(settings.model)
-    made = {k: getattr(settings, k) for k in ("preset", "head", "tracking", "seed")}
-    if not settings.bf16:
-        made["bf16"] = False
-    digest = hashlib.blake2b(json.dumps([VERSION, made], sort_keys=True).encode(), digest_size=16)
-    for value in model.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    makers = digest.hexdigest()
-    digest.update(json.dumps([asdict(settings.judges), settings.keep], default=str).encode())
-    for folder in (PERCEPTION, IDENTITY):
-        for file in sorted(folder.glob("*.safetensors")):
-            digest.update(file.read_bytes())
-    return replace(settings, makers=makers, fingerprint=digest.hexdigest())
+    p = settings.preset
+    made = (p.sample, p.fit, p.views, p.frames, settings.head, settings.tracking, settings.seed, settings.bf16)
+    makers = fingerprint(VERSION, made, model.state_dict())
+    networks = [file.read_bytes() for folder in (PERCEPTION, IDENTITY) for file in sorted(folder.glob("*.safetensors"))]
+    return replace(
+        settings, makers=makers, fingerprint=fingerprint(makers, settings.judges, settings.keep, networks)
+    )  # fmt: skip
 
 
 def _stamp(folder: Path) -> str:
     """Of a folder's files, to see whether somebody wrote them anew."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     found = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.blake2b(json.dumps(found).encode(), digest_size=16).hexdigest()
+    return fingerprint(found)
 
 
 # What a worker does
@@ -183,13 +177,11 @@ def maker_of(settings: Settings) -> Maker:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # avatars are fitted on the current one
     model = placed_on(load_model(settings.model).eval(), device)
-    p = preset(settings.preset)
     return Maker(
         load_head(settings.head),
         model,
-        p,
         settings.preset,
-        replace(p.sample, seed=settings.seed, autocast=settings.bf16),
+        replace(settings.preset.sample, seed=settings.seed, autocast=settings.bf16),
     )
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.tracking.network import Look, Perception, PerceptionConfig, quick
-from geodiff4d.tracking.people import People, PeopleConfig
+from geodiff4d.tracking.people import People
 from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
 
 Progress = Callable[[int, int, dict[str, Any]], None]
@@ -48,27 +48,6 @@ class PerceptionTraining:
     validate_every: int = 250
     save_every: int = 250
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class PerceptionPreset:
-    """People and training of one size."""
-
-    people: PeopleConfig
-    val_subjects: int
-    training: PerceptionTraining
-
-
-PRESETS = {
-    "debug": PerceptionPreset(
-        PeopleConfig(subjects=2, instants=1, size=64, supersample=1, points=32), 1,
-        PerceptionTraining(
-            PerceptionConfig(32, 32, (4, 8, 8, 8), (1, 1, 1, 1), 8, 4, (4, 4, 8, 8)), steps=4, batch=4, pictures=2,
-            sizes=(), backgrounds=4, log_every=2, validate_every=3, save_every=2,
-        ),
-    ),
-    "embedded": PerceptionPreset(PeopleConfig(), 30, PerceptionTraining()),
-}  # fmt: skip
 
 
 def train_perception(

@@ -20,7 +20,7 @@ from torch.nn.functional import smooth_l1_loss
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
-from geodiff4d.tracking.reader_data import Faces, FacesConfig, visible_skin
+from geodiff4d.tracking.reader_data import Faces, visible_skin
 from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calibration
 from geodiff4d.tracking.reader_photographs import Photographs, agreed, draw_looks, photograph_loss
 from geodiff4d.tracking.reader_scenes import FaceCrops, FaceScenes
@@ -54,27 +54,6 @@ class ReaderTraining:
     photographs: int = 8
     """Unlabelled photographs per step, where there are any."""
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class ReaderPreset:
-    """Faces and training of one size."""
-
-    faces: FacesConfig
-    val_subjects: int
-    training: ReaderTraining
-
-
-PRESETS = {
-    "debug": ReaderPreset(
-        FacesConfig(subjects=2, instants=2, size=96, supersample=1), 1,
-        ReaderTraining(
-            ReaderConfig(64, (4, 8, 8, 8), (0, 1, 1, 1), 4, 16, (4, 4, 8), 4, 8), steps=4, batch=4, sizes=(),
-            backgrounds=4, log_every=2, validate_every=3, save_every=2, val_rows=2,
-        ),
-    ),
-    "embedded": ReaderPreset(FacesConfig(), 120, ReaderTraining()),
-}  # fmt: skip
 
 
 def train_reader(

@@ -1,0 +1,58 @@
+"""The options of `geodiff4d train`, which its stages read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Args:
+    """Options of `geodiff4d train`."""
+
+    stage: Annotated[Literal["vae", "image", "video", "perception", "reader"], tyro.conf.Positional]
+    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: its
+    second stage, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask,
+    normals). reader: what reads expression and gaze from close crops of faces. The last two know preset, data, start,
+    steps, workers and seed of the options below."""
+    out: Path
+    """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
+    preset: Literal["debug", "embedded", "paper"] = "embedded"
+    """debug: seconds. embedded: hours on two cores. paper: a GPU, and --sd."""
+    data: tuple[Path, ...] = ()
+    """What to train on, by default OUT/data. One folder that is empty or holds rendered stores: the open world, which
+    is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores."""
+    importance: tuple[float, ...] = ()
+    """Importance per sample of each --data folder; by default 10 for several views and 1 for one."""
+    head: Path | None = None
+    """FLAME model file, for clips on FLAME."""
+    sd: Path | None = None
+    """Stable Diffusion 1.5 folder that preset paper starts from (its unet and vae)."""
+    vae: Path | None = None
+    """Codec folder for the image stage; by default the one that ships."""
+    start: Path | None = None
+    """Model folder whose weights to continue from (its optimiser starts afresh): by default the shipped one in the
+    video stage and none in the others. Another codec's weights are carried over."""
+    photographs: Path | None = None
+    """Folder with photographs of faces, without labels, that the reader stage learns to read alike however they are cut
+    and spoiled; of two named ID_neutral and ID_smiling, that the second smiles more."""
+    steps: int | None = None
+    """Train so many steps instead of the preset's."""
+    ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()
+    """Switch parts off: joint (no normals), domain-attention, cross-view (drive by the target itself), synthetic (train
+    on normals as an estimator gives them), warp."""
+    parameters: Literal["disturbed", "tracked"] = "disturbed"
+    """Of the open world's heads in the image stage: the truth with a tracker's error, or what our tracker sees in the
+    rendered pictures, a quarter of a second each."""
+    bf16: bool = True
+    """Compute in bf16 where the machine has it."""
+    accumulate: int = 1
+    """Parts that a process takes a step's batch in, one after another: less memory, the same step."""
+    recompute: bool = False
+    """Gradient checkpointing: less memory for a third more time."""
+    save_minutes: float = 10.0
+    """Also write a checkpoint when the last one is this old."""
+    workers: int = 2
+    """Processes that render the stores, or decode other footage ahead (0: none)."""
+    seed: int = 0
