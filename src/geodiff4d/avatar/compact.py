@@ -1,4 +1,4 @@
-"""A small form of an avatar: one file with everything in it, quantised, for sending and for the web.
+"""The compact form of an avatar: one quantised file with everything in it, for sending and for the web.
 
 A zip with `config.json`, `compact.json` (what each tensor was) and the numbers: per-Gaussian columns in 8 to 16 bits
 between their smallest and largest value, colours and opacities as 8-bit shares, matrices of networks in 8 bits with a
@@ -29,19 +29,19 @@ from geodiff4d.core.packing import SMALLEST, packed, unpacked
 FORMAT, VERSION = "geodiff4d compact avatar", 1
 SUFFIX = ".g4d"
 MAX_BYTES = 256 * 1024**2
-"""What a file may unpack to."""
+"""Largest size that a file may unpack to [bytes]."""
 BITS = {"means": 14, "quats": 8, "log_scales": 8}
-"""Of per-Gaussian columns by name; others have 12."""
+"""Bits of per-Gaussian columns by name; others have 12."""
 OTHER_BITS = 12
 TABLE_BITS = 16
 SHARES = 256
 FEW = 2
-"""Fewer rows are not worth a range."""
+"""Tensors of fewer rows are not quantised by a range."""
 TEXT = ("config.json", "metrics.json")
 
 
 def write_compact(folder: Path, path: Path) -> int:
-    """Pack an avatar's folder into one file, which appears whole or not at all; returns its bytes.
+    """Pack an avatar's folder into one file, which is written whole or not at all; returns its size [bytes].
 
     Raises:
         UserError: the folder is not an avatar, or is damaged.
@@ -64,7 +64,7 @@ def write_compact(folder: Path, path: Path) -> int:
 
 
 def unpack(path: Path, out: Path) -> None:
-    """Write the avatar's folder that a compact file holds; it appears whole or not at all.
+    """Write a compact file's avatar as a folder, whole or not at all.
 
     Raises:
         UserError: missing, truncated, too large, of a newer version, or not a compact avatar.

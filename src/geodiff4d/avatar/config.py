@@ -22,7 +22,7 @@ class FitConfig:
 
     iterations: int = 2400
     gaussians: int = 20_000
-    """At most, at the start; every face of the surface gets at least one."""
+    """Largest number of Gaussians at the start; every face of the surface gets at least one."""
     means_lr: float = 2e-2
     """In units of the face's size; decays to a twentieth, like all Gaussian rates."""
     quats_lr: float = 1e-2
@@ -40,7 +40,7 @@ class FitConfig:
         default_factory=lambda: DensifyConfig(start=0.15, stop=0.6, every=150, grow_grad2d=8e-4, limit=32_000)
     )
     normal_source: Literal["clip", "estimator"] = "clip"
-    """estimator: normals of a monocular estimator instead of the clip's, which the caller gives to `fit`."""
+    """`estimator`: the normals of a monocular estimator, which the caller passes to `fit`, replace the clip's."""
     hold_out: HoldOut = field(default_factory=HoldOut)
     checkpoint_every: int = 500
     """Steps between checkpoints; the live preview is written with each."""
@@ -51,7 +51,7 @@ class FitConfig:
             raise ValueError(f"iterations, gaussians and checkpoint_every must be positive, got {self}")
 
     def ablated(self, part: str) -> "FitConfig":
-        """Switch a part off (Table 2, lower half, and each part of the hierarchy).
+        """Return the configuration with one part switched off (Table 2, lower half, and each part of the hierarchy).
 
         Raises:
             UserError: an unknown part.

@@ -21,9 +21,9 @@ from geodiff4d.avatar.surface import Surface, texels
 from geodiff4d.heads.rig import Head, HeadParams
 
 UNIT_M = 0.01
-"""Displacements count in centimetres."""
+"""Unit of displacements [m]: one centimetre."""
 REST_M = 0.1
-"""Positions at rest count in decimetres."""
+"""Unit of positions at rest [m]: one decimetre."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class DeformationConfig:
     """Size, learning rate and penalties of the deformation U-Net."""
 
     size: int = 64
-    """Side of its maps."""
+    """Side of the U-Net's maps [texels]."""
     channels: int = 16
-    """Of the widest maps; doubles with every halving, up to eightfold."""
+    """Channels at full resolution; they double with every halving, up to eightfold."""
     levels: int = 3
-    """Halvings."""
+    """Number of halvings."""
     lr: float = 1e-3
-    """Peak; decays as the Gaussians' rates do."""
+    """Peak learning rate; it decays as the Gaussians' rates do."""
     small: float = 0.02
-    """Penalty on the mean square of displacements [cm²]."""
+    """Weight of the mean square of displacements [1/cm²]."""
     smooth: float = 0.05
-    """Penalty on the mean square difference between neighbouring texels [cm²]."""
+    """Weight of the mean square difference between neighbouring texels [1/cm²]."""
 
     def __post_init__(self) -> None:
         if self.size % 2**self.levels or min(self.size, self.channels, self.levels) < 1:
@@ -49,7 +49,7 @@ class DeformationConfig:
 
 
 class Deformation(nn.Module):
-    """Maps an expression to displacements of surface points."""
+    """U-Net from a position map and expression tokens to displacements in texture space."""
 
     def __init__(self, config: DeformationConfig, token_size: tuple[int, int]):
         super().__init__()
@@ -81,13 +81,13 @@ class Deformation(nn.Module):
         return self.last(x)
 
     def penalty(self, displacement: Float[Tensor, "1 3 size size"]) -> Float[Tensor, ""]:
-        """Keep displacements small and smooth."""
+        """Return the penalty that keeps displacements [cm] small and smooth."""
         along = displacement.diff(dim=-1).square().mean() + displacement.diff(dim=-2).square().mean()
         return self.config.small * displacement.square().mean() + self.config.smooth * along
 
 
 class TokenAttention(nn.Module):
-    """Cross-attention of texels to expression tokens, added to what is there."""
+    """Cross-attention of texels to expression tokens, added as a residual."""
 
     def __init__(self, channels: int, token_size: tuple[int, int], heads: int = 4):
         super().__init__()
@@ -110,20 +110,21 @@ class TokenAttention(nn.Module):
 
 @dataclass(frozen=True)
 class PositionMap:
-    """Where texels lie on the head: makes the U-Net's input and reads its output at surface points."""
+    """Lookups between the head and texture space: draws the U-Net's input and samples its output at the surface."""
 
     size: int
     place: Int[Tensor, " covered"]
-    """Texels on a chart, row by row."""
+    """Flat indices of the texels that lie on a chart."""
     corners: Int[Tensor, "covered 3"]
     bary: Float[Tensor, "covered 3"]
     grid: Float[Tensor, "1 1 verts 2"]
-    """Where the surface's points read, in grid_sample's coordinates."""
+    """Texture coordinates of the surface's points, as grid_sample takes them, -1 to 1."""
     weights: Float[Tensor, "verts joints"]
     """Skinning weights of the surface's points."""
 
     @staticmethod
     def of(head: Head, surface: Surface, size: int) -> "PositionMap":
+        """Build the lookups of a surface for maps of `size` × `size` texels."""
         face, bary = texels(head.to("cpu"), size)
         place = (face.flatten() >= 0).nonzero()[:, 0]
         device = head.template.device
@@ -138,7 +139,7 @@ class PositionMap:
         return replace(self, **moved)
 
     def map(self, moved: Float[Tensor, "verts 3"], rest: Float[Tensor, "verts 3"]) -> Float[Tensor, "1 6 size size"]:
-        """Draw the position map: how far the expression moves each texel, and where it is at rest."""
+        """Return the position map: the expression's displacement [cm], then the position at rest [dm]; 0 off charts."""
         values = torch.cat([(moved - rest) / UNIT_M, rest / REST_M], -1)
         a, b, c = (values.index_select(0, self.corners[:, i]) * self.bary[:, i, None] for i in range(3))
         out = values.new_zeros(6, self.size**2).index_copy(1, self.place, (a + b + c).T)
@@ -147,13 +148,13 @@ class PositionMap:
     def read(
         self, displacement: Float[Tensor, "1 3 size size"], T_world_joint: Float[Tensor, "joints 4 4"]
     ) -> Float[Tensor, "verts 3"]:
-        """Return the surface's displacements [m] in the world: they turn with the skin. Differentiable in both."""
+        """Return the displacements of the surface's points in the world [m], turned with the skin; differentiable."""
         at = grid_sample(displacement, self.grid, padding_mode="border", align_corners=False)[0, :, 0].T
         turn = (self.weights @ T_world_joint[:, :3, :3].flatten(1)).view(-1, 3, 3)
         return UNIT_M * (turn * at[:, None, :]).sum(-1)
 
 
 def canonical(params: HeadParams) -> HeadParams:
-    """Keep what is expression; the head neither turns nor moves, and nothing of it is learned through."""
+    """Return the expression alone, detached: rotation, neck and translation are zero."""
     still = {k: torch.zeros_like(getattr(params, k)) for k in ("rotation", "neck_pose", "translation")}
     return replace(params.map(Tensor.detach), **still)

@@ -1,4 +1,4 @@
-"""Drive an avatar by somebody's performance and look at it from where you like.
+"""Drive an avatar by somebody's performance and render it from chosen cameras.
 
 A performance is head parameters, a row per frame, with expression tokens where an encoder saw images. It comes from a
 clip or a tracked video (`performed`), from named weights (`held`), or line by line from a stream (`avatar.stream`).
@@ -26,9 +26,9 @@ from geodiff4d.heads.rig import HeadParams
 ORBIT_DEG = 60.0
 
 REST_EVERY = 24
-"""Frames between two estimates of a live driver's rest."""
+"""Frames between two estimates of a live driver's face at rest."""
 SEEN = 2000
-"""Frames that such an estimate looks at, at most: more are thinned out."""
+"""Frames that one estimate uses at most; longer performances are subsampled."""
 
 Pose = Literal["fixed", "driver"]
 """Where the head is. `fixed` keeps it where the avatar was fitted, turned only by the driver's neck: the driver's own
@@ -37,7 +37,7 @@ place belongs to its camera. `driver` takes rotation and translation as they are
 
 @dataclass(frozen=True)
 class Performance:
-    """What an avatar does: head parameters in its own identity, and expression tokens if there are any."""
+    """A sequence that an avatar performs: head parameters in its own identity, and expression tokens if it has any."""
 
     params: HeadParams
     """[frames, …]."""
@@ -51,15 +51,15 @@ class Performance:
         return replace(self, params=self.params[index], tokens=None if self.tokens is None else self.tokens[index])
 
     def turned(self, neck: Float[Tensor, "frames 3"]) -> "Performance":
-        """Turn the neck [rad] besides."""
+        """Return the performance with a rotation added to the neck, axis-angle [rad]."""
         return replace(self, params=replace(self.params, neck_pose=self.params.neck_pose + neck))
 
     def looped(self, frames: int) -> "Performance":
-        """Repeat or cut it to so many frames."""
+        """Return the performance repeated or cut to a number of frames."""
         return self[torch.arange(frames) % len(self)]
 
     def frame(self, index: int) -> tuple[HeadParams, Float[Tensor, "tokens channels"] | None]:
-        """Return what `Avatar.posed` takes."""
+        """Return one frame's parameters and tokens, as `Avatar.posed` takes them."""
         return self.params[index], None if self.tokens is None else self.tokens[index]
 
 
@@ -69,18 +69,18 @@ def own_performance(avatar: Avatar) -> Performance:
 
 
 def wants_tokens(avatar: Avatar) -> bool:
-    """Whether expression tokens change how the avatar looks: it was fitted to a generated clip, with networks."""
+    """Return whether expression tokens change how the avatar looks: one with networks, fitted to a generated clip."""
     return regressor_of(avatar) is not None
 
 
 def regressor_of(avatar: Avatar) -> TokenRegressor | None:
-    """Return the avatar's map from parameters to tokens, if it has tokens at all."""
+    """Return the avatar's map from head parameters to tokens; None if its networks do not use tokens."""
     parts = avatar.parts
     return None if parts is None or not parts.networks() or parts.code is None else parts.code.regressor
 
 
 def own_rest(avatar: Avatar) -> Rest:
-    """Estimate how the avatar looks doing nothing, out of the sequence that it was fitted to."""
+    """Return the avatar's face at rest, estimated from the sequence that it was fitted to."""
     return Rest.of(avatar.head, avatar.sequence, avatar.tokens)
 
 
@@ -88,9 +88,9 @@ def performed(
     avatar: Avatar, driver: HeadParams, tokens: Float[Tensor, "frames tokens channels"] | None = None,
     fps: float = 24.0, pose: Pose = "fixed", relative: bool = True,
 ) -> Performance:  # fmt: skip
-    """Let the avatar do what a driver does [frames, …].
+    """Return the performance of an avatar that follows a driver's parameters [frames, …].
 
-    `relative` takes over how far expressions are from the driver's rest, not the rest itself (`avatar.relative`).
+    With `relative`, expressions are transferred as differences from the driver's face at rest (`avatar.relative`).
     """
     if relative:
         rest, own = Rest.of(avatar.head, driver, tokens), own_rest(avatar)
@@ -100,9 +100,9 @@ def performed(
 
 
 class LiveDriver:
-    """Drives an avatar by somebody's parameters as they come.
+    """Turns a live driver's parameters into the avatar's, frame by frame.
 
-    The driver's rest is estimated from what has been seen so far, now and then anew; before that it is zero.
+    The driver's face at rest is estimated from the frames so far, every `REST_EVERY` frames; before that it is zero.
     """
 
     def __init__(self, avatar: Avatar):
@@ -112,7 +112,7 @@ class LiveDriver:
         self._count = 0
 
     def __call__(self, params: HeadParams) -> HeadParams:
-        """Return what the avatar does in this frame (no batch axis, as `params`)."""
+        """Return the avatar's parameters for this frame; neither has a batch axis."""
         self._count += 1
         self._seen.append(params)
         if len(self._seen) > SEEN:
@@ -124,7 +124,7 @@ class LiveDriver:
 
 
 def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24.0) -> Performance:
-    """Let the avatar's head, where it was fitted and at rest, show expressions by their weights."""
+    """Return the performance of the avatar at rest, where it was fitted, showing expressions by their weights."""
     head = avatar.head
     zero, own = Rest.of(head, head.neutral(1)), own_rest(avatar)
     asked = replace(head.neutral(len(weights)), expr=weights)
@@ -132,7 +132,7 @@ def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24
 
 
 def retargeted(avatar: Avatar, driver: HeadParams, pose: Pose = "fixed") -> HeadParams:
-    """Give a driver's parameters [frames, …] the avatar's identity."""
+    """Return a driver's parameters [frames, …] with the avatar's identity."""
     n = driver.batch[0]
     params = replace(driver, shape=avatar.shape.expand(n, -1), static_offset=None)
     if pose == "fixed":
@@ -142,14 +142,14 @@ def retargeted(avatar: Avatar, driver: HeadParams, pose: Pose = "fixed") -> Head
 
 
 def orbit(avatar: Avatar, frames: int, degrees: float = ORBIT_DEG) -> list[Camera]:
-    """Swing the avatar's default camera around the head, to ± `degrees` and back, in one period."""
+    """Return the avatar's default camera swung around the head, to ± `degrees` and back, one camera per frame."""
     pivot = head_centre(avatar)
     yaws = [degrees * math.sin(2 * math.pi * i / max(frames, 1)) for i in range(frames)]
     return [turned(avatar.camera, pivot, yaw) for yaw in yaws]
 
 
 def turned(camera: Camera, pivot: Tensor, yaw_deg: float) -> Camera:
-    """Move a camera around the vertical axis (+y) through `pivot`; positive yaw goes to the camera's right."""
+    """Return a camera moved around the vertical axis (+y) through `pivot`; positive yaw goes to the camera's right."""
     R = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(yaw_deg), 0.0]))
     return replace(camera, T_cam_world=camera.T_cam_world @ rigid(R, pivot - R @ pivot))
 
@@ -193,7 +193,7 @@ def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) ->
 
 @torch.no_grad()
 def render_sequence(avatar: Avatar, params: HeadParams | Performance, views: Iterable[Camera]) -> Iterator[AvatarFrame]:
-    """Render one frame per row of a performance, or of bare parameters, and camera, where the avatar is."""
+    """Yield one rendered frame per camera, of a performance or of bare parameters, on the avatar's device."""
     performance = params if isinstance(params, Performance) else Performance(params)
     for i, camera in enumerate(views):
         row, tokens = performance.frame(i)
@@ -202,5 +202,5 @@ def render_sequence(avatar: Avatar, params: HeadParams | Performance, views: Ite
 
 
 def normal_image(frame: AvatarFrame) -> Tensor:
-    """Return the premultiplied normals as an image: n/2 + 0.5, grey where nothing is."""
+    """Return the premultiplied normals as an image: n/2 + 0.5, 0 to 1, grey on the background."""
     return (frame.normal * 0.5 + 0.5).clamp(0, 1)

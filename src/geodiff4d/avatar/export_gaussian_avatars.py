@@ -1,10 +1,10 @@
-"""The folder of GaussianAvatars (Qian et al. 2024), written and read: point_cloud.ply and flame_param.npz.
+"""Read and write the folder of GaussianAvatars (Qian et al. 2024): point_cloud.ply and flame_param.npz.
 
 Their splats and ours live in the same frames of the same triangles, FLAME's with teeth, so positions, rotations, scales
-and opacities are copied bit by bit. What one side cannot hold travels beside, and counts as long as it agrees with the
-rest: our logits of colours, camera and rate in `geodiff4d.npz`, their spherical harmonics in the avatar's
-`gaussian_avatars.npz`. So both round trips are exact to the bit. Colours that depend on the view (degrees 1 to 3) are
-kept for the way back but not shown here; networks cannot be handed over: splats leave as they are bound.
+and opacities are copied bit by bit. What one format lacks is kept in a second file, and used as long as it is
+consistent with the rest: our logits of colours, camera and rate in `geodiff4d.npz`, their spherical harmonics in the
+avatar's `gaussian_avatars.npz`. So both round trips are exact to the bit. View-dependent colour (degrees 1 to 3) is
+kept for the way back but not rendered here; networks cannot be exported: splats are written as bound at rest.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ VERTS, FACES, SHAPES, EXPRS = 5143, 10144, 300, 100
 POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
 PLY, PARAMS, OURS, THEIRS = "point_cloud.ply", "flame_param.npz", "geodiff4d.npz", "gaussian_avatars.npz"
 FPS = 25.0
-"""NeRSemble's 73 frames/s, every third, as their data sets are cut."""
+"""Rate of their data sets: every third of NeRSemble's 73 frames/s."""
 
 
 def export_gaussian_avatars(avatar: Avatar, out: Path, source: Path | None = None) -> int:
@@ -75,8 +75,8 @@ def export_gaussian_avatars(avatar: Avatar, out: Path, source: Path | None = Non
 def bound_to_head(avatar: Avatar) -> LocalGaussians:
     """Return the Gaussians in the frames of the head's own triangles.
 
-    Those of a plain avatar are there already. Others are taken as they are at rest: what remeshing, deformation and
-    dynamics make of them there stays, how it changes with the expression does not.
+    Those of a plain avatar are there already. Others are posed at rest first: what remeshing, deformation and dynamics
+    add at rest is kept, how it changes with the expression is not.
     """
     if avatar.parts is None:
         return avatar.local
@@ -97,7 +97,7 @@ def bound_to_head(avatar: Avatar) -> LocalGaussians:
 
 
 def import_gaussian_avatars(source: Path, head: Head, out: Path) -> Avatar:
-    """Read such a folder (or its .ply) into an avatar on the user's FLAME, and write it to `out`.
+    """Read GaussianAvatars' folder (or its .ply) as an avatar on the user's FLAME, write it to `out` and return it.
 
     Raises:
         UserError: files are missing, truncated or of another head.

@@ -1,4 +1,4 @@
-"""Posed splats as other programs want them: one standard 3DGS .ply, or a numbered sequence.
+"""Posed splats for other programs: one standard 3DGS .ply, or a numbered sequence.
 
 GaussianAvatars and others export what they optimise, which is local to triangles and looks like mist elsewhere; these
 files hold splats in the world, at one instant.
@@ -25,7 +25,7 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.render.gaussians import Gaussians
 
 FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
-"""Half a turn about x, from the head's axes (y up, face to +z) to the file's, and back."""
+"""Signs that turn the head's axes (y up, face to +z) half about x into the file's, and back."""
 HALF_TURN = torch.tensor([0.0, 1.0, 0.0, 0.0])
 SMALLEST_M = 1e-9
 FAINTEST = 1e-6
@@ -37,11 +37,11 @@ class Splats:
 
     gaussians: Gaussians
     colors: Float[Tensor, "n 3"]
-    """sRGB."""
+    """sRGB, 0 to 1."""
 
 
 def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns:
-    """Code splats as the file has them: turned into its axes, logarithms of scales, logits of opacities."""
+    """Return splats as the file's columns: in its axes, with logarithms of scales and logits of opacities."""
     quats = torch.nn.functional.normalize(gaussians.quats, dim=-1)
     turned = quat_multiply(HALF_TURN.to(quats).expand_as(quats), quats)
     arrays = (
@@ -53,7 +53,7 @@ def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns
 
 
 def read_splats(path: Path) -> Splats:
-    """Read a posed .ply back; what depends on the view (degrees 1 to 3) is left out.
+    """Read a posed .ply; view-dependent colour (degrees 1 to 3) is left out.
 
     Raises:
         UserError: missing, truncated, or not splats.
@@ -85,7 +85,7 @@ def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int 
 
 @torch.no_grad()
 def export_sequence(avatar: Avatar, performance: Performance, folder: Path, progress: Progress = silent) -> int:
-    """Write `frame_00000.ply …` and `sequence.json` into a new folder, which appears whole or not at all."""
+    """Write `frame_00000.ply …` and `sequence.json` into a new folder, whole or not at all; returns the Gaussians."""
     with fresh_folder(folder) as temporary:
         for i in progress(range(len(performance)), "exporting"):
             count = export_ply(avatar, performance, temporary / f"frame_{i:05d}.ply", i)

@@ -1,4 +1,4 @@
-"""What tells the deformation U-Net and the dynamics MLP which expression it is.
+"""The expression code that conditions the deformation U-Net and the dynamics MLP.
 
 A generated clip has tokens of the pose-free expression encoder (Sec. 3.1). Clips that were recorded or rendered have
 none: their one token is the head's own expression, jaw, eyes and eyelids. Either is standardised over the clip. Whoever
@@ -16,36 +16,36 @@ from geodiff4d.avatar.sliders import TokenRegressor, features, fit_regressor
 from geodiff4d.heads.rig import HeadParams
 
 SUMMARY = 16
-"""Principal components that the dynamics MLP sees: as many numbers as a clip has timesteps would name each of them."""
+"""Principal components that the dynamics MLP sees; with one per timestep it could memorise every frame."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """One expression, standardised."""
+    """One expression, standardised over the clip."""
 
     tokens: Float[Tensor, "tokens channels"]
     summary: Float[Tensor, " components"]
-    """Its principal components, of unit variance over the clip; zero for the clip's mean."""
+    """Leading principal components, of unit variance over the clip; zero for the clip's mean."""
 
 
 @dataclass(frozen=True)
 class ExpressionCode:
-    """Turns a frame's tokens, or its parameters, into what the networks read."""
+    """Maps a frame's tokens, or its parameters, to the code that conditions the networks."""
 
     mean: Float[Tensor, "tokens channels"]
     scale: Float[Tensor, ""]
-    """Of all numbers alike: what hardly varies should not be heard."""
+    """One standard deviation for all numbers, so that those that hardly vary are not amplified."""
     basis: Float[Tensor, "numbers components"]
-    """From standardised numbers to the summary."""
+    """Projection from the standardised tokens, flattened, to the summary."""
     low: Float[Tensor, "tokens channels"]
     high: Float[Tensor, "tokens channels"]
-    """Range of each number over the clip, which nothing leaves when driving."""
+    """`low` and `high` are each number's range over the clip; driving tokens are clamped to it."""
     regressor: TokenRegressor | None = None
-    """From parameters to tokens; None where the parameters are the token."""
+    """Map from parameters to tokens; None where the parameters are the only token."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Tokens, and channels of each."""
+        """Return the number of tokens and their channels."""
         return self.mean.shape[0], self.mean.shape[1]
 
     def __call__(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> Code:
@@ -69,6 +69,7 @@ class ExpressionCode:
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor]) -> "ExpressionCode":
+        """Make a code from what `tensors` returned."""
         parts = {k.partition(".")[2]: v for k, v in tensors.items() if k.startswith("regressor.")}
         own = {k: v for k, v in tensors.items() if not k.startswith("regressor.")}
         return ExpressionCode(**own, regressor=TokenRegressor(**parts) if parts else None)
@@ -77,7 +78,7 @@ class ExpressionCode:
 def fit_expression_code(
     sequence: HeadParams, tokens: Float[Tensor, "timesteps tokens channels"] | None
 ) -> tuple[ExpressionCode, dict[str, float | int | None] | None]:
-    """Fit the code of a clip's timesteps; also return what the regressor explains (`sliders.fit_regressor`), if any."""
+    """Fit the code to a clip's timesteps; returns it with the regressor's scores (`sliders.fit_regressor`) or None."""
     regressor, explained = (None, None) if tokens is None else fit_regressor(sequence, tokens)
     rows = features(sequence).detach()[:, None] if tokens is None else tokens
     mean = rows.mean(0)

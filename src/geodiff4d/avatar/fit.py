@@ -133,7 +133,7 @@ def _fit(
 
 
 def prepare(frames: FitFrames, head: Head, config: FitConfig, seed: int) -> tuple[Fitting, dict[str, Any] | None]:
-    """Set a fit up; also return what head parameters explain of the clip's tokens, if it has any."""
+    """Return a fit at its start, and how well head parameters predict the clip's tokens (None if it has none)."""
     surface = own_surface(head) if config.remesh is None else remesh(head, config.remesh)
     tolerance = position_tolerance(head)[surface.head_face]
     local, tolerance = start(frames.to("cpu"), head, surface, config.gaussians, tolerance, seed)
@@ -183,7 +183,7 @@ def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, progress: Pr
 
 
 class Status:
-    """How a fit is doing: smoothed figures of the frames it takes its steps on."""
+    """Progress of a fit: smoothed errors of its training frames."""
 
     def __init__(self) -> None:
         self.psnr: float | None = None
@@ -205,7 +205,7 @@ class Status:
         return {k: None if v is None else round(v, 3) for k, v in rounded.items()}
 
     def line(self) -> str:
-        """Describe the fit for a progress bar."""
+        """Return the fit's description for a progress bar."""
         if self.psnr is None:
             return "fitting"
         normals = "" if self.degrees is None else f", normals {self.degrees:.1f}°"
@@ -214,7 +214,7 @@ class Status:
 
 @torch.no_grad()
 def preview(fitting: Fitting) -> Tensor:
-    """Lay a frame of the clip beside what the avatar shows: colours, then normals."""
+    """Return a frame of the clip beside the avatar's colours and normals, as one image."""
     frames = fitting.frames
     target = frames.target((frames.held_out or frames.train)[0])
     frame = fitting.render(target.row, target.camera)

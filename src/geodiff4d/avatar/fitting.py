@@ -1,4 +1,4 @@
-"""The state of a fit and its one step: one frame, every Gaussian, head parameter and network weight at once."""
+"""The state of a fit and its optimiser step: one frame, and all Gaussians, head parameters and network weights."""
 
 import math
 from dataclasses import dataclass, replace
@@ -21,21 +21,21 @@ from geodiff4d.core.rundir import optimiser_tensors, restore_optimiser
 from geodiff4d.heads.rig import Head, HeadParams
 
 LAST_RATE = 0.05
-"""Where the rates of Gaussians and networks end, as a share of where they begin."""
+"""Learning rates of Gaussians and networks at the end, as a share of those at the start."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How one rendered frame compares, inside the foreground."""
+    """Errors of one rendered frame inside the foreground."""
 
     psnr_fg: float
-    """dB."""
+    """Peak signal-to-noise ratio [dB]."""
     normal_deg: float | None
-    """None where the clip has no normals."""
+    """Mean angle between normals [degrees]; None where the clip has no normals."""
 
 
 class Fitting:
-    """Gaussians, residuals of the head parameters, networks, and their optimiser."""
+    """The state of a fit: Gaussians, residuals of the head parameters, networks, and their optimiser."""
 
     def __init__(
         self, deformable: DeformableSurface, local: LocalGaussians, frames: FitFrames,
@@ -51,7 +51,7 @@ class Fitting:
         self._take(local)
 
     def __len__(self) -> int:
-        """Return how many timesteps there are."""
+        """Return the number of timesteps."""
         return self.refinement.base.batch[0]
 
     def _vertices_of(self, row: int) -> Tensor:
@@ -82,17 +82,20 @@ class Fitting:
         return [{"lr": 0.0, "refine": False, **g} for g in groups] + [{"refine": True, **g} for g in refined]
 
     def pose(self, row: int) -> Posing:
-        """Pose a timestep of the fitted sequence."""
+        """Return the Gaussians posed at one timestep, a row of the fitted sequence."""
         vertices = self.posed[row] if self.posed else None
         return self.deformable.pose(self.local, self.refinement.params(row), self._tokens_of(row), vertices)
 
     def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
-        """Render a timestep of the fitted sequence."""
+        """Render one timestep, a row of the fitted sequence."""
         posing = self.pose(row)
         return render_splats(posing.gaussians, posing.colors, camera, background)
 
     def step(self, iteration: int, seed: int) -> tuple[AvatarFrame, Target]:
-        """Take one step on one frame; a pure function of the state, the iteration and the seed."""
+        """Take one step on one training frame; returns the rendering and its target.
+
+        A pure function of the state, the iteration and the seed.
+        """
         config, frames = self.config, self.frames
         self._set_rates(iteration / config.iterations)
         epoch, place = divmod(iteration, len(frames.train))
@@ -178,13 +181,13 @@ class Fitting:
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return everything that the next step depends on, by name."""
+        """Return all tensors that the next step depends on, by name, for a checkpoint."""
         leaves = {f"{g['name']}.{i}": p for g in self.adam.param_groups for i, p in enumerate(g["params"])}
         state = {"face_index": self.local.face_index, "grad2d": self.grad2d.total, "seen": self.grad2d.seen}
         return {**leaves, **state, **optimiser_tensors(self.adam)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Go on where `tensors` were taken.
+        """Restore the state that `tensors` returned.
 
         Raises:
             UserError: they are another fit's.
@@ -204,7 +207,7 @@ class Fitting:
 
 @torch.no_grad()
 def compare(frame: AvatarFrame, target: Target) -> Score:
-    """Score a rendered frame, on the target's background."""
+    """Return the errors of a frame that was rendered on the target's background."""
     inside = target.mask[0] > 0.5
     error = (frame.rgb.clamp(0, 1) - target.image).square()[:, inside].mean()
     degrees = None

@@ -14,14 +14,14 @@ from geodiff4d.data.clip import Clip, ClipFrame
 from geodiff4d.heads.rig import Head, HeadParams
 
 NormalSource = Callable[[ClipFrame], Tensor]
-"""Gives a frame other normals than the clip's: camera-space, unit, zero on the background."""
+"""Returns the normals of a frame, in place of the clip's: camera-space, unit, zero on the background."""
 BOX_MARGIN = 0.06
-"""Around the foreground's box, as a share of the image: silhouettes need their outside."""
+"""Margin around the foreground's box, as a share of the image: silhouettes are compared on both sides."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One frame as the loss wants it, on a plain background."""
+    """One frame that a rendering is compared with, on a plain background."""
 
     camera: Camera
     row: int
@@ -29,23 +29,23 @@ class Target:
     image: Float[Tensor, "3 height width"]
     mask: Float[Tensor, "1 height width"]
     normal: Float[Tensor, "3 height width"] | None
-    """What the loss compares with."""
+    """Normals that the loss compares with; None where there are none."""
     clip_normal: Float[Tensor, "3 height width"] | None
-    """What scores compare with: the clip's own."""
+    """Normals that scores compare with: the clip's own."""
     box: tuple[slice, slice]
     """Rows and columns that contain the foreground."""
 
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Which frames are only scored."""
+    """Which frames are held out of the fit, and only scored."""
 
     every: int = 8
-    """One frame of this many, so that every timestep and every view is seen in training; 0 for none."""
+    """One of this many frames is held out, so that every timestep and every view is trained on; 0 holds out none."""
     views: int = 0
-    """So many cameras, spread over the clip's."""
+    """Number of held-out cameras, spread over the clip's."""
     times: float = 0.0
-    """This share of the timesteps, the clip's last."""
+    """Held-out share of the timesteps, 0 to 1: the clip's last."""
 
     def __post_init__(self) -> None:
         if self.every < 0 or self.views < 0 or not 0 <= self.times < 1:
@@ -64,7 +64,7 @@ class _Stored:
 
 
 class FitFrames:
-    """All frames of a clip (1.8 MB each at 512²), and its head parameters.
+    """All frames of a clip (1.8 MB each at 512²), split into training and held-out ones, and its head parameters.
 
     Raises:
         UserError: frames without masks, parameters that are missing, not finite or another head's.
@@ -127,18 +127,20 @@ class FitFrames:
         return len(self._stored)
 
     def to(self, device: torch.device | str) -> "FitFrames":
-        """Name the device that targets are made on; the bytes stay where they are."""
+        """Set the device of the targets; the stored bytes stay on the CPU. Returns itself."""
         self.device = torch.device(device)
         return self
 
     def camera(self, index: int) -> Camera:
+        """Return a frame's camera."""
         return self._stored[index].camera
 
     def row(self, index: int) -> int:
+        """Return a frame's timestep, as a row of `sequence`."""
         return self._stored[index].row
 
     def target(self, index: int, background: Float[Tensor, "3"] | float = 0.5) -> Target:
-        """Decode one frame and put it on a background."""
+        """Return one frame on a background: an RGB triple or a grey level, 0 to 1."""
         s = self._stored[index]
         image, mask = s.image.to(self.device).float() / 255, s.mask.to(self.device).float() / 255
         if isinstance(background, Tensor):
@@ -192,7 +194,7 @@ def read_sequence(clip: Clip, head: Head) -> HeadParams:
 
 
 def foreground_box(mask: Float[Tensor, "1 height width"]) -> tuple[slice, slice]:
-    """Return the rows and columns that hold the foreground and a margin; at least 16 pixels either way."""
+    """Return the rows and columns that hold the foreground and a margin of at least 8 pixels."""
 
     def extent(seen: Tensor, size: int) -> slice:
         where = seen.nonzero()

@@ -1,4 +1,4 @@
-"""What an avatar is asked for: images, normals and silhouettes like the clip's, from splats that stay on their head.
+"""The losses of a fit: images, normals and silhouettes against the clip's, and priors that bind splats to the head.
 
 Eq. 2's normal term compares premultiplied normals with α(2I - 1). The binding terms are GaussianAvatars' with two
 differences: distances are metres with a tolerance per region (skin 3 mm, hair and clothes 60 mm), since a triangle of
@@ -21,7 +21,7 @@ SKIN_TOLERANCE_M = 0.003
 LOOSE_TOLERANCE_M = 0.060
 LOOSE_REGIONS = ("scalp", "neck")
 FALLOFF_M = 0.020
-"""Around hair and clothes the tolerance falls off over this distance: fringes and beards hang over skin."""
+"""Distance over which the tolerance falls off around hair and clothes: fringes and beards hang over skin."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class LossConfig:
     alpha: float = 0.2
     """L1 between alpha and the foreground mask."""
     position: float = 0.02
-    """Per millimetre beyond the region's tolerance."""
+    """Weight of the distance beyond the region's tolerance [1/mm]."""
     size: float = 0.05
-    """Per millimetre beyond `max_size_m`."""
+    """Weight of the standard deviation beyond `max_size_m` [1/mm]."""
     max_size_m: float = 0.006
     needle: float = 0.02
-    """Per unit of log aspect ratio beyond `max_aspect`."""
+    """Weight of the log aspect ratio beyond that of `max_aspect`."""
     max_aspect: float = 3.0
     flat: float = 0.02
-    """Per unit of log-scale that the normal axis is less than e times thinner than the others."""
+    """Weight of the log-scale by which the normal axis is less than e times thinner than the others."""
 
 
 def image_loss(
     frame: AvatarFrame, image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"],
     normal: Float[Tensor, "3 height width"] | None, box: tuple[slice, slice], config: LossConfig,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Compare a rendered frame with the clip's, both on the same background.
+    """Return the image loss of a rendered frame against the clip's, both on the same background (Eq. 2).
 
     `box` bounds the foreground: colour and structure are compared there, alpha everywhere.
     """
@@ -66,7 +66,10 @@ def image_loss(
 def binding_loss(
     local: LocalGaussians, face_scale: Float[Tensor, " faces"], tolerance: Float[Tensor, " faces"], config: LossConfig
 ) -> Float[Tensor, ""]:
-    """Keep splats near their faces, small, and flat rather than needles; lengths count in millimetres."""
+    """Return the penalty on splats that leave their faces, are large, or are needles instead of flat.
+
+    `face_scale` is the size of each face and `tolerance` the distance that its splats may leave it [m].
+    """
     k = face_scale[local.face_index]
     away = relu(local.means.norm(dim=-1) * k - tolerance[local.face_index] - 0.5 * k).mean() * 1000
     tangent = local.log_scales[:, [i for i in range(3) if i != NORMAL_AXIS]]
@@ -78,7 +81,7 @@ def binding_loss(
 
 
 def position_tolerance(head: Head) -> Float[Tensor, " faces"]:
-    """How far [m] a splat may leave its face: 60 mm on hair and clothes, 3 mm on skin, falling off in between."""
+    """Return how far [m] a splat may leave each face: 60 mm on hair and clothes, 3 mm on skin, blended between."""
     loose = torch.zeros(len(head.template), dtype=torch.bool, device=head.template.device)
     for name in LOOSE_REGIONS:
         if name in head.regions:

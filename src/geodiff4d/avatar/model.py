@@ -26,7 +26,7 @@ from geodiff4d.render.binding_kernels import shortest_axes
 from geodiff4d.render.gaussians import Gaussians, rasterize
 
 FORMAT_VERSION = 2
-"""1 had Gaussians on the head's own mesh alone."""
+"""Version of the folder's format; version 1 had Gaussians on the head's own mesh alone."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,14 @@ class AvatarFrame:
     rgb: Float[Tensor, "3 height width"]
     """sRGB on a plain background."""
     normal: Float[Tensor, "3 height width"]
-    """Camera-space normals (x right, y up, z to the camera), premultiplied: as long as alpha where all splats agree."""
+    """Camera-space normals (x right, y up, z to the camera), premultiplied by alpha."""
     alpha: Float[Tensor, "1 height width"]
+    """Opacity, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class PosedSplats:
-    """An avatar's Gaussians in the world under one expression: all that rendering and export need to know."""
+    """An avatar's Gaussians in the world under one expression, for rendering and export."""
 
     gaussians: Gaussians
     colors: Float[Tensor, "n 3"]
@@ -81,16 +82,16 @@ class Avatar:
         return self.parts or DeformableSurface.plain(self.head)
 
     def posed(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> PosedSplats:
-        """Pose the splats (no batch axis). Differentiable in the Gaussians and in the parameters.
+        """Return the posed splats (no batch axis), differentiable in the Gaussians and in the parameters.
 
-        `tokens` are the frame's expression tokens, as the driver's encoder gives them; without, the avatar makes them
-        out of the parameters.
+        `tokens` are the frame's expression tokens from the driver's encoder; by default the avatar predicts them from
+        the parameters.
         """
         posing = self.deformable.pose(self.local, replace(params, shape=self.shape), tokens)
         return PosedSplats(posing.gaussians, posing.colors, self.deformable.surface.head_face[self.local.face_index])
 
     def gaussians(self, params: HeadParams) -> Gaussians:
-        """Pose the splats without their colours."""
+        """Return the posed splats without their colours."""
         return self.posed(params).gaussians
 
     def render(
@@ -102,7 +103,7 @@ class Avatar:
         return render_splats(posed.gaussians, posed.colors, camera, background)
 
     def to(self, device: torch.device | str) -> "Avatar":
-        """Copy to a device."""
+        """Return a copy on a device."""
         names = ("head", "local", "shape", "sequence", "camera", "parts", "tokens")
         moved = {n: getattr(self, n).to(device) for n in names if getattr(self, n) is not None}
         return replace(self, **moved)
@@ -210,7 +211,7 @@ def _described(tensor: Tensor) -> str:
 def render_splats(
     gaussians: Gaussians, colors: Float[Tensor, "n 3"], camera: Camera, background: float | Tensor = 0.5
 ) -> AvatarFrame:
-    """Render colours and shortest-axis normals in one six-channel pass."""
+    """Render colours and shortest-axis normals in one six-channel pass; `background` is grey or an RGB triple."""
     image, alpha = rasterize(gaussians, camera, torch.cat([colors, splat_normals(gaussians, camera)], -1))
     if isinstance(background, Tensor):
         background = background[:, None, None]

@@ -15,7 +15,7 @@ from geodiff4d.core.files import fresh_file
 SH_C0 = 0.28209479177387814
 """Spherical harmonic of degree 0: colour = 0.5 + SH_C0 · f_dc."""
 REST = 45
-"""Coefficients of degrees 1 to 3, three channels."""
+"""Coefficients of degrees 1 to 3 for three channels."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_SPLATS = 20_000_000
 TYPES = {
@@ -32,7 +32,7 @@ def splat_columns(
     log_scales: Float[np.ndarray, "n 3"], quats: Float[np.ndarray, "n 4"],
     f_rest: Float[np.ndarray, "n rest"] | None = None,
 ) -> Columns:  # fmt: skip
-    """Name the columns of INRIA's layout, in its order; without `f_rest` colours are the same from all sides."""
+    """Return the columns of INRIA's layout, in its order; without `f_rest` colours do not depend on the view."""
     n = len(means)
     rest = np.zeros((n, REST), np.float32) if f_rest is None else f_rest
     zero = np.zeros((n, 3), np.float32)
@@ -45,7 +45,7 @@ def splat_columns(
 
 
 def gather(columns: Columns, prefix: str, count: int, path: Path) -> Float[np.ndarray, "n count"]:
-    """Collect `prefix_0 … prefix_{count - 1}` (or x, y, z for an empty prefix) into one array.
+    """Return the columns `prefix_0 … prefix_{count - 1}` (x, y, z for an empty prefix) as one array.
 
     Raises:
         UserError: one of them is missing.
@@ -58,7 +58,7 @@ def gather(columns: Columns, prefix: str, count: int, path: Path) -> Float[np.nd
 
 
 def write_ply(path: Path, columns: Columns) -> None:
-    """Write one `vertex` element of float32 columns; the file appears whole or not at all."""
+    """Write one `vertex` element of float32 columns; the file is written whole or not at all."""
     table = np.zeros(len(next(iter(columns.values()))), [(name, "<f4") for name in columns])
     for name, values in columns.items():
         table[name] = values
@@ -69,7 +69,7 @@ def write_ply(path: Path, columns: Columns) -> None:
 
 
 def read_ply(path: Path) -> Columns:
-    """Read the columns of a file's first element, `vertex`, as they are.
+    """Return the columns of a file's first element, `vertex`, by name and in the file's types.
 
     Raises:
         UserError: missing, truncated, not a binary .ply of points, or absurdly large.

@@ -14,7 +14,7 @@ from geodiff4d.heads.rig import HeadParams
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """Peak learning rates per iteration and the schedule, as shares of all iterations."""
+    """Peak learning rates of the residuals, and their schedule; times are shares of all iterations."""
 
     expr: float = 2e-3
     pose: float = 2e-4
@@ -22,10 +22,10 @@ class RefineConfig:
     face: float = 2e-4
     """Jaw and eyes [rad]: expression to the paper, which leaves both out of its pose maps."""
     translation: float = 4e-5
-    """Metres."""
+    """Head translation [m]."""
     shape: float = 2e-3
     warmup: float = 0.1
-    """The paper says both 20K and 40K of 100K."""
+    """End of the warm-up. The paper says both 20K and 40K of 100K."""
     plateau: float = 0.7
     """Where the decay begins; it ends at a hundredth."""
 
@@ -63,7 +63,7 @@ class Refinement:
         return HeadParams.stack(rows)
 
     def groups(self, config: RefineConfig) -> list[dict]:
-        """Return Adam's parameter groups at their peak rates."""
+        """Return Adam's parameter groups, with their peak rates under `peak`."""
         rates = {
             "expr": config.expr, "eyelids": config.expr, "jaw_pose": config.face, "eyes_pose": config.face,
             "translation": config.translation, "shape": config.shape,

@@ -1,4 +1,4 @@
-"""Another person's expressions without that person's face at rest.
+"""Relative driving: another person's expressions without that person's face at rest.
 
 Trackers put a part of who somebody is into how they look: a brow that sits low, lids that hang, a mouth that smiles at
 rest. Driven by such parameters as they are, an avatar wears its driver's face (the complaint about all rigs of this
@@ -15,9 +15,9 @@ from torch import Tensor
 from geodiff4d.heads.rig import Head, HeadParams
 
 REST_QUANTILE = 0.1
-"""Where a weight rests: low, since weights only rise from it, but not at its lowest, which is noise."""
+"""Quantile of a weight that is taken for its value at rest: low, since weights only rise; the lowest is noise."""
 MINIMUM = 8
-"""Shorter performances do not show how somebody looks at rest: nothing is known of it, and it is taken for zero."""
+"""Frames from which a face at rest can be estimated; for shorter performances it is taken for zero."""
 BELOW = 0.05
 """Weights of an avatar's refined sequence go a little below 0."""
 TOKEN_SHARE = 0.1
@@ -26,7 +26,7 @@ TOKEN_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Rest:
-    """How somebody looks doing nothing: an estimate out of a performance."""
+    """A face at rest, estimated from a performance."""
 
     expr: Float[Tensor, " exprs"]
     jaw_pose: Float[Tensor, "3"]
@@ -35,7 +35,7 @@ class Rest:
 
     @staticmethod
     def of(head: Head, params: HeadParams, tokens: Float[Tensor, "frames tokens channels"] | None = None) -> "Rest":
-        """Estimate it from a performance, a row per frame.
+        """Estimate a face at rest from a performance, a row per frame.
 
         Weights (0 to 1) rest at their tenth percentile, coefficients that go both ways at their median; the jaw rests
         nearly shut. Gaze rests straight ahead, whoever it is.
@@ -55,12 +55,12 @@ class Rest:
 
 
 def has_weights(head: Head) -> bool:
-    """Whether expressions are weights from 0 to 1 (OpenHead's ARKit names) and not coefficients that go both ways."""
+    """Return whether expressions are weights from 0 to 1 (OpenHead's ARKit names), not signed coefficients."""
     return "jawOpen" in head.expression_names
 
 
 def transferred(head: Head, params: HeadParams, driver: Rest, own: Rest) -> HeadParams:
-    """Move a driver's expressions from the driver's rest to the avatar's.
+    """Return a driver's expressions moved from the driver's rest to the avatar's.
 
     Weights keep their end: rest goes to rest and 1 stays 1, or eyes would not shut. Everything else is shifted.
     """
@@ -77,7 +77,7 @@ def transferred(head: Head, params: HeadParams, driver: Rest, own: Rest) -> Head
 def transferred_tokens(
     tokens: Float[Tensor, "frames tokens channels"], driver: Rest, own: Rest
 ) -> Float[Tensor, "frames tokens channels"]:
-    """Do the same to tokens; where either rest is unknown they stay as they are."""
+    """Return a driver's tokens moved from the driver's rest to the avatar's, unchanged where either is unknown."""
     if driver.tokens is None or own.tokens is None:
         return tokens
     return tokens - driver.tokens + own.tokens

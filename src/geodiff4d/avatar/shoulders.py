@@ -1,7 +1,7 @@
-"""Gaussians where the person goes on and the head does not: shoulders and chest, from the silhouettes alone.
+"""Gaussians below the head's mesh: shoulders and chest, placed by the silhouettes alone.
 
-The head's mesh ends at the neck, the images do not. Splats that start on the neck take thousands of steps to get to a
-shoulder; so some start on the visual hull below the neck and are bound to the neck's nearest face.
+The head's mesh ends at the neck, the images do not. Splats that start on the neck take thousands of steps to reach a
+shoulder, so some start on the visual hull below the neck, bound to the neck's nearest face.
 """
 
 import math
@@ -21,29 +21,33 @@ from geodiff4d.core.geometry import invert, matrix_to_quat, transform
 from geodiff4d.heads.rig import Head, PosedHead
 
 SPACING_M = 0.011
+"""Spacing of the grid that the hull is carved from [m]."""
 WIDTH_M, DEPTH_M, DOWN_M = 0.34, 0.24, 0.16
-"""How far to look to either side of the neck, to front and back, and below its end."""
+"""Extent of the grid: to either side of the neck, to front and back, and below its end [m]."""
 TOP = 0.4
 """The hull begins this share of the neck's height above its end: higher up it fills the hollow under the chin."""
 CLEAR_M = 0.012
-"""What is nearer to the neck is the neck."""
+"""Points of the hull nearer to the head's mesh are left out [m]."""
 SEEN = 0.15
-"""Silhouettes of fewer of the views say too little: the hull would go on below the images."""
+"""Share of the views that must see a point: where fewer do, the hull would continue below the images."""
 CAMERAS = 3
-"""The hull of fewer cameras reaches far beyond the person: where fewer look, the body continues what is above."""
+"""Cameras that must see a point: the hull of fewer reaches far beyond the person (see `continued`)."""
 INSIDE = 0.97
+"""Share of the views of a point that must show foreground there."""
 SIZE = 0.6
 """A splat's standard deviation in units of the spacing."""
 SLACK_M = 0.03
+"""Added to the distance that these Gaussians may leave their faces [m]."""
 
 
 def add_shoulders(
     local: LocalGaussians, tolerance: Float[Tensor, " faces"], frames: FitFrames, head: Head, surface: Surface,
     posed: PosedHead, picked: list[int], generator: torch.Generator,
 ) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:  # fmt: skip
-    """Add Gaussians on the hull below the neck, if there is any; their faces may be left as far as they reach.
+    """Add Gaussians on the visual hull below the neck; returns all Gaussians and each face's new tolerance [m].
 
-    `posed` is the head, a row per timestep; `picked` are the frames to look at.
+    `posed` is the head, a row per timestep; `picked` are indices of the frames whose silhouettes are used. Heads
+    without a region "neck" are returned as they are.
     """
     neck = head.regions.get("neck")
     if neck is None:
@@ -75,7 +79,7 @@ def _outward(inside: Tensor) -> Float[Tensor, "x y z 3"]:
 
 
 def continued(possible: Bool[Tensor, "x y z"], known: Bool[Tensor, "x y z"]) -> Bool[Tensor, "x y z"]:
-    """Fill a grid [x, y up, z] from above: what too few cameras see is body below body."""
+    """Return the filled cells of a grid [x, y up, z]: possible ones that are known, or lie below filled ones."""
     inside = possible & known
     for y in range(inside.shape[1] - 2, -1, -1):
         inside[:, y] |= possible[:, y] & ~known[:, y] & inside[:, y + 1]
@@ -83,7 +87,7 @@ def continued(possible: Bool[Tensor, "x y z"], known: Bool[Tensor, "x y z"]) -> 
 
 
 def _carved(points: Tensor, frames: FitFrames, posed: PosedHead, picked: list[int]) -> tuple[Tensor, Tensor]:
-    """Say which points, moving with the root joint, no image shows as background, and whether enough cameras look."""
+    """Return which points, moved with the root joint, no image shows as background; and which enough cameras see."""
     seen, hits = torch.zeros(len(points)), torch.zeros(len(points))
     home = invert(posed.T_world_joint[0, 0])
     eyes: dict[tuple[float, ...], Tensor] = {}

@@ -1,4 +1,4 @@
-"""From head expression to expression tokens: what moves an avatar where there is no image to encode.
+"""Regression of expression tokens from head parameters, for driving an avatar where there is no image to encode.
 
 Sliders, ARKit streams and clips of other trackers say how a face moves by head parameters; the avatar's networks want
 the video model's tokens. A ridge regression, fitted on the avatar's own clip, guesses them and stays within what the
@@ -14,12 +14,13 @@ from torch import Tensor
 from geodiff4d.heads.rig import HeadParams
 
 BLOCKS = 5
-"""Held-out blocks: runs of consecutive timesteps, since neighbours are nearly the same image."""
+"""Folds of the cross-validation: runs of consecutive timesteps, since neighbours are nearly the same image."""
 STRENGTHS = (1e-2, 1e-1, 1.0, 10.0, 100.0)
-"""Ridges tried, in units of a feature's variance summed over the rows."""
+"""Ridge strengths that are tried, in units of a feature's variance summed over the rows."""
 FLAT = 1e-6
-"""A feature that varies less in the clip says nothing."""
+"""Standard deviation below which a feature is left out."""
 MINIMUM = 2 * BLOCKS
+"""Timesteps from which the strength is cross-validated."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class TokenRegressor:
     bias: Float[Tensor, " outputs"]
     low: Float[Tensor, "tokens channels"]
     high: Float[Tensor, "tokens channels"]
-    """The smallest and the largest value of each that the clip has."""
+    """`low` and `high` are the range of each number over the clip."""
 
     def __call__(self, params: HeadParams) -> Float[Tensor, "*batch tokens channels"]:
-        """Guess the tokens of each row of `params`."""
+        """Return the tokens predicted for each row of `params`."""
         return self.clamp(((features(params) - self.mean) @ self.weight + self.bias).unflatten(-1, self.low.shape))
 
     def clamp(self, tokens: Float[Tensor, "*batch tokens channels"]) -> Float[Tensor, "*batch tokens channels"]:
-        """Keep tokens within what the avatar was fitted with."""
+        """Return tokens clamped to the range over the avatar's clip."""
         return torch.minimum(torch.maximum(tokens, self.low), self.high)
 
     def to(self, device: torch.device | str) -> "TokenRegressor":
@@ -46,7 +47,7 @@ class TokenRegressor:
 
 
 def features(params: HeadParams) -> Float[Tensor, "*batch features"]:
-    """Everything expression-related, side by side; where the head stands is left out."""
+    """Return expression, jaw, eyes and eyelids, concatenated; the head's pose is left out."""
     parts = (params.expr, params.jaw_pose, params.eyes_pose, params.eyelids)
     return torch.cat([p for p in parts if p is not None], -1)
 
@@ -54,11 +55,10 @@ def features(params: HeadParams) -> Float[Tensor, "*batch features"]:
 def fit_regressor(
     params: HeadParams, tokens: Float[Tensor, "timesteps tokens channels"]
 ) -> tuple[TokenRegressor, dict[str, float | int | None]]:
-    """Fit the map on a clip, a row per timestep, and say how well it does where it was not fitted.
+    """Fit the map on a clip, a row per timestep; returns it with its scores on held-out timesteps.
 
-    Returns the map and `explained`, the share of the tokens' variance that it predicts on held-out blocks of timesteps
-    (1 is all, 0 no more than their mean), `rms`, its error there, and `timesteps`. Both errors are None for a clip too
-    short to hold anything out.
+    The scores are `explained`, the share of the tokens' variance that is predicted (1 is all, 0 no more than by their
+    mean), `rms`, the error, and `timesteps`. The first two are None for clips of fewer than `MINIMUM` timesteps.
     """
     x, y = features(params).double(), tokens.flatten(1).double()
     if len(x) < MINIMUM:

@@ -1,4 +1,4 @@
-"""A flying start: Gaussians on the head, hair grown to the silhouettes, colours taken from the frames."""
+"""Initialisation of a fit: Gaussians on the head, hair raised to the silhouettes, colours taken from the frames."""
 
 from dataclasses import replace
 
@@ -20,23 +20,28 @@ from geodiff4d.render.meshes import rasterize
 DENSITY = {"scalp": 1.5, "neck": 1.0, "mouth": 0.3, "sockets": 0.2, "teeth": 0.5, "tongue": 0.5}
 """Gaussians per area, relative to skin: hair has detail, the inside of the mouth is rarely seen."""
 VIEWS = 24
-"""Frames looked at, spread over the clip."""
+"""Number of frames that are used, spread over the clip."""
 HEIGHTS = 12
+"""Heights above the scalp that are tested against the silhouettes."""
 MIN_REACH_M = 0.01
+"""Faces whose splats may start no higher than this are left alone [m]."""
 GRAZING = 0.35
 """A splat is on an outline where |n·v| falls below this in some view."""
 NEIGHBOURS = 6
+"""Splats on an outline over whose heights the limit of the others is averaged."""
 INSIDE = 0.97
 """A point is part of the head if at least this share of the views has foreground there."""
 OCCLUDED_M = 0.006
+"""A splat this far behind the rasterised surface is occluded [m]."""
 
 
 def start(
     frames: FitFrames, head: Head, surface: Surface, count: int, tolerance: Float[Tensor, " faces"], seed: int
 ) -> tuple[LocalGaussians, Float[Tensor, " faces"]]:
-    """Place and colour the first Gaussians, on the surface and below it.
+    """Place and colour the first Gaussians, on the surface and on the shoulders below it.
 
-    `tolerance` is that of the surface's triangles; returned as it is, but for those that shoulders are bound to.
+    About `count` Gaussians are spread by area and region. `tolerance` is how far splats may leave each triangle [m]; it
+    is returned, raised where shoulders are bound.
     """
     generator = torch.Generator().manual_seed(seed)
     density = torch.ones(len(head.template))
@@ -59,7 +64,7 @@ def grow(
     local: LocalGaussians, frames: FitFrames, posed: dict[int, FaceFrames], picked: list[int],
     reach: Float[Tensor, " faces"], generator: torch.Generator,
 ) -> LocalGaussians:  # fmt: skip
-    """Lift splats off the scalp as far as all silhouettes allow: a visual hull along the normals.
+    """Return the splats, those of the scalp raised as far as all silhouettes allow: a visual hull along the normals.
 
     A hull says little where no view sees the outline, at the back of the head above all: splats there rise no higher
     than their nearest neighbours on an outline do.
@@ -93,7 +98,7 @@ def grow(
 
 
 def hair_reach(head: Head, surface: Surface, tolerance: Float[Tensor, " faces"]) -> Float[Tensor, " faces"]:
-    """How far [m] splats may start above each face: their tolerance, but none on the neck.
+    """Return how far [m] splats may start above each face: its tolerance, but zero on the neck.
 
     Silhouettes leave the hollow under the chin open, and what starts there is left behind as debris.
     """
@@ -105,7 +110,10 @@ def paint(
     local: LocalGaussians, frames: FitFrames, posed: dict[int, FaceFrames],
     meshes: Float[Tensor, "timesteps verts 3"], faces: Int[Tensor, "faces 3"], picked: list[int],
 ) -> LocalGaussians:  # fmt: skip
-    """Take each splat's colour from the views that see its face, the squarer the more; the unseen ask a neighbour."""
+    """Return the splats coloured by the views that see them, weighted by the squared cosine to the view.
+
+    Splats that no view sees take the colour of the nearest one that is seen.
+    """
     total, weight = torch.zeros(len(local), 3), torch.zeros(len(local), 1)
     for i in picked:
         target, row = frames.target(i), frames.row(i)
@@ -134,7 +142,7 @@ def sample(
     image: Float[Tensor, "channels height width"], camera: Camera, points: Float[Tensor, "n 3"], outside: float,
     nearest: bool = False,
 ) -> Float[Tensor, "n channels"]:  # fmt: skip
-    """Look up what an image shows at world points; `outside` where they leave it or are behind the camera."""
+    """Return an image's values at world points; `outside` where they leave it or are behind the camera."""
     xy, depth = camera.project(points)
     grid = 2 * xy / torch.tensor([camera.width, camera.height]) - 1
     mode = "nearest" if nearest else "bilinear"

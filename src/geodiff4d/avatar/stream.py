@@ -6,7 +6,7 @@ Each line is one frame, in one of two forms:
     {"names": ["jawOpen", …], "weights": [0.4, …]}         a list; names may be left out once given, or for all 52
 
 Names are ARKit's 52, which are OpenHead's; Live Link's capital first letters do as well. Beside the weights a line may
-have `neck` (axis-angle [rad], three numbers); `time`, `timecode` and `frame` are passed over. A file may also be one
+have `neck` (axis-angle [rad], three numbers); `time`, `timecode` and `frame` are skipped. A file may also be one
 object with `names` and `frames`, a list of such objects, as LAM's web avatars take it.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 
 IGNORED = {"time", "timecode", "frame", "rotation", "translation"}
-"""Keys that say something else; head poses of capture apps live in axes of their own."""
+"""Keys that are skipped; head poses of capture apps are in axes of their own."""
 SLACK = 1e-3
 """Weights may overshoot 0 and 1 by this much: they are rounded numbers."""
 MAX_LINE = 64 * 1024
@@ -67,7 +67,7 @@ class Reader:
         return self.record(value, number)
 
     def record(self, value: Any, number: int) -> Line:
-        """Read one frame's object, as `line` does its text; a number of 0 is not told."""
+        """Read one frame's object, as `line` reads its text; errors name the line `number` unless it is 0."""
         if not isinstance(value, dict):
             raise self._bad(number, f"is {type(value).__name__}, expected an object such as {{'jawOpen': 0.4}}")
         value = {k: v for k, v in value.items() if k not in IGNORED}
@@ -117,7 +117,7 @@ def require_names(names: tuple[str, ...], source: str) -> None:
     """Check that a head's expressions are ARKit's.
 
     Raises:
-        UserError: they are coefficients without names (FLAME).
+        UserError: they are not, as FLAME's coefficients.
     """
     if "jawOpen" not in names:
         raise UserError(
@@ -127,7 +127,7 @@ def require_names(names: tuple[str, ...], source: str) -> None:
 
 
 def read_stream(lines: Iterable[str], names: tuple[str, ...], source: str = "stream") -> Iterator[Line]:
-    """Read a stream as it comes; empty lines are passed over.
+    """Yield a stream's frames as they come; empty lines are skipped.
 
     Raises:
         UserError: `names` are not expressions with names, or a line is bad; the message has its number.

@@ -24,13 +24,13 @@ from geodiff4d.heads.rig import Head
 from geodiff4d.render.meshes import rasterize_uv
 
 SLIVER = 0.02
-"""Triangles below this share of the mean area, left where points were pulled together, are dropped."""
+"""Triangles below this share of the mean area are dropped; they arise where points coincide on a border."""
 COVERED = 0.9
-"""The head's faces of which the grid covers less stay as they are."""
+"""The head's faces of which the grid covers a smaller share are kept as they are."""
 SAMPLES = 8
-"""Points along a face's edge when its coverage is measured."""
+"""Sample points along a face's edge for measuring its coverage."""
 REACH_TEXELS = 1.42
-"""Points farther than a cell's diagonal from a chart touch no cell of it."""
+"""Distance beyond which grid points touch no cell of a chart: a cell's diagonal."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class RemeshConfig:
     """How the head is remeshed."""
 
     size: int = 128
-    """Side of the grid over the atlas."""
+    """Grid points along each side of the atlas."""
     max_hops: int = 5
-    """Faces that one triangle spans are at most so many steps apart (A.2)."""
+    """Largest number of steps between the faces that one triangle spans (A.2)."""
 
     def __post_init__(self) -> None:
         if self.size < 8 or self.max_hops < 0:
@@ -66,17 +66,17 @@ class Surface:
     """False for the head's own mesh, whose points are the head's vertices."""
 
     def on(self, values: Float[Tensor, "*batch head_verts channels"]) -> Float[Tensor, "*batch verts channels"]:
-        """Interpolate values at the head's vertices, positions above all. Differentiable in them."""
+        """Return values at the surface's points, interpolated from the head's vertices; differentiable in them."""
         if not self.remeshed:
             return values
         a, b, c = (values.index_select(-2, self.corners[:, i]) * self.bary[:, i, None] for i in range(3))
         return a + b + c
 
     def check(self, head: Head) -> None:
-        """Refuse a surface that was read and points outside itself or the head.
+        """Check a surface that was read from a file against itself and the head.
 
         Raises:
-            ValueError: what of it does, or has another shape or type than a surface's.
+            ValueError: an index is out of range, or a tensor has the wrong shape or type.
         """
         verts, faces = len(self.corners), len(self.faces)
         ends = {"faces": verts, "head_face": len(head.faces), "corners": len(head.template)}
@@ -91,7 +91,7 @@ class Surface:
                 raise ValueError(f"surface.{name} points outside of the {ends[name]} that there are")
 
     def compact(self) -> "Surface":
-        """Leave out points that no triangle has."""
+        """Return the surface without the points that no triangle uses."""
         used, faces = self.faces.unique(return_inverse=True)
         return replace(self, faces=faces, corners=self.corners[used], bary=self.bary[used], uv=self.uv[used])
 
@@ -101,7 +101,7 @@ class Surface:
 
 
 def own_surface(head: Head) -> Surface:
-    """Return the head's own mesh. A vertex on a seam of the atlas takes one of its texture coordinates."""
+    """Return the head's own mesh as a surface; a vertex on a seam takes one of its texture coordinates."""
     verts = len(head.template)
     uv = head.template.new_zeros(verts, 2)
     # The last to write wins on a CPU only: sort, so that the choice is the same everywhere.
@@ -115,7 +115,7 @@ def own_surface(head: Head) -> Surface:
 
 
 def remesh(head: Head, config: RemeshConfig = RemeshConfig()) -> Surface:
-    """Remesh a head over its atlas; every triangle has passed the hop test, none is a sliver.
+    """Return the head remeshed over its atlas; every triangle passes the hop test, and none is a sliver.
 
     Example:
         >>> from geodiff4d.heads import load_head
@@ -145,7 +145,7 @@ def remesh(head: Head, config: RemeshConfig = RemeshConfig()) -> Surface:
 
 
 def texels(head: Head, size: int) -> tuple[Int[Tensor, "size size"], Float[Tensor, "size size 3"]]:
-    """Return the face under each texel (-1 outside all charts) and where on it; the borders of charts reach out."""
+    """Return the face under each texel (-1 off all charts) and barycentrics on it; charts grow by `REACH_TEXELS`."""
     seen = rasterize_uv(head.uv, head.uv_faces, size)
     face, bary = seen.face_index.clone(), seen.bary.clone()
     border = _border(head.uv_faces)
@@ -155,9 +155,9 @@ def texels(head: Head, size: int) -> tuple[Int[Tensor, "size size"], Float[Tenso
     distance, edge, along = _nearest_edge(points.float(), a, b)
     near = distance < REACH_TEXELS
     row, column, edge, along = outside[near, 0], outside[near, 1], border[edge[near]], along[near]
-    pulled = torch.zeros(len(edge), 3)
-    pulled = pulled.scatter(1, edge[:, 1:2], 1 - along[:, None]).scatter(1, edge[:, 2:3], along[:, None])
-    face[row, column], bary[row, column] = edge[:, 0], pulled
+    on_border = torch.zeros(len(edge), 3)
+    on_border = on_border.scatter(1, edge[:, 1:2], 1 - along[:, None]).scatter(1, edge[:, 2:3], along[:, None])
+    face[row, column], bary[row, column] = edge[:, 0], on_border
     return face, bary
 
 

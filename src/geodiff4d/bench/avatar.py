@@ -1,4 +1,4 @@
-"""How fast an avatar is fitted and rendered, on a person of the open world, and what each part of it costs."""
+"""Speed of fitting and rendering an avatar of an open-world person, and the cost of each of its parts."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -29,12 +29,12 @@ PARTS: dict[str, dict[str, Any]] = {
     "dynamics": {"deformation": None, "dynamics": DynamicsConfig(), "remesh": None},
     "all": {"remesh": RemeshConfig(96), "deformation": DeformationConfig(), "dynamics": DynamicsConfig()},
 }
-"""What the table's rows switch on or off in the preset, at the sizes of `embedded`."""
+"""Overrides of the preset for each row of the table, at the sizes of `embedded`."""
 
 
 @dataclass(frozen=True)
 class AvatarBench:
-    """Measures steps of a fit, or frames of a driven avatar, after a few to warm up."""
+    """Measures the steps of a fit, or the frames of a driven avatar, after a warm-up."""
 
     preset: Preset
     threads: int

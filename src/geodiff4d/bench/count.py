@@ -1,4 +1,4 @@
-"""Operations and memory counted, not measured: the same code runs on a device that has shapes and no numbers."""
+"""Operations and memory, counted and not measured: the code runs on the meta device, which computes shapes alone."""
 
 import weakref
 from collections import Counter
@@ -49,7 +49,7 @@ class _Attention(TorchFunctionMode):
 
 
 def count_work(run: Callable[[], object]) -> Work:
-    """Count what one call does; everything in it must live on the meta device."""
+    """Return the operations of one call, whose tensors must be on the meta device."""
     attention, counter = _Attention(), FlopCounterMode(display=False)
     with torch.no_grad(), counter, attention:
         run()
@@ -90,9 +90,9 @@ class _Memory(TorchDispatchMode):
 
 
 def count_memory(run: Callable[[], object]) -> int:
-    """Count the bytes that one call needs at its peak beside what it is given (on the meta device).
+    """Return the peak memory of one call beside its inputs [bytes]; all tensors must be on the meta device.
 
-    What a kernel uses inside is not seen, nor what an allocator wastes.
+    Workspaces of kernels and the allocator's waste are not counted.
     """
     memory = _Memory()
     with torch.no_grad(), _Attention(), memory:
@@ -101,5 +101,5 @@ def count_memory(run: Callable[[], object]) -> int:
 
 
 def weight_bytes(network: torch.nn.Module) -> int:
-    """Bytes of a network's parameters and buffers."""
+    """Return the size of a network's parameters and buffers [bytes]."""
     return sum(x.numel() * x.element_size() for x in (*network.parameters(), *network.buffers()))

@@ -1,4 +1,4 @@
-"""What a figure was measured on: the hardware, the commit, and the rates the machine reaches."""
+"""The machine that a figure was measured on: hardware, commit, and the rates that it reaches."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 
 def hardware() -> str:
-    """Name the processor, and the GPU if there is one."""
+    """Return the names of the processor and, if there is one, the GPU."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -27,7 +27,7 @@ def hardware() -> str:
 
 
 def commit() -> str | None:
-    """Short hash of the checkout this runs from; None for an installed package."""
+    """Return the short hash of the checkout that this runs from; None for an installed package."""
     folder = Path(__file__).parents[3]
     if not (folder / ".git").exists():
         return None
@@ -37,7 +37,7 @@ def commit() -> str | None:
 
 @dataclass(frozen=True)
 class Clock:
-    """Times work on a device, waiting for it at the ends only."""
+    """Times work on a device, which is synchronised at the start and end only."""
 
     device: torch.device
     repeats: int = 3
@@ -48,7 +48,7 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], times: int = 1) -> float:
-        """Median over repeats of the seconds that one call takes, of `times` in a row; one warm-up goes before."""
+        """Return the seconds of one call: the median over `repeats` of the mean of `times` calls, after one warm-up."""
         work()
         taken = []
         for _ in range(self.repeats):
@@ -63,7 +63,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine reaches on large pieces of each kind of work [FLOP/s]."""
+    """Rates that the machine reaches on large pieces of each kind of work [FLOP/s]."""
 
     matmul: float
     conv: float
@@ -74,7 +74,7 @@ class Rates:
 def measure_rates(
     clock: Clock, dtype: torch.dtype, convs: Sequence[tuple[int, int, int]], attention: tuple[int, ...]
 ) -> Rates:
-    """Measure matrix product, 3×3 convolution and attention in one type.
+    """Return the measured rates of matrix product, 3×3 convolution and attention in one dtype.
 
     Args:
         convs: (rows, channels, side) of convolutions to try; the best counts.

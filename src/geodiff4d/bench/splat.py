@@ -18,14 +18,14 @@ from geodiff4d.render.photometric import photometric, ssim_reference
 from geodiff4d.render.rasterizer_oracle import rasterize_oracle
 
 CHANNELS = 7
-"""Colours, normals and depth."""
+"""Features of the scenes: colours, normals and depth."""
 ORACLE = (64, 800, 3.0)
-"""What the oracle can do: its memory grows as Gaussians × pixels."""
+"""The scene for the oracle, whose memory grows as Gaussians × pixels."""
 
 
 @dataclass(frozen=True)
 class SplatBench:
-    """A head-like shell of flat Gaussians, half the image wide, and a random cotangent."""
+    """Measures the rasteriser on a head-like shell of flat Gaussians, half the image wide, and the photometric loss."""
 
     preset: Preset = PRESETS["embedded"]
     threads: int = 2
@@ -101,7 +101,7 @@ class SplatBench:
 
 
 def head_scene(side: int, count: int, radius_px: float, device: torch.device) -> tuple[Gaussians, Tensor, Camera]:
-    """Flat Gaussians on an egg that covers half the image, sizes and opacities as a fit ends with."""
+    """Return flat Gaussians on an egg that covers half the image, with sizes as after a fit; features; and a camera."""
     g = torch.Generator().manual_seed(count)
     focal, distance = side / (2 * math.tan(math.radians(15))), 0.8
     half = distance * math.tan(math.radians(15))

@@ -1,7 +1,7 @@
-"""The video model's sampling: seconds per frame, how near the machine's limits, and what each measure brings.
+"""The video model's sampling: seconds per frame, the share of the machine's limits, and the gain of each optimisation.
 
-One step of one window of frames, both guidance branches, is timed as a plain implementation would do it and then with
-one measure more at a time. Weights are random: they take as long as trained ones.
+One step of one window of frames, with both guidance branches, is timed in a plain implementation and then with one
+optimisation more at a time. Weights are random: they take as long as trained ones.
 """
 
 import resource
@@ -26,21 +26,21 @@ from geodiff4d.video.vae import PatchCodec, StableCodec
 from geodiff4d.video.windows import plan_windows
 
 GUIDED_STEPS = 25
-"""The paper's setting, which the ladder of measures is counted in: 25 steps with guidance (Sec. 4.2)."""
+"""Steps with guidance in the paper's setting (Sec. 4.2), for which the optimisations are measured."""
 CPU_FLOP = 1e13
 """A window's step of more operations is only counted where there is no GPU."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is done for speed; nothing of it is the plain implementation."""
+    """Optimisations of a step; without any it is the plain implementation."""
 
     cached: bool = False
     """The reference network runs once per clip, not in every step and branch."""
     together: bool = False
     """Both guidance branches go through the network in one batch."""
     fused: bool = False
-    """Attention without its matrix in memory."""
+    """Fused attention, which does not write its matrix to memory."""
     channels_last: bool = False
     half: bool = False
     """Weights and activations in bf16."""
@@ -48,7 +48,7 @@ class Measures:
 
 
 def ladder(half: bool, compiled: bool) -> list[tuple[str, Measures]]:
-    """Plain, then one measure more at a time, as far as the machine has them."""
+    """Return the plain implementation, then one optimisation more at a time, as far as the machine has them."""
     rungs = [
         ("reference keys and values once", "cached"), ("both branches in one batch", "together"),
         ("fused attention", "fused"), ("channels last", "channels_last"),
@@ -62,7 +62,7 @@ def ladder(half: bool, compiled: bool) -> list[tuple[str, Measures]]:
 
 @dataclass(frozen=True)
 class Given:
-    """A random window of frames, and what the model is told of it."""
+    """A random window of frames and its conditions."""
 
     z: Tensor
     t: Tensor
@@ -71,7 +71,7 @@ class Given:
     portrait: tuple[Tensor, Tensor]
 
     def rows(self, n: int) -> "Given":
-        """Repeat for `n` guidance branches."""
+        """Return the window repeated for `n` guidance branches."""
         conditions = Conditions(*(x.expand(n, *x.shape[1:]) for x in (self.conditions.planes, self.conditions.base)))
         grown = (x.expand(n, *x.shape[1:]) for x in (self.z, self.latents, *self.portrait))
         z, latents, *portrait = grown
@@ -79,7 +79,7 @@ class Given:
 
 
 def build(p: Preset, device: torch.device) -> VideoModel:
-    """Make a preset's video model with random weights; the paper's with Stable Diffusion's autoencoder."""
+    """Return a preset's video model with random weights; the paper's with Stable Diffusion's autoencoder."""
     with torch.device(device):
         codec = PatchCodec(p.codec.codec) if p.model.pose == "codec" else StableCodec(None)
         return VideoModel(p.model, codec).to(device).eval().requires_grad_(False)
@@ -102,7 +102,7 @@ def random_window(model: VideoModel, frames: int) -> Given:
 
 @contextmanager
 def plain_layout(model: VideoModel, m: Measures) -> Iterator[None]:
-    """Undo what the model does by itself, for the rungs that lack it."""
+    """Disable the optimisations that the model has by default, for rows without them."""
     with ExitStack() as stack:
         if not m.fused:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -127,16 +127,16 @@ def one_step(model: VideoModel, given: Given, m: Measures, kv: list, branches: i
 
 @dataclass(frozen=True)
 class UnetBench:
-    """One preset's sampling on the machine at hand: CUDA if there is any, else the CPU."""
+    """Measures one preset's sampling on CUDA if there is any, else on the CPU."""
 
     preset: Preset = PRESETS["embedded"]
     threads: int = 2
     repeats: int = 3
     clock: Clock | None = None
-    """Another clock than the wall's; for machines that do other things beside."""
+    """Clock to use instead of wall time, for machines that are not idle."""
 
     def run(self) -> dict[str, Any]:
-        """Return the preset's row; `rows` has the ladder of measures and the shortcuts."""
+        """Return the preset's row; its `rows` have the optimisations and the shortcuts."""
         p = replace(self.preset, model=with_temporal_modules(self.preset.model, self.preset.temporal))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         window = min(p.sample.window, p.frames)
@@ -217,7 +217,7 @@ class UnetBench:
 
     @staticmethod
     def _whole(p: Preset, seconds_per_frame_step: float, steps: int = GUIDED_STEPS) -> float:
-        """Seconds per frame of the preset's clip, the windows' overlaps paid for."""
+        """Return the seconds per frame of the preset's clip, including the windows' overlaps."""
         windows = plan_windows([p.frames], p.sample.window, p.sample.overlap)
         share = sum(w.stop - w.start for w in windows) / p.frames
         return steps * seconds_per_frame_step * share
@@ -254,18 +254,18 @@ SHORTCUTS = (
     ("12 steps, guidance in 5 of them", 5, 7),
     ("no guidance", 0, GUIDED_STEPS),
 )
-"""Name, steps with guidance, steps without. They change the image; what they cost in quality is not measured here."""
+"""Name, steps with guidance, steps without. They change the image; their loss of quality is not measured here."""
 
 
 def _timed(clock: Clock, m: Measures, work: Callable[[], object]) -> float:
-    """Time a step; a compiled one is first called as often as it takes to compile, record and replay it."""
+    """Return the seconds of a step; a compiled one is first called until it is compiled and recorded."""
     for _ in range(2 if m.compiled else 0):
         work()
     return clock.seconds(work)
 
 
 def roofline_seconds(work: Work, rates: Rates) -> float:
-    """What the work would take if each kind of it ran at the rate the machine reaches for that kind."""
+    """Return the seconds of work in which each kind runs at the rate that the machine reaches for it."""
     return work.conv / rates.conv + work.linear / rates.matmul + work.attention / rates.attention
 
 
@@ -275,7 +275,7 @@ def _sample(model: VideoModel, given: Given, config: SampleConfig) -> Tensor:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Gigabytes: the allocator's peak on CUDA, the process's on the CPU."""
+    """Return the peak memory [GB]: the allocator's on CUDA, the process's on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -283,7 +283,7 @@ def _peak_memory(device: torch.device) -> float:
 
 
 def _counted_memory(p: Preset, window: int) -> dict[str, float]:
-    """Count a clip's memory on an accelerator in bf16, with every network there and with only those a stage needs."""
+    """Return a clip's counted memory in bf16 with all networks resident, and with those of each stage alone."""
     model = build(p, torch.device("meta")).compact()
     given, m = random_window(model, window), Measures(cached=True, together=True)
     c, side, d = model.codec.channels, given.z.shape[-1], len(model.config.domains)

@@ -16,15 +16,15 @@ TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class WorldBench:
-    """Images, normals, masks and parameters of made-up people, painting them included."""
+    """Measures the rendering of open-world people: images, normals and masks, with the painting of their textures."""
 
     size: int = 256
     subjects: int = 4
-    """People per process."""
+    """Number of people per process."""
     images: int = 30
-    """Images of each."""
+    """Number of images of each."""
     threads: int = 2
-    """Processes, one thread each."""
+    """Number of processes, of one thread each."""
 
     def run(self) -> dict[str, Any]:
         """Return `images_per_second` over all processes, beside a baseline: the torch renderer on the same people."""

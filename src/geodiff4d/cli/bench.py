@@ -13,13 +13,13 @@ class Args:
 
     what: Annotated[Literal["world", "unet", "fit", "render", "splat"], tyro.conf.Positional]
     """world: people drawn per second, painting them included. unet: seconds per generated frame, on CUDA if there is
-    any, and what each measure of speed brings. fit: an avatar's optimiser steps per second, and what each of its parts
+    any, and the gain of each optimisation. fit: an avatar's optimiser steps per second, and what each of its parts
     costs. render: frames per second of a driven avatar. splat: milliseconds of the rasteriser and of the loss beside
     it, forward and backward."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """The preset's sizes. Without CUDA, `unet --preset paper` counts operations and memory and runs nothing."""
     threads: int = 2
-    """Cores to use."""
+    """Number of threads."""
     json: Path | None = None
     """Also write the row to this file."""
 
@@ -45,7 +45,7 @@ def run(args: Args) -> None:
 
 
 def _table(rows: list[dict[str, object]]) -> list[str]:
-    """Lay rows of the same keys out as a Markdown table."""
+    """Return rows of the same keys as lines of a Markdown table."""
     if not rows:
         return []
     heads = list(rows[0])

@@ -1,4 +1,4 @@
-"""Say what is installed, what is missing and what to do about it."""
+"""Report what is installed, what is missing and how to install it."""
 
 import importlib.metadata
 import importlib.util
@@ -34,16 +34,18 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Args:
-    """No options: it looks, measures for a second and prints a table."""
+    """No options: the command runs its probes, about a second, and prints a table."""
 
 
 @dataclass(frozen=True)
 class Finding:
+    """One row of the report."""
+
     what: str
     state: Literal["ok", "note", "missing", "failed"]
     detail: str
     do: str = ""
-    """What to do about it; empty if nothing."""
+    """Advice; empty if there is nothing to do."""
 
 
 def run(args: Args) -> None:
@@ -59,7 +61,7 @@ def run(args: Args) -> None:
 
 
 def examine() -> list[Finding]:
-    """Run every probe; one that breaks becomes a finding, never a crash."""
+    """Return the findings of all probes; an exception of a probe becomes a finding."""
     probes: list[Callable[[], list[Finding]]] = [
         python, core_packages, torch_device, numba_compiler, video_codec, extras, shipped_files, flame_model,
         mediapipe, machine,

@@ -22,7 +22,7 @@ class Args(DrivingArgs):
     folder (FLAME). compact: everything in one small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it.
     By default ply for an avatar and vhap for a clip."""
     frame: int = 0
-    """Which frame of the performance ply shows."""
+    """Frame of the performance that ply is posed at."""
     background: float = 1.0
     """Grey behind the person in vhap's images, 0 to 1; VHAP's own is white."""
 

@@ -25,13 +25,13 @@ class Args:
     """Switch parts off: refine (trust the clip's head parameters), normals (no normal loss), normal-source (normals as
     a network sees them in single frames, not the clip's); and remesh, deformation, dynamics, densify."""
     iterations: int | None = None
-    """Take so many steps instead of the preset's."""
+    """Number of steps; by default the preset's."""
     hold_out_views: int = 0
-    """Only score so many cameras; with this or the next, no other frames are held out."""
+    """Number of cameras that are held out; with this or the next option, no other frames are."""
     hold_out_times: float = 0.0
-    """Only score this share of the timesteps, the clip's last."""
+    """Share of the timesteps that are held out, the clip's last."""
     device: DeviceName = "auto"
-    """Where it is fitted; auto: where the preset says, paper on CUDA and the others on the CPU."""
+    """Device to fit on; auto: the preset's, CUDA for paper and the CPU for the others."""
     seed: int = 0
 
 
@@ -68,5 +68,5 @@ def run(args: Args) -> None:
 
 
 def shown(score: dict[str, float | None]) -> str:
-    """Write a score out, or "none" where nothing was held out."""
+    """Return a score as text, "none" where nothing was held out."""
     return ", ".join(f"{k} {v:.2f}" for k, v in score.items() if v is not None) or "none"

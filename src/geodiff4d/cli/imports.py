@@ -20,13 +20,13 @@ class Args:
     """Options of `geodiff4d import`; docs/DATA.md says how to get each data set."""
 
     dataset: Annotated[Dataset, tyro.conf.Positional]
-    """What SRC is."""
+    """The format of SRC."""
     src: Annotated[Path, tyro.conf.Positional]
     """The data set's folder, or a part of it: one participant, one sequence, one file."""
     out: Annotated[Path, tyro.conf.Positional]
     """Folder to write to: a clip, or one clip below it for each person and sequence. The same command resumes."""
     limit: int | None = None
-    """At most so many timesteps of each clip (SynthHuman: so many images)."""
+    """Largest number of timesteps of each clip (SynthHuman: of images)."""
     every: int = 1
     """Take every n-th timestep (NeRSemble runs at 73 frames/s: 3 is 24.3)."""
     cameras: tuple[str, ...] = ()
@@ -36,15 +36,15 @@ class Args:
     size: int | None = None
     """Scale images down to this many pixels on their longer side."""
     masks: Path | None = None
-    """Folder of foreground masks by frame (docs/DATA.md says how files are named)."""
+    """Folder of foreground masks by frame (docs/DATA.md has the file names)."""
     normals: Path | None = None
-    """Folder of camera-space normals by frame, or your DAViD .onnx file, which is then run on every image."""
+    """Folder of camera-space normals by frame, or your DAViD .onnx file, which is run on every image."""
     params: Path | None = None
     """Folder of head parameters by timestep, {t:05d}.npz as in a clip."""
     head: str | None = None
     """The head that the parameters belong to: your FLAME file (.pkl; docs/FLAME.md), or openhead. --params needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where a DAViD network runs."""
+    """Device that a DAViD network runs on."""
 
 
 def run(args: Args) -> None:
@@ -93,7 +93,7 @@ def run(args: Args) -> None:
 
 
 def _avatar(args: Args) -> None:
-    """Read an avatar of another program, or a packed one of ours."""
+    """Import an avatar of another program, or a compact one."""
     from geodiff4d.avatar.compact import open_avatar, unpack
     from geodiff4d.avatar.export_gaussian_avatars import import_gaussian_avatars
     from geodiff4d.core.errors import UserError

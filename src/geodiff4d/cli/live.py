@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Args:
-    """Options of `geodiff4d live`. It ends with its source, after --frames, or at Ctrl-C; what came so far is kept."""
+    """Options of `geodiff4d live`. It ends with its source, after --frames or at Ctrl-C; the frames so far are kept."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """Webcam (/dev/video0), or a video file that is being written (MPEG-TS, Matroska, WebM, fragmented MP4)."""
     out: Path
     """Folder for live.mp4 (the tracked head over the image, and the avatar beside it) and params.npz."""
     avatar: Path | None = None
-    """Avatar folder to drive; without it tracking alone is shown."""
+    """Avatar folder to drive; without it only the tracking is shown."""
     head: str = "openhead"
     """openhead, your FLAME file (.pkl; docs/FLAME.md) or an .npz head; with an avatar, the avatar's."""
     frames: int | None = None
-    """Stop after so many tracked frames."""
+    """Stop after this many tracked frames."""
     size: int = 256
     """Side of the panels [px]."""
     fps: float = 24.0
@@ -68,7 +68,7 @@ def run(args: Args) -> None:
 
 
 def _until_interrupted(frames: "Iterator[LiveFrame]", limit: int | None) -> "Iterator[LiveFrame]":
-    """Pass frames on; Ctrl-C and the limit end the film as its source's end would."""
+    """Yield the frames; Ctrl-C and the limit end the video as the end of its source does."""
     try:
         for i, frame in enumerate(frames):
             yield frame
@@ -81,7 +81,7 @@ def _until_interrupted(frames: "Iterator[LiveFrame]", limit: int | None) -> "Ite
 def _panels(
     frames: "Iterable[LiveFrame]", head: "Head", avatar: "Avatar | None", size: int, tracked: "list[HeadParams]"
 ) -> "Iterator[Tensor]":
-    """Yield what each frame looks like, keep its parameters, and tell the speed."""
+    """Yield each frame's panels side by side; appends its parameters to `tracked` and prints the speed."""
     import sys
     import time
 

@@ -25,11 +25,11 @@ class Args(DrivingArgs):
     normals: bool = False
     """Render camera-space normals instead of colours."""
     size: int | None = None
-    """Height of the image [px]; without it, that of the clip the avatar was fitted to."""
+    """Height of the video [px]; by default that of the clip that the avatar was fitted to."""
     frames: int | None = None
-    """Render so many frames, repeating the driving sequence; without it, each once (with --set, 48)."""
+    """Number of frames, for which the driving sequence is repeated; by default its own length (with --set, 48)."""
     device: DeviceName = "auto"
-    """Where splats are drawn; auto: on CUDA if there is any and gsplat is installed."""
+    """Device to render on; auto: CUDA if there is any and gsplat is installed."""
 
 
 def run(args: Args) -> None:

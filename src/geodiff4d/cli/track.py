@@ -19,14 +19,14 @@ class Args:
     head: str = "openhead"
     """`openhead`, your FLAME file (.pkl; docs/FLAME.md), or an .npz head (docs/OPENHEAD.md)."""
     detector: Literal["embedded", "mediapipe"] | None = None
-    """Who finds the landmarks: the package's own network, or MediaPipe (`make track-env` installs it); by default the
-    network where it is shipped."""
+    """Detector of the landmarks: the package's own network, or MediaPipe (`make track-env` installs it); by default the
+    network if it is shipped."""
     size: int = 256
     """Side of the square crop that is written [px]."""
     limit: int | None = None
-    """Track at most so many frames of a video."""
+    """Largest number of frames of a video that are tracked."""
     focal_px: float | None = None
-    """Focal length of the uncut image, if you know it; else EXIF's, else assumed."""
+    """Focal length of the uncut image; by default from EXIF, else assumed."""
 
 
 def run(args: Args) -> None:

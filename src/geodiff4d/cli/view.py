@@ -1,4 +1,4 @@
-"""Look at an avatar in the browser: drag to orbit, sliders for its expressions, rendered by this machine."""
+"""View an avatar in the browser: drag to orbit, sliders for its expressions, rendered by this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,13 @@ class Args(DrivingArgs):
     avatar: Annotated[Path, tyro.conf.Positional]
     """Avatar folder, from fit, or a compact avatar (.g4d)."""
     port: int = 8080
-    """0 takes any free one."""
+    """Port to listen on; 0 takes any free one."""
     host: str = "127.0.0.1"
     """Address to listen on. The default is reached from this machine alone; there is no password."""
     size: int = 384
     """Height of the image [px]."""
     seconds: float | None = None
-    """Stop after so long."""
+    """Stop after this many seconds."""
 
 
 def run(args: Args) -> None:

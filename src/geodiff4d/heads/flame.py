@@ -4,8 +4,8 @@ The file is read by `pickles` (nothing in it runs, chumpy is not needed) and bec
 teeth added, Pixel3DMM's eyelids, landmarks, masks and texture coordinates taken from the files beside it. What is not
 there has a fallback (docs/FLAME.md).
 
-The years share one topology, so that a file of another year fits without any error and means other faces. The year is
-therefore read from the content, is part of the head's name, and is compared wherever a name is known.
+The years share one topology, so parameters of another year fit without any error and give another face. The year is
+therefore determined from the content, is part of the head's name, and is compared wherever a name is known.
 """
 
 import hashlib
@@ -41,14 +41,14 @@ from geodiff4d.heads.pickles import read_pickle
 from geodiff4d.heads.rig import JOINTS, PARENTS, Head, Landmarks
 
 ENVIRONMENT = "GEODIFF4D_FLAME"
-"""Names the file, or the folder of files, where a clip's head is looked for."""
+"""Environment variable with the file, or folder of files, where a clip's head is looked for."""
 YEARS = ("flame2020", "flame2023", "flame2023-no-jaw", "flame2023-open")
 OFFICIAL = {
     "efcd14cc4a69f3a3d9af8ded80146b5b6b50df3bd74cf69108213b144eba725b": "flame2020",
     "8fb1af0db1abb51053ead8fd1f2624a63d01c9602f4a4fb4ea23bd2c82017fa0": "flame2023",
     "e75a0990728ba038c7da2a420ae4396f7ddd7781366c13026066c5b24f127623": "flame2023-open",
 }
-"""SHA-256 of the files as MPI hands them out; the one without jaw is known by its name alone."""
+"""SHA-256 of the files that MPI distributes; the one without jaw is recognised by its name alone."""
 OPEN_BOUNDS = ((-0.10978439, -0.18724248, -0.15323225), (0.10776618, 0.13212053, 0.07508866))
 """2023 Open's mean head, lowest and highest coordinates [m]: it stays recognisable when somebody converts the file."""
 OPEN_KEY = "supr_expression_metadata"
@@ -61,12 +61,12 @@ MIN_LID_M = 5e-4
 
 @dataclass(frozen=True)
 class Model:
-    """The arrays of a FLAME file, checked, and whose they are."""
+    """The arrays of a FLAME file, checked, and which model they are."""
 
     name: str
-    """One of `YEARS`, or "flame-" and eight digits that tell this unknown model from others."""
+    """One of `YEARS`, or "flame-" and eight digits of the content's hash for an unknown model."""
     evidence: str
-    """What the name rests on: the official file, its content or its file name."""
+    """What the name was determined by: the official file, its content or its file name."""
     template: Float[np.ndarray, "verts 3"]
     faces: Int[np.ndarray, "faces 3"]
     shape_basis: Float[np.ndarray, "verts 3 shapes"]
@@ -99,7 +99,7 @@ def load(path: Path | str, teeth: bool = True) -> Head:
 
 
 def find(name: str) -> Head:
-    """Find the user's model by a head's name, as clips and avatars record it.
+    """Return the user's model of a head's name, as clips and avatars record it.
 
     Looks at the models already loaded, then where the environment variable GEODIFF4D_FLAME points. "flame" is FLAME of
     an unknown year (a VHAP export), which only a single model answers.
@@ -130,7 +130,7 @@ def find(name: str) -> Head:
 
 
 def describe(path: Path | str) -> list[str]:
-    """Say what a FLAME model is and what lies beside it, a line each.
+    """Return lines that describe a FLAME model and the files beside it.
 
     Raises:
         UserError: as `load`.
@@ -176,7 +176,7 @@ def model_file(path: Path) -> Path:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Files in a folder, or one below, that may be FLAME models by their names."""
+    """Return the files in a folder, or one below, that may be FLAME models by their names."""
     files = [*folder.glob("*.pkl"), *folder.glob("*/*.pkl")]
     return sorted(p for p in files if p.name not in NAMES and not re.search(r"mask|embed|landmark", p.name.lower()))
 
@@ -223,7 +223,7 @@ def _read(path: Path, modified_ns: int) -> Model:
 def identify(
     path: Path, template: Float[np.ndarray, "verts 3"], basis: np.ndarray, has_open_key: bool
 ) -> tuple[str, str]:
-    """Say which model a file holds, and what that rests on.
+    """Return which model a file holds, and what that was determined by.
 
     Raises:
         UserError: the name of the file or its folder claims another year than the content has.
@@ -336,7 +336,7 @@ def _assemble(path: Path, state: tuple, teeth: bool) -> Head:
 
 
 def _embeddings(extra: Beside, handed: Transferred | None) -> tuple[Points, tuple[Points, np.ndarray]]:
-    """Return the 68 landmarks and MediaPipe's: the files', else OpenHead's, else none."""
+    """Return the 68 landmarks and MediaPipe's: from the files, else transferred from OpenHead, else none."""
     none = Points(np.zeros(0, np.int64), np.zeros((0, 3)))
     marks, mediapipe = extra.landmarks68(), extra.mediapipe()
     if handed:

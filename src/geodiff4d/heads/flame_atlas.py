@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 SKIN_BOTTOM = 0.84
-"""The cylinder ends here (v); the eyes lie below it. Above `SKIN_TOP` there is room for the teeth."""
+"""Lower end of the cylinder (v); the eyes are below it. Above `SKIN_TOP` there is room for the teeth."""
 SKIN_TOP = 0.05
 
 
@@ -43,7 +43,7 @@ def _cylinder(points: Float[np.ndarray, "points 3"]) -> Float[np.ndarray, "point
 
 
 def _disc(points: Float[np.ndarray, "points 3"]) -> Float[np.ndarray, "points 2"]:
-    """Lay an eyeball out by its polar angle from the front: the pupil in the middle, the back at the rim."""
+    """Return an eyeball's texture coordinates by the polar angle: the pupil in the middle, the back at the rim."""
     d = points - points.mean(0)
     d = d / np.maximum(np.linalg.norm(d, axis=1, keepdims=True), 1e-9)
     polar = np.arccos(np.clip(d[:, 2], -1, 1)) / np.pi

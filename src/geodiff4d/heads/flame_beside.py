@@ -1,6 +1,6 @@
-"""What may lie beside a FLAME model: landmark embeddings, region masks, texture coordinates, eyelids.
+"""Files beside a FLAME model: landmark embeddings, region masks, texture coordinates, eyelids.
 
-The files are their owners', under the names they are handed out with, in the model's folder or one below. All FLAME
+They are read under the names that their owners distribute them with, in the model's folder or one below. All FLAME
 years share one topology, which is what these files number; each is checked against the model's vertices and faces.
 """
 
@@ -27,7 +27,7 @@ NAMES = (*FULL_EMBEDDINGS, *STATIC_EMBEDDINGS, CONTOUR, MEDIAPIPE, MASKS, *TEMPL
 
 @dataclass(frozen=True)
 class Points:
-    """Landmarks as files have them: faces and barycentric coordinates."""
+    """Landmarks of a file: faces and barycentric coordinates."""
 
     face_index: Int[np.ndarray, " points"]
     bary: Float[np.ndarray, "points 3"]
@@ -47,7 +47,7 @@ class Beside:
         self.files = beside(model)
 
     def landmarks68(self) -> Points | None:
-        """iBUG's 68: a full embedding, or the static 51 after the contour of a head seen from the front."""
+        """Return iBUG's 68: a full embedding, or the static 51 after the contour of a head seen from the front."""
         for name in FULL_EMBEDDINGS:
             if name in self.files:
                 data = self._dict(read_npy(self.files[name]), name)
@@ -67,7 +67,7 @@ class Beside:
         return None
 
     def mediapipe(self) -> tuple[Points, Int[np.ndarray, " points"]] | None:
-        """The subset of MediaPipe's points that MPI embedded (105), and which they are."""
+        """Return the 105 of MediaPipe's points that MPI embedded, and their numbers."""
         if MEDIAPIPE not in self.files:
             return None
         data = self._npz(MEDIAPIPE, ("lmk_face_idx", "lmk_b_coords", "landmark_indices"))
@@ -77,7 +77,7 @@ class Beside:
         return self._points(data["lmk_face_idx"], data["lmk_b_coords"], MEDIAPIPE, len(index)), index
 
     def masks(self) -> dict[str, Bool[np.ndarray, " verts"]] | None:
-        """FLAME's vertex masks, by their own names."""
+        """Return FLAME's vertex masks, by their own names."""
         if MASKS not in self.files:
             return None
         out = {}
@@ -91,7 +91,7 @@ class Beside:
         return out
 
     def texture_coordinates(self) -> tuple[Float[np.ndarray, "uvs 2"], Int[np.ndarray, "faces 3"]] | None:
-        """FLAME's atlas, v down: of a template mesh, or of the texture space."""
+        """Return FLAME's atlas, v down: of a template mesh, or of the texture space."""
         for name in TEMPLATES:
             if name in self.files:
                 uv, uv_faces = self._template(self.files[name])
@@ -107,7 +107,7 @@ class Beside:
         return np.stack([uv[:, 0], 1 - uv[:, 1]], 1), uv_faces
 
     def eyelids(self) -> Float[np.ndarray, "verts 3 2"] | None:
-        """Pixel3DMM's left and right lid, closed at 1 [m]."""
+        """Return Pixel3DMM's displacements of the left and right lid, closed at weight 1 [m]."""
         found = [self.files[name] for name in EYELIDS if name in self.files]
         if len(found) == 1:
             raise UserError(f"{found[0]} is alone: expected both {' and '.join(EYELIDS)} beside the FLAME model")
@@ -169,7 +169,7 @@ class Beside:
 
 
 def beside(model: Path) -> dict[str, Path]:
-    """Return the known files in a model's folder or one below it, by name; the nearest wins."""
+    """Return the known files in a model's folder or one below it, by name; the model's own folder takes precedence."""
     folders = [model.parent, *sorted(p for p in model.parent.iterdir() if p.is_dir())]
     found: dict[str, Path] = {}
     for folder in folders:
@@ -180,7 +180,7 @@ def beside(model: Path) -> dict[str, Path]:
 
 
 def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read the named arrays of an .npz, never its objects."""
+    """Return the named arrays of an .npz; pickled objects are refused."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return {k: file[k] for k in keys}
@@ -191,7 +191,7 @@ def read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def read_obj(path: Path) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """Read an .obj of triangles: number of vertices, texture coordinates (v up), faces, texture faces."""
+    """Return an .obj of triangles: number of vertices, texture coordinates (v up), faces, texture faces."""
     verts, uv, corners = 0, [], []
     try:
         for line in path.read_text(errors="replace").splitlines():

@@ -16,7 +16,7 @@ COLUMNS = 15
 ROWS = 8
 UPPER_LIP = (1713, 1715, 1716, 1735, 1696, 1694, 1657, 3543, 2774, 2811, 2813, 2850, 2833, 2832, 2830)
 LOWER_LIP = (1576, 1577, 1773, 1774, 1795, 1802, 1865, 3503, 2948, 2905, 2898, 2881, 2880, 2713, 2712)
-"""Corner to corner along the outer rim of each lip: the teeth's columns."""
+"""Vertices from corner to corner along the outer rim of each lip; each is a column of teeth."""
 
 # Rows of 15 vertices, in VHAP's order.
 UPPER_ROOT, LOWER_ROOT, UPPER_EDGE, LOWER_EDGE = 0, 1, 2, 3
@@ -32,11 +32,11 @@ STRIPS = (
 )  # fmt: skip
 TEXTURE_ROWS = (UPPER_ROOT, UPPER_EDGE, UPPER_EDGE_BACK, UPPER_ROOT_BACK, LOWER_ROOT, LOWER_EDGE, LOWER_EDGE_BACK,
                 LOWER_ROOT_BACK)  # fmt: skip
-"""Top to bottom in the strip that FLAME's atlas leaves free above the forehead."""
+"""Rows from top to bottom in the strip that FLAME's atlas leaves free above the forehead."""
 
 
 def positions(template: Float[np.ndarray, "verts 3"]) -> Float[np.ndarray, "teeth 3"]:
-    """Place the teeth by the lips: `d` is the mean distance between their rims, [m]."""
+    """Return the teeth's vertices [m], placed by the lips; `d` is the mean distance between their rims."""
     upper, lower = template[list(UPPER_LIP)], template[list(LOWER_LIP)]
     d = np.linalg.norm(upper - lower, axis=1).mean()
     middle = (upper + lower) / 2
@@ -59,7 +59,7 @@ def faces() -> Int[np.ndarray, "faces 3"]:
 
 
 def _strip(row_a: int, row_b: int, falling: bool, reverse: bool) -> Iterator[tuple[int, int, int]]:
-    """Join two rows by two triangles a column; the diagonals mirror at the middle."""
+    """Return two rows joined by two triangles a column, whose diagonals are mirrored at the middle."""
     for i in range(COLUMNS - 1):
         a, b = row_a * COLUMNS + i, row_b * COLUMNS + i
         if falling == (i < COLUMNS // 2):
@@ -71,7 +71,7 @@ def _strip(row_a: int, row_b: int, falling: bool, reverse: bool) -> Iterator[tup
 
 
 def weights() -> Float[np.ndarray, "teeth 5"]:
-    """Skinning: the upper row is rigid to the neck joint (the skull), the lower to the jaw."""
+    """Return the skinning weights: the upper row follows the neck joint (the skull), the lower row the jaw."""
     out = np.zeros((ROWS, COLUMNS, 5))
     out[list(UPPER), :, 1] = 1
     out[list(LOWER), :, 2] = 1
@@ -79,7 +79,7 @@ def weights() -> Float[np.ndarray, "teeth 5"]:
 
 
 def identity_basis(shape_basis: Float[np.ndarray, "verts 3 shapes"]) -> Float[np.ndarray, "teeth 3 shapes"]:
-    """Return how identity moves the teeth: each column as the mean of its two lip vertices."""
+    """Return the identity basis of the teeth: each column moves as the mean of its two lip vertices."""
     mean = (shape_basis[list(UPPER_LIP)] + shape_basis[list(LOWER_LIP)]) / 2
     return np.tile(mean, (ROWS, 1, 1))
 
@@ -87,7 +87,7 @@ def identity_basis(shape_basis: Float[np.ndarray, "verts 3 shapes"]) -> Float[np
 def expression_basis(
     expr_basis: Float[np.ndarray, "verts 3 exprs"], skin_weights: Float[np.ndarray, "verts joints"], no_jaw: bool
 ) -> Float[np.ndarray, "teeth 3 exprs"]:
-    """Return how expressions move the teeth: not at all; without a jaw joint the lower row as the chin on average."""
+    """Return the expression basis of the teeth: zero, but without a jaw joint the lower row moves as the chin."""
     out = np.zeros((ROWS, COLUMNS, 3, expr_basis.shape[-1]))
     if no_jaw:
         chin = skin_weights[:, 2] > 0.95

@@ -1,4 +1,4 @@
-"""Landmarks and regions for a FLAME model that came alone: OpenHead is fitted to it and hands over its own.
+"""Landmarks and regions for a FLAME model without its own: OpenHead is fitted to it, and its own are transferred.
 
 FLAME's embeddings and masks are separate downloads, and 2023 Open's package has neither. OpenHead's identities are
 moved onto the model's mean head (a similarity by the eyes, then iterated closest points, as Amberg et al. 2007 but
@@ -17,9 +17,9 @@ from geodiff4d.heads.rig import Head
 
 ROUNDS = 12
 WORST_FIT_M = 0.006
-"""Median distance of the fitted face beyond which the model is no human head, and nothing is handed over."""
+"""Median distance of the fitted face beyond which the model is no human head, and nothing is transferred."""
 PRIOR_M = 0.002
-"""Distance that one standard deviation of identity weighs, per point."""
+"""σ of a point's distance, against one standard deviation of identity [m]."""
 REACH_M = 0.02
 HANDED_OVER = ("lips", "brows", "lids", "scalp", "ears", "mouth", "neck")
 NEAR_FACES = 24
@@ -27,7 +27,7 @@ NEAR_FACES = 24
 
 @dataclass(frozen=True)
 class Transferred:
-    """What OpenHead hands over, and how far its fitted face is from the model [m], median."""
+    """What was transferred from OpenHead, and the median distance of its fitted face from the model [m]."""
 
     landmarks68: Points
     mediapipe: Points
@@ -42,7 +42,7 @@ def transfer(
     joints: Float[np.ndarray, "5 3"],
     eyes: Bool[np.ndarray, " verts"],
 ) -> Transferred | None:
-    """Fit OpenHead to a mean head and hand over landmarks and regions; None if the fit is too far off.
+    """Fit OpenHead to a mean head and return its landmarks and regions there; None if the fit is poor.
 
     `joints` are the model's rest joints, `eyes` its eyeballs' vertices, which no landmark may fall on.
     """
@@ -65,7 +65,7 @@ def transfer(
 def _fit(
     own: Head, template: np.ndarray, faces: np.ndarray, joints: np.ndarray, used: np.ndarray, skin: np.ndarray
 ) -> tuple[Float[np.ndarray, "own 3"], float]:
-    """Move OpenHead onto the template; returns all of its vertices and the used ones' median distance."""
+    """Return OpenHead's vertices fitted to the template, and the median distance of those that were used [m]."""
     mean, basis = own.template.double().numpy(), own.shape_basis.double().numpy()
     eyes = (own.joint_regressor.double().numpy() @ mean)[3:]
     scale = np.linalg.norm(joints[3] - joints[4]) / np.linalg.norm(eyes[0] - eyes[1])
@@ -105,7 +105,7 @@ def _on(own: Head, vertices: np.ndarray, kind: str) -> Float[np.ndarray, "points
 def _nearest(
     points: Float[np.ndarray, "points 3"], vertices: Float[np.ndarray, "verts 3"], faces: Int[np.ndarray, "faces 3"]
 ) -> tuple[Int[np.ndarray, " points"], Float[np.ndarray, "points 3"]]:
-    """Project points onto the nearest of the faces around them: face numbers and barycentric coordinates."""
+    """Return the nearest face of each point, and the barycentric coordinates of its projection."""
     near = KDTree(vertices[faces].mean(1)).query(points, min(NEAR_FACES, len(faces)))[1]
     index = np.asarray(near).reshape(len(points), -1)
     a, b, c = (vertices[faces[index]][..., i, :] for i in range(3))
@@ -133,6 +133,6 @@ def _normals(vertices: np.ndarray, faces: np.ndarray) -> Float[np.ndarray, "vert
 
 
 def _turn(r: Float[np.ndarray, "3"]) -> Float[np.ndarray, "3 3"]:
-    """Rotate by a small vector, exactly orthogonal (Cayley)."""
+    """Return the rotation by a small vector, exactly orthogonal (Cayley)."""
     K = np.cross(np.eye(3), -r / 2)
     return np.linalg.solve(np.eye(3) - K.T, np.eye(3) + K.T)

@@ -41,7 +41,7 @@ def load(source: str | Path = "openhead") -> Head:
 
 
 def load_wide(source: str | Path = "openhead") -> Head:
-    """Load a head with its full identity basis, for people that lie outside what the tracker's head can express.
+    """Return a head with its full identity basis, for people beyond the identities of the tracker's head.
 
     The first components are `load`'s: pad its coefficients with zeros to use them here.
 
@@ -52,7 +52,7 @@ def load_wide(source: str | Path = "openhead") -> Head:
 
 
 def load_field(name: str, source: str | Path = "openhead") -> Float[Tensor, " verts"]:
-    """Load a smooth per-vertex field whose zero level is a region's edge, positive inside; interpolate it over faces.
+    """Return a smooth per-vertex field whose zero level is a region's edge, positive inside.
 
     OpenHead has `hairline`, `brows` and `lashes` (signed distances on the mean head [m]) and `lips` (dimensionless,
     ±0.5).
@@ -71,13 +71,13 @@ def load_field(name: str, source: str | Path = "openhead") -> Float[Tensor, " ve
 
 @dataclass(frozen=True)
 class Shell:
-    """The scalp as a sheet of its own, cut along the hairline, to be lifted off the head for hair or a cap."""
+    """The scalp as a sheet of its own, cut along the hairline, that is lifted off the head for hair or a cap."""
 
     points: Landmarks
-    """Where its vertices lie on the head."""
+    """Places of its vertices on the head."""
     faces: Int[Tensor, "faces 3"]
     lift: Float[Tensor, " points"]
-    """0 at the hairline, 1 from 20 mm inside it."""
+    """Height over that of the scalp's middle: 0 at the hairline, 1 from 20 mm inside it."""
 
     def on(self, mesh: PosedHead, height_m: float) -> Float[Tensor, "*batch points 3"]:
         """Return the sheet's vertices on a posed head, lifted along its normals."""
@@ -86,7 +86,7 @@ class Shell:
 
 
 def load_shell(source: str | Path = "openhead") -> Shell:
-    """Load the scalp shell.
+    """Return the scalp shell.
 
     Raises:
         UserError: as `load`, or the head has none.
@@ -101,10 +101,10 @@ def load_shell(source: str | Path = "openhead") -> Shell:
 
 
 def load_attributes(source: str | Path = "openhead") -> dict[str, Float[Tensor, " shapes"]]:
-    """Load named directions in `load_wide`'s shape space: female, age, weight, muscle, african, asian, caucasian.
+    """Return named directions in `load_wide`'s shape space: female, age, weight, muscle, african, asian, caucasian.
 
-    Each is the mean of people one standard deviation above the trait's average, over MakeHuman's adults; what goes
-    with a trait (women are smaller, for one) is in it. `load`'s coefficients are the first of them.
+    Each is the mean of MakeHuman's adults one standard deviation above the trait's average, with what correlates
+    with the trait (women are smaller, for one). `load`'s coefficients are the first of them.
 
     Raises:
         UserError: as `load`, or the head has none.
@@ -135,7 +135,7 @@ def _find(source: str | Path) -> Path:
 
 
 def lacks_names(path: Path) -> bool:
-    """Whether an .npz has FLAME's arrays instead of this format's: a converted FLAME file."""
+    """Return whether an .npz has FLAME's arrays instead of this format's: a converted FLAME file."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as file:

@@ -21,10 +21,10 @@ from geodiff4d.core.errors import UserError
 MAX_FILE_BYTES = 512 * 1024**2
 """The largest file read; FLAME's are 53 MB."""
 MAX_STEPS = 100_000
-"""Instructions in a pickle; FLAME's files have hundreds."""
+"""Largest number of instructions in a pickle; FLAME's files have hundreds."""
 MAX_DEPTH = 32
 SPARE_BYTES = 16 * 1024**2
-"""What arrays may take beyond four times the file: dense copies of sparse matrices."""
+"""Memory that arrays may take beyond four times the file, for dense copies of sparse matrices."""
 BYTES_PER_ITEM = 16
 
 KINDS = {
@@ -44,7 +44,7 @@ KINDS = {
     **{f"torch._utils {n}": "unread" for n in ("_rebuild_tensor", "_rebuild_tensor_v2")},
     "torch.storage _load_from_bytes": "unread",
 }
-"""Every name that may occur ("module name"), and what it stands for here."""
+"""Every name that may occur ("module name"), and the kind of data that it makes."""
 
 LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -56,11 +56,11 @@ NUMBER = re.compile(r"[biuf][1248]|[SU]\d{1,3}")
 
 
 class Refused(Exception):
-    """The pickle holds something that is not plain data."""
+    """Raised for a pickle that holds something that is not plain data."""
 
 
 class Unread:
-    """Stands where the pickle had an object that is passed over."""
+    """Placeholder for an object of the pickle that is skipped."""
 
 
 @dataclass(eq=False)
@@ -73,7 +73,7 @@ class Name:
 
 @dataclass(eq=False)
 class Built:
-    """An object under construction: what it is, and what the pickle said about it."""
+    """An object under construction: its kind, its arguments and its state."""
 
     kind: str
     arguments: tuple = ()

@@ -46,7 +46,7 @@ class HeadParams:
     """Per-vertex offset added to the shaped template (VHAP)."""
 
     def without_expression(self) -> "HeadParams":
-        """Zero everything expression-related (expr, jaw, eyes, eyelids); rotation and neck stay (Sec. 3.2)."""
+        """Return the parameters with expr, jaw, eyes and eyelids at zero; rotation and neck stay (Sec. 3.2)."""
         return replace(
             self,
             expr=torch.zeros_like(self.expr),
@@ -56,11 +56,11 @@ class HeadParams:
         )
 
     def without_shape(self) -> "HeadParams":
-        """Drop the identity, for a head whose template has it already (an open-world subject's rig)."""
+        """Return the parameters without identity, for a head whose template has it (an open-world subject's)."""
         return replace(self, shape=self.shape[..., :0], static_offset=None)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "HeadParams":
-        """Apply `f` to every tensor that is present."""
+        """Return the parameters with `f` applied to every tensor that is present."""
         values: dict[str, Any] = {x.name: getattr(self, x.name) for x in fields(self)}
         changed: dict[str, Any] = {k: None if v is None else f(v) for k, v in values.items()}
         return HeadParams(**changed)
@@ -103,7 +103,7 @@ class HeadParams:
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Points on the surface: a face and barycentric coordinates each."""
+    """Points on the surface, each with a face and barycentric coordinates."""
 
     face_index: Int[Tensor, " points"]
     bary: Float[Tensor, "points 3"]
@@ -111,7 +111,7 @@ class Landmarks:
     def on(
         self, vertices: Float[Tensor, "*batch verts 3"], faces: Int[Tensor, "faces 3"]
     ) -> Float[Tensor, "*batch points 3"]:
-        """Evaluate the points on posed vertices."""
+        """Return the points on posed vertices."""
         corners = vertices[..., faces[self.face_index], :]
         return (corners * self.bary[..., None]).sum(-2)
 
@@ -127,7 +127,7 @@ class ShapedHead:
 
 @dataclass(frozen=True)
 class PosedHead:
-    """A mesh in the world, with what rendering needs."""
+    """A posed mesh in the world."""
 
     vertices: Float[Tensor, "*batch verts 3"]
     faces: Int[Tensor, "faces 3"]
@@ -179,14 +179,14 @@ class Head:
         )  # fmt: skip
 
     def shape(self, params: HeadParams) -> ShapedHead:
-        """Apply identity and expression: template + both bases + static offset, and regress the joints."""
+        """Return the head with identity and expression: template + both bases + static offset, and its joints."""
         v = self.template + blend(self.shape_basis, params.shape) + blend(self.expr_basis, params.expr)
         if params.static_offset is not None:
             v = v + params.static_offset
         return ShapedHead(self, v, self.joint_regressor @ v)
 
     def pose(self, params: HeadParams) -> PosedHead:
-        """Apply identity, expression and joints. Differentiable in every parameter.
+        """Return the posed head: identity, expression and joints. Differentiable in every parameter.
 
         Raises:
             UserError: a parameter's size does not fit this head.
@@ -234,14 +234,14 @@ class Head:
 def blend(
     basis: Float[Tensor, "verts 3 terms"], weights: Float[Tensor, "*batch terms"]
 ) -> Float[Tensor, "*batch verts 3"]:
-    """Sum a basis' displacements; one matrix product, which einsum's own plan is not."""
+    """Return the sum of a basis' displacements, as one matrix product (einsum's own plan is slower)."""
     return (weights @ basis.flatten(0, 1).mT).unflatten(-1, (-1, 3))
 
 
 def either(a: Float[Tensor, "*batch n"], b: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """Combine two accounts of one motion, which may both be given: the larger where signs agree, else their sum.
+    """Return one motion from two that may both describe it: the larger where their signs agree, else their sum.
 
-    Continuous; zero in one leaves the other as it is.
+    This is continuous, and zero in one leaves the other as it is.
     """
     return torch.where(a * b > 0, torch.where(a.abs() > b.abs(), a, b), a + b)
 
@@ -253,8 +253,8 @@ def skin(
 ) -> Float[Tensor, "*batch verts 3"]:
     """Linear blend skinning: move each vertex by the weighted mean of the joints' transforms.
 
-    Vertices run along the last axis meanwhile: vectors of thousands, not of three. One coordinate at a time: the
-    allocator's fresh pages cost more than the arithmetic.
+    Vertices are moved to the last axis, so that vectors are long, and coordinates are computed one at a time, since
+    allocating memory costs more than the arithmetic.
     """
     mean = T[..., :3, :].movedim(-3, -1)
     x, y, z = vertices.mT.unbind(-2)

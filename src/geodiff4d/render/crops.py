@@ -1,4 +1,4 @@
-"""Where to cut: the canonical crop of every image, and the driving crop of the face.
+"""The canonical crop of every image, and the driving crop of the face.
 
 Canonical (docs/CONVENTIONS.md): square, centred on the projected head, side 1.6 × its box, fixed per clip and camera.
 Driving: 1.1 × the face's box, of every frame by itself (X-NeMo: one size per clip, its centres through a Gaussian of
@@ -19,17 +19,17 @@ FACE_SCALE = 1.1
 
 
 def head_region(head: Head) -> Bool[Tensor, " verts"]:
-    """Vertices of the head without neck and shoulders: above a plane that rises from the chin to the nape."""
+    """Return which vertices are the head without neck and shoulders: those above a plane from the chin to the nape."""
     chin = head.landmarks68.on(head.template, head.faces)[8]
     height = head.template[:, 1] - chin[1] + 0.012 - 0.25 * (chin[2] - head.template[:, 2])
     return height > 0
 
 
 def canonical_crop_box(camera: Camera, vertices: Float[Tensor, "*batch verts 3"]) -> tuple[float, float, float]:
-    """Return the canonical crop of one camera from the head's vertices in the world, over all frames given.
+    """Return the canonical crop (left, top, side) [px] of one camera from the head's vertices in the world.
 
-    A head that moves through the image widens the crop until it is always inside, so that the box can stay fixed.
-    `camera` is single, or has the batch of the vertices. Pass the head without neck and shoulders.
+    The box is one for all frames given: where the head moves through the image, it is widened to contain the head in
+    every frame. `camera` is single, or has the vertices' batch. Pass the head without neck and shoulders.
     """
     points, _ = camera.project(vertices) if camera.batch else _project_all(camera, vertices)
     points = points.reshape(-1, *points.shape[-2:]).double()
@@ -61,7 +61,7 @@ def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], siz
 
 
 def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) -> tuple[float, float, float]:
-    """Return the square of `scale` × the box of a face's landmarks [px]."""
+    """Return the square (left, top, side) [px] around a face's landmarks, `scale` × their box."""
     low, high = points.amin(0), points.amax(0)
     side = float(scale * (high - low).max())
     left, top = ((low + high) / 2 - side / 2).tolist()
@@ -71,7 +71,7 @@ def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) 
 def crop_image(
     image: Float[Tensor, "channels height width"], box: tuple[float, float, float], size: int, fill: float | None = None
 ) -> Float[Tensor, "channels size size"]:
-    """Cut a square and resample it to `size`², subpixel-exact and antialiased.
+    """Return a square of an image, resampled to `size`² pixels, subpixel-exact and antialiased.
 
     The camera of the result is `camera.cropped(*box, size)`. Beyond the border the edge is repeated, or `fill`.
 

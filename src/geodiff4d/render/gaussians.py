@@ -17,21 +17,21 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.geometry import transform
 
 ORACLE_LIMIT = 200_000_000
-"""Gaussians × pixels that the oracle may hold: a few gigabytes."""
+"""Largest product of Gaussians and pixels that the oracle takes: a few gigabytes."""
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """Splats in the world."""
+    """Gaussians in the world, unsorted."""
 
     means: Float[Tensor, "n 3"]
-    """Metres."""
+    """Positions [m]."""
     quats: Float[Tensor, "n 4"]
     """Rotation wxyz of the splat's axes to the world; need not be unit."""
     scales: Float[Tensor, "n 3"]
-    """Standard deviations along the splat's axes, metres."""
+    """Standard deviations along the splat's axes [m]."""
     opacities: Float[Tensor, " n"]
-    """0 to 1."""
+    """Opacities, 0 to 1."""
 
     def __len__(self) -> int:
         return len(self.means)
@@ -42,7 +42,7 @@ class Gaussians:
 
 @dataclass(frozen=True)
 class Rendering:
-    """What `render` returns; with a batch of cameras everything but `broken` has its axes."""
+    """Result of `render`; with a batch of cameras all but `broken` have its axes."""
 
     image: Float[Tensor, "*batch channels height width"]
     """Premultiplied, Σ wᵢ fᵢ, unless a background was given."""
@@ -51,12 +51,12 @@ class Rendering:
     depth: Float[Tensor, "*batch 1 height width"] | None
     """Σ wᵢ zᵢ [m], zᵢ along the camera's axis: divide by alpha for the mean depth."""
     broken: Bool[Tensor, " n"]
-    """Gaussians that were left out in at least one view, and got no gradient: something is infinite or NaN, the
-    quaternion is zero, or the splat is astronomically large."""
+    """Gaussians that were left out in at least one view and got no gradient: a number is infinite or NaN, the
+    quaternion is zero, or the splat is vast (over 1e9 m)."""
 
     @property
     def dropped(self) -> int:
-        """How many are broken."""
+        """Return the number of broken Gaussians."""
         return int(self.broken.sum())
 
 
@@ -67,7 +67,7 @@ def render(
     background: Float[Tensor, " channels"] | float | None = None,
     depth: bool = False,
 ) -> Rendering:
-    """Blend features front to back, for one camera or a batch.
+    """Render features, blended front to back, for one camera or a batch.
 
     Differentiable in all tensors of `gaussians`, in `features` and in `background`, not in the camera. On a CPU up to
     seven channels, depth included, are one pass.
@@ -104,7 +104,7 @@ def render(
 def rasterize(
     gaussians: Gaussians, camera: Camera, features: Float[Tensor, "*batch_or_none n channels"]
 ) -> tuple[Float[Tensor, "*batch channels height width"], Float[Tensor, "*batch 1 height width"]]:
-    """Blend features front to back; returns (image, alpha), the image premultiplied: `render` for short.
+    """Return the image, premultiplied, and the alpha of features blended front to back: `render` in short.
 
     Example:
         >>> image, alpha = rasterize(splats, camera, colors)  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Colours that depend on the direction of view: real spherical harmonics up to degree 3, as in 3D Gaussian splatting.
+"""View-dependent colours: real spherical harmonics up to degree 3, as in 3D Gaussian splatting.
 
 With `render` these are one pass: colours, normals and depth are its seven channels.
 """
@@ -19,7 +19,7 @@ _S3 = (0.5900435899266435, 2.890611442640554, 0.4570457994644658, 0.373176332590
 
 
 def sh_basis(directions: Float[Tensor, "*batch 3"], degree: int) -> Float[Tensor, "*batch bases"]:
-    """The (degree + 1)² real harmonics of unit directions, orthonormal over the sphere, in 3DGS's order and signs.
+    """Return the (degree + 1)² real harmonics of unit directions, orthonormal, in 3DGS's order and signs.
 
     Raises:
         ValueError: a degree other than 0 to 3.
@@ -46,7 +46,7 @@ def sh_basis(directions: Float[Tensor, "*batch 3"], degree: int) -> Float[Tensor
 def sh_colors(
     gaussians: Gaussians, camera: Camera, coefficients: Float[Tensor, "n bases 3"]
 ) -> Float[Tensor, "*cameras n 3"]:
-    """Colours seen from a camera or a batch, ½ + Σ Yₖ cₖ, not below 0: features for `render`.
+    """Return the colours seen from a camera or a batch, ½ + Σ Yₖ cₖ, at least 0, as features for `render`.
 
     Differentiable in the coefficients and the means. `bases` is 1, 4, 9 or 16.
 

@@ -23,7 +23,7 @@ NEAR_M = 1e-3
 """Faces with a vertex nearer than this (or behind the camera) are dropped whole."""
 
 SPAN_CHUNK = 4_000_000
-"""Covered pixels expanded at once: bounds the memory to some hundred MB whatever the batch."""
+"""Covered pixels that are expanded at once, which bounds the memory to some hundred MB whatever the batch."""
 
 _FACE_BITS = 32
 _FACE_MAX = (1 << _FACE_BITS) - 1
@@ -31,10 +31,10 @@ _FACE_MAX = (1 << _FACE_BITS) - 1
 
 @dataclass(frozen=True)
 class Fragments:
-    """What each pixel sees of a mesh."""
+    """The face, the place on it and the depth that each pixel of a rasterised mesh shows."""
 
     face_index: Int[Tensor, "*batch height width"]
-    """-1 where the background shows."""
+    """Index of the face, -1 on the background."""
     bary: Float[Tensor, "*batch height width 3"]
     """Perspective-correct weights of the face's corners; differentiable in the vertices, zero on the background."""
     depth: Float[Tensor, "*batch height width"]
@@ -54,7 +54,7 @@ def rasterize(
     camera: Camera,
     cull_backfaces: bool = True,
 ) -> Fragments:
-    """Find the nearest face at every pixel centre.
+    """Return the nearest face at every pixel centre.
 
     Barycentrics and depth are differentiable in vertices and camera where a face is seen; silhouettes have no gradient.
 
@@ -75,7 +75,7 @@ def rasterize(
 
 
 def rasterize_uv(uv: Float[Tensor, "uvs 2"], uv_faces: Int[Tensor, "faces 3"], size: int) -> Fragments:
-    """Rasterise the texture atlas itself: which face each texel of a size² texture lies on (depth is 1)."""
+    """Rasterise the texture atlas: returns the face that each texel of a size² texture lies on (depth is 1)."""
     screen = torch.cat([uv.T * size, torch.ones_like(uv.T[:1])])
     return _fragments(screen, uv_faces, size, size, cull_backfaces=False)
 
@@ -85,7 +85,7 @@ def interpolate(
     faces: Int[Tensor, "faces 3"],
     attributes: Float[Tensor, "*batch_or_none verts channels"],
 ) -> Float[Tensor, "*batch channels height width"]:
-    """Spread vertex attributes (one set for each mesh, or one for all) over the pixels, zero on the background.
+    """Return vertex attributes (one set per mesh, or one for all) interpolated at the pixels, zero on the background.
 
     Differentiable in the attributes and, through the barycentrics, in the vertices.
     """
@@ -106,7 +106,7 @@ def interpolate(
 def render_normals(
     mesh: PosedHead, camera: Camera, fragments: Fragments | None = None
 ) -> tuple[Float[Tensor, "*batch 3 height width"], Float[Tensor, "*batch 1 height width"]]:
-    """Render smooth unit normals in camera space (x right, y up, z toward the camera), zero outside; and the mask."""
+    """Return smooth unit normals in camera space (x right, y up, z toward the camera), zero outside; and the mask."""
     fragments = fragments or rasterize(mesh.vertices, mesh.faces, camera)
     R = IMAGE_NORMAL_FROM_CAM.to(mesh.vertices) @ camera.T_cam_world[..., :3, :3]
     normals = interpolate(fragments, mesh.faces, mesh.normals @ R.mT)
@@ -120,8 +120,8 @@ def pose_map(
 ) -> tuple[Float[Tensor, "*batch 3 height width"], Float[Tensor, "*batch 1 height width"]]:
     """Render the pose map: the head's camera-space normals without any expression, as an image on grey (Sec. 3.2).
 
-    Expression, jaw, eyes and eyelids are set to zero; rotation, neck and shape stay, so that the map tells where the
-    head is and nothing of what the face does. Returns (image n/2 + 0.5, mask).
+    Expression, jaw, eyes and eyelids are set to zero; rotation, neck and shape stay, so that the map has the head's
+    pose and none of its expression. Returns (image n/2 + 0.5, mask).
     """
     normals, mask = render_normals(head.pose(params.without_expression()), camera)
     return encode_normals(normals, mask), mask

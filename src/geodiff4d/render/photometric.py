@@ -1,4 +1,4 @@
-"""How unlike two images are: L1 and SSIM as 3D Gaussian splatting uses them, with a gradient that keeps up with it.
+"""The photometric loss of 3D Gaussian splatting, L1 and SSIM, with a gradient as fast as the rasteriser's.
 
 On a CPU, in float32, both and their gradient are one sweep of our kernel; elsewhere, and for float64, they are torch's
 convolutions. SSIM has the usual 11×11 Gaussian window (σ = 1.5 px), a range of 1, and zeros around the image.
@@ -17,13 +17,13 @@ from torch.nn.functional import conv2d
 from geodiff4d.render.kernels.photometric import C1, C2, LANES, RADIUS, WINDOW, l1_ssim, work_size
 
 ROWS_PER_BAND = 32
-"""At least: ten rows at each end of a band are filtered twice."""
+"""Smallest height of a thread's band: ten rows at each end of one are filtered twice."""
 
 
 def photometric(
     image: Float[Tensor, "channels height width"], target: Float[Tensor, "channels height width"], weight: float = 0.2
 ) -> Float[Tensor, ""]:
-    """(1-λ)·L1 + λ·(1-SSIM), λ being `weight` (Kerbl et al. 2023, Eq. 7)."""
+    """Return (1-λ)·L1 + λ·(1-SSIM) with λ = `weight` (Kerbl et al. 2023, Eq. 7), of images in [0, 1]."""
     if _has_kernel(image, target):
         return _Photometric.apply(image, target, weight)[0]
     return (1 - weight) * (image - target).abs().mean() + weight * (1 - ssim_reference(image, target))
@@ -32,19 +32,19 @@ def photometric(
 def ssim(
     image: Float[Tensor, "channels height width"], target: Float[Tensor, "channels height width"]
 ) -> Float[Tensor, ""]:
-    """Mean structural similarity (Wang et al. 2004), -1 to 1."""
+    """Return the mean structural similarity (Wang et al. 2004), -1 to 1."""
     return 1 - photometric(image, target, 1.0)
 
 
 def ssim_reference(
     image: Float[Tensor, "channels height width"], target: Float[Tensor, "channels height width"]
 ) -> Float[Tensor, ""]:
-    """The same by torch's convolutions, differentiable in both; any device and dtype."""
+    """Return the same as `ssim` by torch's convolutions, differentiable in both; any device and dtype."""
     return _similarity(image, target).mean()
 
 
 def _similarity(image: Tensor, target: Tensor) -> Tensor:
-    """SSIM at every pixel."""
+    """Return SSIM at every pixel."""
     window = torch.from_numpy(WINDOW).to(image)
 
     def blur(x: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class _Photometric(torch.autograd.Function):
 
 
 def _padded(x: Tensor, width: int) -> np.ndarray:
-    """An image's numbers, its rows filled up with zeros."""
+    """Return an image as a flat array, its rows padded with zeros."""
     if x.shape[-1] == width:
         return x.detach().contiguous().numpy().reshape(-1)
     out = np.zeros((*x.shape[:-1], width), np.float32)

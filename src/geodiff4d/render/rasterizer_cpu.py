@@ -21,22 +21,22 @@ from geodiff4d.render.kernels.project import ROW, TILE, project, project_backwar
 
 
 class _Loan:
-    """Arrays that go back for the next image when nothing refers to the loan any more.
+    """A pool of arrays, which return to it when nothing refers to the loan any more.
 
-    Fresh ones may cost a page fault per 4 kB, together a third of the rasteriser's time.
+    Fresh memory costs a page fault per 4 kB, in all a third of the rasteriser's time.
     """
 
     KEEP = 8
-    """Idle arrays of one size at most."""
+    """Largest number of idle arrays of one size."""
     idle: ClassVar[dict[int, list[np.ndarray]]] = {}
 
     def __init__(self):
         self.lent: list[np.ndarray] = []
 
     def take(self, count: int, dtype: type = np.float32) -> np.ndarray:
-        """Return a flat array of `count` numbers, whatever they are."""
+        """Return an uninitialised flat array of `count` numbers."""
         size = count * np.dtype(dtype).itemsize
-        # Sizes go in steps of an eighth, so that similar images find each other's arrays.
+        # Sizes go in steps of an eighth, so that images of similar size share arrays.
         step = max(size.bit_length() - 4, 6)
         capacity = ((size >> step) + 1) << step
         try:
@@ -146,7 +146,7 @@ class _Rasterize(torch.autograd.Function):
 
 
 def _in_tiles(g: Tensor, view: _View, loan: _Loan) -> np.ndarray:
-    """An image's gradient in whole tiles: itself, or a copy with zeros around."""
+    """Return an image's gradient in whole tiles, padded with zeros where the image is not."""
     columns, lines = view.tiles
     shape = (len(g), lines * TILE, columns * TILE)
     if g.shape == shape:

@@ -1,4 +1,4 @@
-"""The oracle: what a rasteriser must return, written as plainly as torch allows. Memory grows as Gaussians × pixels."""
+"""The rasteriser's oracle, written plainly in torch. Memory grows as Gaussians × pixels."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,7 +46,7 @@ def find_broken(
     means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
     opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
 ) -> Bool[Tensor, " n"]:  # fmt: skip
-    """Gaussians that cannot be drawn: something is infinite or NaN, the quaternion is zero, the splat is vast."""
+    """Return which Gaussians cannot be drawn: a number is infinite or NaN, the quaternion zero, or the splat vast."""
     tensors = (means, quats, scales, opacities[:, None], features)
     finite = torch.cat([x.detach() for x in tensors], -1).isfinite().all(-1)
     return ~finite | (quats.detach().norm(dim=-1) <= 1e-12) | (scales.detach().abs().amax(-1) > 1e9)
@@ -56,7 +56,7 @@ def without(
     broken: Bool[Tensor, " n"], means: Float[Tensor, "n 3"], quats: Float[Tensor, "n 4"], scales: Float[Tensor, "n 3"],
     opacities: Float[Tensor, " n"], features: Float[Tensor, "n channels"],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Put invisible Gaussians in the place of broken ones, which then get no gradient. Nothing waits for CUDA."""
+    """Return the Gaussians with broken ones made invisible, so that they get no gradient; CUDA need not synchronise."""
     row = broken[:, None]
     unit = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(quats)
     return (
@@ -68,7 +68,7 @@ def without(
 def _covariance(
     cam: Tensor, quats: Tensor, scales: Tensor, T_cam_world: Tensor, K: Tensor, width: int, height: int
 ) -> Tensor:
-    """EWA splatting: Σ₂ = J R Σ Rᵀ Jᵀ + ε, with J at the point clamped to 15 % around the image."""
+    """Return the 2D covariances, Σ₂ = J R Σ Rᵀ Jᵀ + ε (EWA splatting), J taken at most 15 % outside the image."""
     x, y, z = cam.unbind(-1)
     fx, fy, cx, cy = K[0, 0], K[1, 1], K[0, 2], K[1, 2]
     mx, my = 0.15 * width / fx, 0.15 * height / fy

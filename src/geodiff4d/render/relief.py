@@ -1,6 +1,6 @@
-"""What a portrait shows beside the head's mesh (hair, shoulders), lifted to a sheet and carried into other views.
+"""A relief: what a portrait shows beside the head's mesh (hair, shoulders), as a sheet that is drawn in other views.
 
-The mesh knows no hair. The sheet continues its outline: a grid over the portrait takes the mesh's depth where there is
+The mesh has no hair. The sheet continues its outline: a grid over the portrait takes the mesh's depth where there is
 a mesh and, outside, the depth of the nearest outline, and every point follows the joints that the nearest outline
 follows. Seen from the portrait's own view it reproduces the portrait; turned away from it, it foreshortens as a
 cardboard would, and what lies behind it stays unknown. Beyond the paper; measured in docs/LOG.md.
@@ -24,7 +24,7 @@ from geodiff4d.render.warp import CompletedHead, complete, push_pull, sample_com
 CELL_PX = 4
 """Pixels of the portrait per cell of the sheet."""
 OUTLINE_CELLS = 2
-"""How far in from the mesh's outline the depth that its surroundings continue is taken from."""
+"""Width of the rim inside the mesh's outline whose depth the surroundings continue [cells]."""
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,19 @@ class Relief:
     """A sheet of `rows × columns` points over a portrait, at rest."""
 
     points: Float[Tensor, "*batch 2 points 3"]
-    """As the root has them, then as the neck does, both in the head's rest pose [m]; row by row."""
+    """Positions in the head's rest pose [m], first if the point follows the root, then if it follows the neck."""
     follows: Float[Tensor, "*batch points"]
-    """How much a point follows the neck (and what hangs on it), 0 to 1; −1 where the portrait shows nothing."""
+    """Weight of the neck and its descendants, 0 to 1, the root having the rest; −1 where the portrait shows nothing."""
 
     def pose(self, T_world_joint: Float[Tensor, "*batch joints 4 4"]) -> Float[Tensor, "*batch points 3"]:
-        """Move the sheet with a head of the same shape; points that show nothing are NaN."""
+        """Return the sheet's points [m] moved with a head of the same shape; points that show nothing are NaN."""
         root, neck = (transform(T_world_joint[..., k, :, :], self.points[..., k, :, :]) for k in (0, 1))
         share = torch.where(self.follows < 0, torch.nan, self.follows)[..., None]
         return root + share * (neck - root)
 
 
 def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 height width"]) -> Relief:
-    """Lift one portrait's foreground off its image.
+    """Return the relief of one portrait's foreground.
 
     Args:
         mesh: the tracked head, without a batch axis.
@@ -75,10 +75,10 @@ def carry_relief(
     camera: Camera,
     coarse: int = 2,
 ) -> tuple[Float[Tensor, "*batch 3 target_height target_width"], Float[Tensor, "*batch 1 target_height target_width"]]:
-    """Show the sheet in other views: (rgb, alpha), rgb not multiplied by alpha.
+    """Draw the sheet in other views; returns (rgb, alpha), rgb not multiplied by alpha.
 
     Args:
-        image: the portrait and its mask.
+        image: the portrait (RGB, 0 to 1) and its mask as the fourth channel.
         camera: the target views; the sheet is drawn at `1 / coarse` of their size and its coordinates resampled.
     """
     height, width = image.shape[-2] // CELL_PX, image.shape[-1] // CELL_PX
@@ -99,24 +99,24 @@ def carry_relief(
 
 @dataclass(frozen=True)
 class LiftedPortrait:
-    """A portrait off its image: the texture that the head's mesh carries, and what surrounds the head."""
+    """A portrait as a textured head, with the relief of what surrounds it."""
 
     head: CompletedHead
     image: Float[Tensor, "4 height width"]
-    """On grey, with its foreground as ones and zeros."""
+    """The portrait on grey, then its foreground as ones and zeros."""
     relief: Relief | None = None
 
     def shown(
         self, fragments: Fragments, T_world_joint: Float[Tensor, "t joints 4 4"], cameras: Camera
     ) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 2 height width"]]:
-        """Show the portrait in other poses and views, on grey.
+        """Draw the portrait in other poses and views, on grey.
 
         Args:
-            fragments: of the portrait's head there.
-            T_world_joint: where its joints are.
+            fragments: the posed head, rasterised.
+            T_world_joint: the posed head's joints.
 
         Returns:
-            (rgb; what the portrait itself shows, beside where the head's mesh is).
+            (rgb; two masks: where the portrait itself shows the pixel, and where the head's mesh is).
         """
         colour, visible = sample_completed(self.head, fragments)
         inside = fragments.mask[:, None].to(colour.dtype)
@@ -134,7 +134,7 @@ def lift_portrait(
     head: Head, image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"], mesh: PosedHead,
     camera: Camera, texels: int, surroundings: bool = True,
 ) -> LiftedPortrait:  # fmt: skip
-    """Lift a portrait, on grey, off its image, given its tracked head; with `surroundings`, beyond its mesh too."""
+    """Return a portrait (on grey) lifted with its tracked head; with `surroundings`, what is beside the mesh too."""
     texture = complete(head, image, mesh.vertices, camera, mask, texels)
     foreground = (mask > 0.5).to(image.dtype)
     relief = lift(head, mesh, camera, foreground) if surroundings else None
@@ -146,7 +146,7 @@ def render_lifted(
 ) -> tuple[
     Float[Tensor, "t 3 height width"], Float[Tensor, "t 3 height width"], Float[Tensor, "t 1 height width"]
 ]:  # fmt: skip
-    """Draw a lifted portrait in any pose, expression and view: (rgb on grey, camera-space normals, mask).
+    """Draw a lifted portrait in any pose, expression and view; returns (rgb on grey, camera-space normals, mask).
 
     Beside the mesh, normals continue those of its outline.
     """
@@ -180,6 +180,6 @@ def _faces(rows: int, columns: int, device: torch.device) -> Int[Tensor, "faces 
 def _unproject(
     xy: Float[Tensor, "points 2"], depth: Float[Tensor, " points"], camera: Camera
 ) -> Float[Tensor, "points 3"]:
-    """Find the world points at pixel positions and camera depths."""
+    """Return the world points [m] at pixel positions and camera depths [m]."""
     rays = torch.cat([xy, torch.ones_like(xy[:, :1])], 1) @ camera.K.inverse().mT
     return transform(camera.T_cam_world.inverse(), rays * depth[:, None])

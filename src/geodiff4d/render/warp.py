@@ -1,8 +1,8 @@
 """Mesh warp: a portrait's texture carried by the tracked head into another view (beyond the paper).
 
-`carry` notes where each vertex lies in the portrait and whether it is seen there; `warp` then paints any other view of
-the same mesh with the portrait's own pixels. `complete` goes on to a full texture: what the portrait hides comes from
-the other half of the face, then from a pyramid of what surrounds it, so that the head can be drawn from anywhere.
+`carry` finds where each vertex lies in the portrait and whether it is seen there; `warp` then paints another view of
+the same mesh with the portrait's own pixels. `complete` makes a full texture: hidden texels take the colour of the
+other half of the face, then of a pyramid of their surroundings, so that the head can be drawn from any side.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ FACING = (0.12, 0.30)
 """Cosine between normal and view at which a vertex starts to count as seen, and where it counts fully."""
 
 SEAM_LEVELS = 6
-"""Pyramid levels (so about 2⁶ texels) over which the mirrored half fades from the portrait's light to its own."""
+"""Pyramid levels over which the colour of mirrored texels is blended into that around them: about 2⁶ texels."""
 
 UNSEEN_COLOURS = {
     "mouth": (0.24, 0.07, 0.07),
@@ -49,7 +49,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class CompletedHead:
-    """A portrait turned into a texture for the whole head."""
+    """A portrait completed to a texture of the whole head."""
 
     head: Head
     image: Float[Tensor, "3 height width"]
@@ -63,7 +63,7 @@ def carry(
     camera: Camera,
     mask: Float[Tensor, "*batch 1 height width"] | None = None,
 ) -> Carried:
-    """Find the place and visibility of the reference's vertices in its image.
+    """Return the places and visibilities of the reference's vertices in its image.
 
     A vertex is seen when it faces the camera (`FACING`), lies in the image and in its foreground
     `mask` if one is given, and is not behind the nearest of the four pixels around it by more than `DEPTH_TOLERANCE_M`,
@@ -94,7 +94,7 @@ def warp(
 ) -> tuple[
     Float[Tensor, "*batch channels target_height target_width"], Float[Tensor, "*batch 1 target_height target_width"]
 ]:
-    """Paint a target view with the reference's pixels: (warped, visibility in [0, 1]).
+    """Paint a target view with the reference's pixels; returns (warped, visibility), both 0 to 1.
 
     A pixel is visible only where all three corners of its face are; `warped` is zero where it is not.
     """
@@ -122,7 +122,7 @@ def complete(
     mask: Float[Tensor, "1 height width"] | None = None,
     texels: int = 512,
 ) -> CompletedHead:
-    """Turn a portrait on its tracked head into a texture without holes.
+    """Return the texture of a whole head from a portrait and its tracked head.
 
     Seen texels keep the portrait; hidden ones take their mirror image's colour; those hidden on both sides take the
     fixed colours of inner regions (`UNSEEN_COLOURS`) or a push-pull pyramid's mean of what is around them.
@@ -154,7 +154,7 @@ def complete(
 def sample_completed(
     portrait: CompletedHead, fragments: Fragments
 ) -> tuple[Float[Tensor, "*batch 3 height width"], Float[Tensor, "*batch 1 height width"]]:
-    """Colour fragments of the portrait's head: (rgb, how much of it the portrait itself shows)."""
+    """Return the colours of fragments of the portrait's head, and how much of each the portrait shows, 0 to 1."""
     head = portrait.head
     batch = fragments.face_index.shape[:-2]
     uv = uv_map(fragments, head.uv, head.uv_faces).movedim(-3, -1) * 2 - 1

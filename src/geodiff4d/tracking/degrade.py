@@ -1,4 +1,4 @@
-"""What happens to images on their way to a user: light, colour, blur, noise, compression, and things in front."""
+"""Degradations of training images, as of users' own: light, colour, blur, noise, compression, and occluders."""
 
 import math
 from functools import cache
@@ -20,7 +20,7 @@ def chance(n: int, p: float, g: torch.Generator) -> Float[Tensor, "n 1 1 1"]:
 
 
 def backgrounds(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 3 size size"]:
-    """Draw plain, graded, cloudy and cluttered images without anybody in them."""
+    """Draw backgrounds without people: plain, graded, cloudy and cluttered images."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     a, b = torch.rand(2, n, 3, 1, 1, generator=g)
     angle = uniform(n, 0, 2 * math.pi, g)
@@ -39,7 +39,7 @@ def backgrounds(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 3 siz
 
 
 def shapes(n: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one ellipse, box or bar per image: (where [n, 1, size, size], its graded colour [n, 3, size, size])."""
+    """Draw one ellipse, box or bar per image; returns (mask [n, 1, size, size], graded colour [n, 3, size, size])."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     cx, cy, angle = (uniform(n, -1, 1, g) for _ in range(3))
     angle = angle * math.pi
@@ -53,7 +53,7 @@ def shapes(n: int, size: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def hands(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 1 size size"]:
-    """Draw a blob of a few fingers per image: where something is held before a face."""
+    """Draw the mask of a hand per image, a blob with a few fingers, to occlude faces with."""
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     cx, cy, turn, scale = (
         uniform(n, -0.9, 0.9, g),
@@ -74,7 +74,7 @@ def hands(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 1 size size
 def relight(
     rgb: Float[Tensor, "n 3 h w"], normal: Float[Tensor, "n 3 h w"], g: torch.Generator
 ) -> Float[Tensor, "n 3 h w"]:
-    """Change a person's light and palette: a coloured lamp by the normals, exposure, contrast, colours mixed."""
+    """Return people in another light and palette: a coloured lamp shaded by the normals, exposure, mixed channels."""
     n = len(rgb)
     direction = torch.nn.functional.normalize(torch.randn(n, 3, generator=g) + torch.tensor([0.0, 0.2, 0.6]), dim=1)
     lamp = (normal * direction[:, :, None, None]).sum(1, keepdim=True).clamp(min=0)
@@ -87,7 +87,7 @@ def relight(
 
 
 def photographed(images: Float[Tensor, "n 3 h w"], g: torch.Generator) -> Float[Tensor, "n 3 h w"]:
-    """Pass images through a camera of some quality: colour, contrast, blur, noise, blocks of JPEG."""
+    """Return images as cameras of varied quality take them: colour, contrast, blur, noise, JPEG blocks."""
     n = len(images)
     x = images.clamp(1e-4, 1) ** torch.exp(uniform(n, -0.4, 0.4, g))
     grey = (x * torch.tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
@@ -96,7 +96,7 @@ def photographed(images: Float[Tensor, "n 3 h w"], g: torch.Generator) -> Float[
     x = x * (1 + 0.1 * torch.randn(n, 3, 1, 1, generator=g) * chance(n, 0.5, g))
     x = 0.5 + (x - 0.5) * uniform(n, 0.6, 1.25, g) + uniform(n, -0.12, 0.12, g)
     x = x + torch.randn(x.shape, generator=g) * uniform(n, 0, 0.06, g) * chance(n, 0.5, g)
-    # Every defect is worked out for its own few images: this is what training waits for.
+    # Each defect is computed for its own images only: training waits for this.
     for p, defect in ((0.25, _soft), (0.12, _softer), (0.06, _shaken), (0.12, _shrunk)):
         rows = (torch.rand(n, generator=g) < p).nonzero()[:, 0]
         if len(rows):
@@ -132,7 +132,7 @@ def _dct() -> Float[Tensor, "8 8"]:
 
 
 def compressed(images: Float[Tensor, "n 3 h w"], step: Float[Tensor, "n 1 1 1"]) -> Float[Tensor, "n 3 h w"]:
-    """Quantise 8 × 8 blocks in the cosine basis, high frequencies more coarsely; the size is a multiple of 8."""
+    """Return images quantised in 8 × 8 blocks of the cosine basis, as JPEG does; sides are multiples of 8."""
     n, c, h, w = images.shape
     blocks = images.view(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)
     D = _dct()

@@ -1,6 +1,6 @@
-"""Landmarks and a person mask from a detector that the fit knows nothing about.
+"""Detectors of landmarks and foreground, and the result that the fit takes from any of them.
 
-`Detector` is the contract: numbered 2D points, and optionally their uncertainty, who is foreground, and normals.
+`Detector` is the interface: numbered 2D points, and optionally their uncertainty, the foreground, and normals.
 MediaPipe 0.10.21 cannot share an environment with numpy 2, so `MediaPipeDetector` calls it as one subprocess per batch
 of images.
 """
@@ -27,13 +27,14 @@ from geodiff4d.tracking.squares import HeadSquare
 WORKER = Path(__file__).with_name("mediapipe_worker.py")
 ENVIRONMENT_VARIABLE = "GEODIFF4D_TRACK_ENV"
 MAX_SIDE = 1024
-"""Larger images are shrunk for the detector, which looks at 192² and 256² crops of them."""
+"""Longer side to which images are reduced for MediaPipe, which crops them to 192² and 256² [px]."""
 Box = tuple[float, float, float]
+"""(left, top, side) of a square [px]."""
 
 
 @dataclass(frozen=True)
 class Detection:
-    """One face in one image."""
+    """One face that was detected in an image."""
 
     points: Float[Tensor, "points 2"]
     """Pixels, x right and y down, pixel centres at half integers."""
@@ -44,52 +45,52 @@ class Detection:
     box: Float[Tensor, "4"]
     """left, top, right, bottom of the points [px]."""
     faces: int = 1
-    """How many faces were seen; this one is the largest, or in a video the one followed."""
+    """Number of faces in the image; this one is the largest or, in a video, the one that is followed."""
     mask: Float[Tensor, "1 height width"] | None = None
-    """Where a person is, 0 to 1, half precision; it spans `extent` but may have fewer pixels."""
+    """Foreground, 0 to 1, half precision; it spans `extent` but may have fewer pixels."""
     sigma: Float[Tensor, " points"] | None = None
-    """Standard deviation of each point per axis [px], if the detector knows."""
+    """Standard deviation of each point per axis [px], if the detector estimates it."""
     normal: Float[Tensor, "3 height width"] | None = None
     """Camera-space normals times the foreground, half precision; spans `extent`."""
     extent: Box | None = None
-    """(left, top, side) of what mask and normals span [px]; the whole image if not given."""
+    """(left, top, side) of the square that mask and normals span [px]; None for the whole image."""
     square: HeadSquare | None = None
-    """Where the head is, for the next frame."""
+    """The head's square, from which the next frame is cropped."""
     turn: Float[Tensor, "3 3"] | None = None
-    """First guess of the head's rotation to the viewer (x right, y up, z to the viewer) along the ray to it."""
+    """Guess of the head's rotation to the viewer (x right, y up, z to the viewer), relative to the ray to it."""
     shape: Float[Tensor, " shapes"] | None = None
-    """First guess of OpenHead's first identity coefficients."""
+    """Guess of OpenHead's first identity coefficients."""
     markup: SurfacePoints | None = None
-    """Where on OpenHead the points are, if they are not all landmarks of the head's own file."""
+    """Places of the points on OpenHead, if they are not all landmarks of the head's own file."""
 
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that finds one face per image."""
+    """Interface of detectors: at most one face per image."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
     ) -> list[Detection | None]:
-        """Return a detection per image, None where there is no face; `video` says that images follow each other."""
+        """Return a detection per image, None where there is no face; `video` says that images are consecutive."""
         ...
 
 
 @runtime_checkable
 class FollowingDetector(Protocol):
-    """A detector that answers image by image, as they come."""
+    """Interface of detectors that take the frames of a video one at a time."""
 
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
-        """Yield a detection per image of a video."""
+        """Yield a detection per frame, None where there is no face."""
         ...
 
 
 def track_environment() -> Path:
-    """Return the interpreter of the detector's environment.
+    """Return the Python interpreter of MediaPipe's environment.
 
-    Looks at `GEODIFF4D_TRACK_ENV`, then for `.track-env` beside the sources and in the working directory.
+    It is looked for at `GEODIFF4D_TRACK_ENV`, then for `.track-env` beside the sources and in the working directory.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none in either place.
     """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     folders = [Path(chosen)] if chosen else [Path(__file__).parents[3] / ".track-env", Path.cwd() / ".track-env"]
@@ -114,16 +115,16 @@ class MediaPipeDetector:
     """
 
     masks: bool = True
-    """Whether to segment the person too."""
+    """Whether to segment the person."""
     python: Path | None = None
-    """Interpreter of the detector's environment; by default the one `make track-env` makes, looked for when needed."""
+    """Interpreter of the detector's environment; by default that of `track_environment`."""
     on_done: Callable[[int], None] | None = None
     """Called with the number of images done so far."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
     ) -> list[Detection | None]:
-        """Find a face in each image.
+        """Return a detection per image, None where there is no face.
 
         Raises:
             UserError: the detector's environment does not work.

@@ -1,8 +1,8 @@
 """The embedded detector: the perception network over whole photographs and videos.
 
-The finder looks at the image shrunk to a few sizes; what it finds is cut out, upright, and looked at twice: in a wide
-crop for the foreground, the normals and a better crop, then in a tight one for the points. In a video the last frame's
-head says where to cut, and the finder is asked again when the face is lost.
+`Finder` runs on the image at a few sizes. `Looker` runs on two upright crops of each head that was found: a wide one
+for the foreground, the normals and a better crop, then a tight one for the points. In a video the crop comes from the
+last frame's head, and the finder runs again when the face is lost.
 """
 
 from collections.abc import Iterable, Iterator
@@ -19,18 +19,18 @@ from geodiff4d.tracking.scenes import head_box
 from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_turn
 
 FINDER_SIDES = (192, 384, 768)
-"""Longer side of the images that the finder sees; the last one is looked at only where the others show nobody."""
+"""Longer sides of the images that the finder runs on [px]; the last only where the others show no face."""
 FINDER_LOGIT, CANDIDATES = -2.5, 6
-"""Every cell above that logit may be a head, and so many of the best are looked at: the looker is the judge."""
+"""Logit above which a cell is a candidate, and the number of candidates; `Looker` decides among them."""
 LOOKS = 3
-"""How often candidates are looked at, each time as the last look corrects them, before there is no face among them."""
+"""Number of passes over the candidates, each on crops that the last one corrected, before none is a face."""
 FACE_LOGIT, DOUBT = 3.0, 0.045
-"""A crop shows a face if its logit is above, and if the points' median uncertainty over the head's side is below: where
-there is none, the points are anywhere."""
+"""A crop shows a face if its logit is above the first, and the points' median σ over the head's side below the second:
+without a face, the points are uncertain."""
 WIDE, TIGHT = 1.75, 1.25
 """Side of the crops over the side of the points' box."""
 TIGHT_TRUST = 0.7
-"""Weight of the tight look's mask and normals where both looks see."""
+"""Weight of the tight crop's mask and normals where the crops overlap."""
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,25 @@ class EmbeddedDetector:
 
     model: Perception = field(default_factory=load_perception)
     threshold: float = FACE_LOGIT
-    """Logit above which a crop shows a face."""
+    """Logit above which a crop shows a face (`FACE_LOGIT`)."""
     doubt: float = DOUBT
-    """Uncertainty of the points above which it does not."""
+    """Median σ of the points, over the head's side, above which it does not (`DOUBT`)."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
     ) -> list[Detection | None]:
-        """Find a face in each image, the largest; in a video the one found first is followed."""
+        """Return each image's largest face, or None; in a video the face that was found first is followed."""
         return list(self.follow(images)) if video else [self.photo(image) for image in images]
 
     @torch.no_grad()
     def photo(self, image: Float[Tensor, "3 height width"]) -> Detection | None:
-        """Find the largest face of one image."""
+        """Return the largest face of one image, or None."""
         faces = self.faces(image)
         return None if not faces else self._detection(image, faces[0], len(faces))
 
     @torch.no_grad()
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
-        """Find the same face in images that follow each other; one at a time, as they come."""
+        """Yield one person's face in consecutive frames, None where it is lost; frames are taken one at a time."""
         last: Detection | None = None
         for image in images:
             found = None
@@ -76,7 +76,7 @@ class EmbeddedDetector:
 
     @torch.no_grad()
     def faces(self, image: Float[Tensor, "3 height width"]) -> list[HeadSquare]:
-        """Find all faces, the largest first."""
+        """Return the squares of all faces, the largest first."""
         for sides in (FINDER_SIDES[:2], FINDER_SIDES[2:]):
             candidates = distinct([s for side in sides for s in self._find(image, side)])[:CANDIDATES]
             for _ in range(LOOKS):

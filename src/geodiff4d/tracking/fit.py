@@ -1,6 +1,5 @@
 """Fit head parameters and a camera to 2D landmarks, for one image or all frames of a video at once.
 
-
 Maximum a posteriori: reprojection errors of the landmarks against priors on identity (unit Gaussians), expression and
 gaze, with second differences over frames as smoothness. Identity and focal length are shared by all frames. The head
 starts from a closed-form weak-perspective pose, whatever its roll, and is refined by Levenberg–Marquardt in stages:
@@ -32,21 +31,22 @@ from geodiff4d.tracking.solve import Unknowns, minimise
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What the landmarks say."""
+    """Head parameters and camera that were fitted to landmarks."""
 
     params: HeadParams
-    """Batch of frames; `shape` is the same in all."""
+    """A row per frame; `shape` is the same in all."""
     camera: Camera
     """The one camera of the uncut images."""
     error_px: Float[Tensor, " frames"]
     """Mean landmark distance per frame (outline excluded), NaN where no face was seen."""
     seen: Bool[Tensor, " frames"]
+    """Frames in which a face was detected; the others are interpolated."""
     face_px: float
-    """Median height of the face's landmarks."""
+    """Median over the frames of the longer side of the landmarks' box [px]."""
 
     @property
     def error(self) -> float:
-        """Mean landmark distance over the seen frames [px]."""
+        """Return the mean landmark distance over the frames with a face [px]."""
         return float(self.error_px[self.seen].mean())
 
 
@@ -85,7 +85,7 @@ def fit(
 def assumed_focal(
     head: Head, layout: Layout, seen: Observed, width: int, height: int, config: HeadFitConfig
 ) -> float:  # fmt: skip
-    """Choose a focal length [px] for an image of which nothing is known.
+    """Return an assumed focal length [px] for images of which nothing is known.
 
     People are photographed from about the same distance, and images are cut afterwards: how large the head is says
     more than the image's sides, which only bound the lens.
@@ -97,7 +97,7 @@ def assumed_focal(
 
 
 def weak_perspective(head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"]) -> Unknowns:
-    """Solve each frame's pose in closed form: the neutral landmarks' affine map, made orthogonal (POSIT)."""
+    """Return each frame's pose in closed form: the neutral landmarks' affine map, made orthogonal (POSIT)."""
     X = head.template[: len(seen.index)]
     middle = X.mean(0)
     u = (seen.points - K[:2, 2]) / K[0, 0]
@@ -125,7 +125,7 @@ def weak_perspective(head: Head, layout: Layout, seen: Observed, K: Float[Tensor
 def head_centres(
     head: Head, layout: Layout, x: Unknowns, K: Float[Tensor, "3 3"]
 ) -> Float[Tensor, "frames 2"]:  # fmt: skip
-    """Project the middle of each frame's head, through which its first guess of the rotation is seen [px]."""
+    """Return each frame's projected head centre [px]; guesses of the rotation are relative to the ray through it."""
     middle = head.template[head_region(head)].mean(0).double()
     world = axis_angle_to_matrix(x.frame[:, layout.slices["rotation"]]) @ middle
     cam = (world + x.frame[:, layout.slices["translation"]]) @ FRONT.double().T + camera_offset()

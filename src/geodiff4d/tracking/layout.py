@@ -1,4 +1,4 @@
-"""The head as the fit sees it: its landmarks alone, and its parameters in one vector per frame."""
+"""The head in the fit: reduced to its landmarks, with one vector of unknowns per frame."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +13,8 @@ from geodiff4d.heads.rig import Head, HeadParams, Landmarks
 def landmark_head(head: Head, landmarks: Landmarks) -> Head:
     """Return a head whose vertices are the landmarks, followed by the five joints: the same rig, 25 times smaller.
 
-    A landmark's skinning weights are those of its corners, mixed; on the way through curved weights this differs from
-    the skinned triangle by less than a tenth of a millimetre.
+    A landmark's skinning weights are interpolated from its face's corners; this differs from interpolating the skinned
+    corners by less than a tenth of a millimetre.
     """
 
     def at(basis: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def landmark_head(head: Head, landmarks: Landmarks) -> Head:
 
 
 class Layout:
-    """Where each parameter lies in a frame's vector of unknowns."""
+    """The place of each parameter in a frame's vector of unknowns."""
 
     def __init__(self, head: Head):
         sizes = {"rotation": 3, "translation": 3, "jaw_pose": 3, "eyes_pose": 6, "expr": head.expr_basis.shape[-1]}
@@ -57,15 +57,15 @@ class Layout:
         self.shapes = head.shape_basis.shape[-1]
         self.names = head.expression_names
         self.arkit = "jawOpen" in self.names
-        """Whether the expression basis is ARKit's actions (0 to 1) rather than a PCA."""
+        """Whether expressions are ARKit's weights (0 to 1) rather than coefficients of a PCA."""
 
     def params(self, frame: Tensor, shape: Tensor) -> HeadParams:
-        """Read unknowns [*batch, n] as parameters; `shape` has the same batch."""
+        """Return unknowns [*batch, n] as parameters; `shape` has the same batch."""
         values = {name: frame[..., where] for name, where in self.slices.items()}
         return HeadParams(shape=shape, neck_pose=torch.zeros_like(values["rotation"]), **values)
 
     def fill(self, default: float, **values: float | Sequence[float]) -> Float[Tensor, " unknowns"]:
-        """One value per unknown, by parameter name."""
+        """Return a vector of one value per unknown: those given by parameter name, and `default` elsewhere."""
         out = torch.full((self.size,), default, dtype=torch.float64)
         for name, value in values.items():
             if name in self.slices:
@@ -73,7 +73,7 @@ class Layout:
         return out
 
     def twins(self) -> list[tuple[int, int]]:
-        """Unknowns of left and right actions that usually move together."""
+        """Return pairs of unknowns: left and right ARKit weights, which usually move together."""
         start = self.slices["expr"].start
         names = list(self.names)
         pairs = [(n, n[: -len("Left")] + "Right") for n in names if n.endswith("Left")]

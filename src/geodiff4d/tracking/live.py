@@ -1,7 +1,7 @@
-"""Tracking as images come: from a webcam, or from a video file that is still being written.
+"""Live tracking: from a webcam, or from a video file that is still being written.
 
-The first frames settle who it is (identity, focal length, camera); from then on every frame is fitted alone, pulled
-toward where the last one was. Nothing is known of the future, so it lags and trembles a little more than `track` does.
+The first frames determine identity, focal length and camera; from then on every frame is fitted by itself, with a prior
+at the last one. Without future frames it lags and jitters a little more than `track` does.
 """
 
 import time
@@ -31,32 +31,35 @@ POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class LiveConfig:
-    """How images are followed as they come."""
+    """How frames are tracked as they come."""
 
     warmup: int = 6
-    """Frames with a face that settle identity and camera; they are given out when the last of them has come."""
+    """Number of frames with a face that determine identity and camera; they are yielded once the last has come."""
     steps: int = 4
     """Levenberg–Marquardt steps per frame."""
     rotation_sigma_rad: float = 0.05
-    """How far a head turns from one frame to the next, and so on."""
+    """σ of the head's rotation from one frame to the next; likewise the next three."""
     translation_sigma_m: float = 0.01
     expr_sigma: float = 0.2
     gaze_sigma_rad: float = 0.2
     focal_px: float | None = None
+    """Focal length of the uncut frames; None assumes one."""
     fit: HeadFitConfig = field(default_factory=HeadFitConfig)
+    """Weights of the fit to the landmarks."""
 
 
 @dataclass(frozen=True)
 class LiveFrame:
-    """One frame as it was tracked."""
+    """One tracked frame."""
 
     params: HeadParams
     """No batch axis; the shape is the same in all frames."""
     camera: Camera
-    """Of the uncut image; the same in all frames."""
+    """Camera of the uncut image, the same in all frames."""
     seen: bool
-    """Whether there was a face; else the last one's parameters are repeated."""
+    """Whether there was a face; if not, the last frame's parameters are repeated."""
     error_px: float
+    """Mean landmark distance [px]."""
     image: Float[Tensor, "3 height width"]
 
 
@@ -64,9 +67,9 @@ def track_live(
     images: Iterable[Float[Tensor, "3 _height _width"]], head: Head, detector: FollowingDetector | None = None,
     config: LiveConfig = LiveConfig(),
 ) -> Iterator[LiveFrame]:  # fmt: skip
-    """Track images one by one, as they come.
+    """Yield the tracked frames of a stream, one by one.
 
-    Frames before the first face are passed over.
+    Frames before the first face are skipped.
 
     Example:
         >>> for frame in track_live(live_frames(Path("/dev/video0")), load_head("openhead")):  # doctest: +SKIP
@@ -100,7 +103,7 @@ def track_live(
 
 
 class Follower:
-    """Fits frame after frame to a head whose identity and camera are settled."""
+    """Fits frame after frame to a head whose identity and camera are known."""
 
     def __init__(self, head: Head, settled: HeadFit, example: Detection, config: LiveConfig):
         self.head, self.settled, self.config = head, settled, config
@@ -123,7 +126,7 @@ class Follower:
 
     @staticmethod
     def settle(head: Head, frames: list[tuple[Tensor, Detection | None]], config: LiveConfig) -> "Follower":
-        """Fit the first frames together."""
+        """Return a follower with the identity and camera that the first frames determine."""
         height, width = frames[0][0].shape[1:]
         detections = [d for _, d in frames]
         focal_px, _ = focal_length(None, width, height, config.focal_px)
@@ -131,7 +134,7 @@ class Follower:
         return Follower(head, settled, next(d for d in detections if d is not None), config)
 
     def step(self, image: Float[Tensor, "3 height width"], detection: Detection | None) -> LiveFrame:
-        """Fit one frame; without a face the last one's parameters are repeated."""
+        """Return one fitted frame; without a face the last frame's parameters are repeated."""
         if detection is not None:
             seen = observe(self.head, [detection], self.config.fit.weighting, self.shared)
             problem = Problem(self.small, self.layout, seen, self.K, self.config.fit, self.limits)
@@ -147,7 +150,7 @@ class Follower:
 
     @property
     def _mean(self) -> Float[Tensor, "3"]:
-        """What `fit` took out of the translations and put into the camera."""
+        """Return the mean translation, which `fit` moves from the parameters into the camera."""
         T = self.settled.camera.T_cam_world
         return T[:3, :3].T @ (T[:3, 3] - torch.tensor([0.0, 0.0, 1.0]))
 
@@ -157,14 +160,14 @@ class Follower:
 
 
 class GrowingFile:
-    """A file that is read while another program writes it: reading waits at the end until it grows no more."""
+    """A file that is read while another program writes it: at its end, reading waits until it stops growing."""
 
     def __init__(self, path: Path, patience_s: float):
         self._file = path.open("rb")
         self._patience = patience_s
 
     def read(self, size: int = -1) -> bytes:
-        """Read at least a byte, unless the file has not grown for as long as patience lasts."""
+        """Return at least one byte, or none once the file has not grown for `patience_s`."""
         waited = 0.0
         while True:
             data = self._file.read(size)

@@ -20,11 +20,11 @@ from scipy.ndimage import (
 from torch import Tensor
 
 REACH = 0.55
-"""How far hair may stand off the skull, and shoulders off the bust."""
+"""Largest distance of hair from the skull, and of shoulders from the bust, over the head's size."""
 FADE = 0.04
-"""Width of the soft cut."""
+"""Width of the cut's soft edge, over the head's size."""
 BARE_GROWTH = 0.03
-"""Growth of the head's silhouette where there is no segmentation."""
+"""Growth of the head's silhouette where there is no segmentation, over the head's size."""
 FILTER_RADIUS, FILTER_EPSILON = 0.02, 1e-3
 
 
@@ -55,23 +55,23 @@ def matte(
 
 
 def allowed(whole: np.ndarray, size_px: float) -> np.ndarray:
-    """Weight [h, w] of where foreground may be: around the tracked head and bust."""
+    """Return the weight [h, w], 0 to 1, of foreground around the tracked head and bust."""
     return np.clip(1 - (_distance_to(whole) - REACH * size_px) / (FADE * size_px), 0, 1)
 
 
 def _distance_to(mask: np.ndarray) -> np.ndarray:
-    """Distance of each pixel to a mask [px], zero inside it."""
+    """Return the distance of each pixel to a mask [px], zero inside it."""
     return np.asarray(distance_transform_edt(~mask, return_indices=False), dtype=np.float64)
 
 
 def _extent(mask: np.ndarray) -> float:
-    """Longer side of a mask's box [px]."""
+    """Return the longer side of a mask's box [px]."""
     rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
     return float(max(np.ptp(rows), np.ptp(columns)) + 1)
 
 
 def _guided(image: np.ndarray, mask: np.ndarray, radius: int) -> np.ndarray:
-    """Let a mask's soft edge follow the image's: a local linear model of the mask in the three colours.
+    """Return a mask whose soft edge follows the image's: a local linear model of the mask in the three colours.
 
     The model is found at half the resolution, where it is smooth enough (fast guided filter, He and Sun 2015).
     """
@@ -99,7 +99,7 @@ def _guided(image: np.ndarray, mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _halved(x: np.ndarray) -> np.ndarray:
-    """Mean of 2 × 2 pixels [channels, h, w]."""
+    """Return the means of 2 × 2 pixels [channels, h/2, w/2]."""
     c, h, w = x.shape
     return x.reshape(c, h // 2, 2, w // 2, 2).mean((2, 4))
 
@@ -121,7 +121,7 @@ def _solve_symmetric(A: list[np.ndarray], b: np.ndarray) -> np.ndarray:
 
 
 def _without_islands(mask: np.ndarray) -> np.ndarray:
-    """Fill holes, and drop what is not connected with the largest part."""
+    """Return the mask without holes, and without parts that are not connected with the largest one."""
     parts = np.empty(mask.shape, np.int32)
     label(mask > 0.3, output=parts)
     if parts.max() > 1:
@@ -135,7 +135,7 @@ def _without_islands(mask: np.ndarray) -> np.ndarray:
 
 
 def smooth_over_time(masks: Float[Tensor, "frames 1 size size"]) -> Float[Tensor, "frames 1 size size"]:
-    """Take the flicker out of a video's masks: each becomes ¼, ½, ¼ of its neighbours and itself."""
+    """Return a video's masks smoothed over time with the weights ¼, ½, ¼."""
     if len(masks) < 3:
         return masks
     before, after = torch.cat([masks[:1], masks[:-1]]), torch.cat([masks[1:], masks[-1:]])

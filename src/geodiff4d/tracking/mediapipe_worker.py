@@ -1,6 +1,6 @@
 """Find faces and people with MediaPipe, inside its own environment.
 
-A program of its own: it runs in `.track-env` (`make track-env`) and imports nothing of this package. It speaks through
+A separate program, which runs in `.track-env` (`make track-env`) and imports nothing of this package. It is called with
 a folder, so that one start serves many images:
 
     FOLDER/request.json          {"count": n, "video": bool, "masks": bool}
@@ -20,16 +20,16 @@ import numpy as np
 POINTS = 478
 MAX_FACES = 4
 MASK_SIDE = 2.8
-"""Side of the square that the matte looks at closely, in face heights: hair and shoulders are in it."""
+"""Side of the square that is segmented a second time, in face heights: it contains hair and shoulders."""
 
 
 def box(points):
-    """[left, top, right, bottom] of points [n, 2]."""
+    """Return [left, top, right, bottom] of points [n, 2]."""
     return np.concatenate([points.min(0), points.max(0)])
 
 
 def choose(faces, previous):
-    """Index of the face to use: the nearest to `previous` (a box, or None), else the largest."""
+    """Return the index of the face to use: the nearest to `previous` (a box, or None), else the largest."""
     boxes = np.stack([box(f) for f in faces])
     sizes = boxes[:, 2:] - boxes[:, :2]
     if previous is None:
@@ -42,14 +42,14 @@ def choose(faces, previous):
 
 
 def square(box_px, scale):
-    """(left, top, side) of the square about a box, integers; it may reach beyond the image."""
+    """Return (left, top, side) of the square around a box, integers; it may reach beyond the image."""
     centre, side = (box_px[:2] + box_px[2:]) / 2, scale * (box_px[2:] - box_px[:2]).max()
     left, top = np.floor(centre - side / 2).astype(int)
     return int(left), int(top), max(int(np.ceil(side)), 8)
 
 
 def cut(image, left, top, side):
-    """Cut a square out of an image, its edge repeated beyond the border."""
+    """Return a square of an image, whose edge is repeated beyond the border."""
     height, width = image.shape[:2]
     rows = np.clip(np.arange(top, top + side), 0, height - 1)
     columns = np.clip(np.arange(left, left + side), 0, width - 1)
@@ -57,7 +57,7 @@ def cut(image, left, top, side):
 
 
 class Faces:
-    """Face mesh, with closer looks where the whole image shows none."""
+    """MediaPipe's face mesh, run on crops where the whole image shows no face."""
 
     def __init__(self, video):
         import mediapipe
@@ -75,13 +75,13 @@ class Faces:
         self.far = solutions.face_detection.FaceDetection(model_selection=1, min_detection_confidence=0.3)
 
     def in_image(self, mesh, image):
-        """All faces' points [478, 2] px."""
+        """Return all faces' points [478, 2] [px]."""
         height, width = image.shape[:2]
         found = mesh.process(image).multi_face_landmarks or []
         return [np.array([[p.x * width, p.y * height] for p in face.landmark], np.float32) for face in found]
 
     def boxes(self, detector, image):
-        """[(box px, score)] of detected faces."""
+        """Return [(box [px], score)] of detected faces."""
         height, width = image.shape[:2]
         out = []
         for d in detector.process(image).detections or []:
@@ -91,7 +91,7 @@ class Faces:
         return out
 
     def __call__(self, image, previous):
-        """(list of faces' points, scores)."""
+        """Return the points of all faces, and their scores."""
         faces = self.in_image(self.mesh, image)
         seen = self.boxes(self.near, image) + self.boxes(self.far, image)
         if not faces:
@@ -112,14 +112,14 @@ class Faces:
 
 
 def score_of(points, seen):
-    """Confidence of the detection whose centre lies in the face's box; 0.5, the mesh's own threshold, without one."""
+    """Return the confidence of the detection whose centre is in the face's box; 0.5, a neutral score, without one."""
     left, top, right, bottom = box(points)
     inside = [s for b, s in seen if left < (b[0] + b[2]) / 2 < right and top < (b[1] + b[3]) / 2 < bottom]
     return max(inside, default=0.5)
 
 
 class People:
-    """Selfie segmentation, looked at twice: the whole image, and more closely around the face."""
+    """MediaPipe's selfie segmentation, run on the whole image and on a square around the face."""
 
     def __init__(self):
         import mediapipe
@@ -150,7 +150,7 @@ class People:
 
 
 def serve(folder):
-    """Answer the request in a folder."""
+    """Read the request in a folder and write its results there."""
     request = json.loads((folder / "request.json").read_text())
     n = int(request["count"])
     find, segment = Faces(request["video"]), People() if request["masks"] else None
@@ -175,7 +175,7 @@ def serve(folder):
 
 
 def self_test():
-    """Run every model once on an empty image: they load, and see nobody."""
+    """Run every model once on an empty image, in which no face may be found."""
     image = np.full((128, 96, 3), 128, np.uint8)
     faces, _ = Faces(video=False)(image, None)
     mask = People()(image, None)

@@ -1,9 +1,9 @@
-"""The embedded perception network: where faces are in an image, and what a crop of one shows.
+"""The embedded perception network: it finds heads in an image, and points, foreground and normals in a crop of one.
 
-Two convolutional networks share a file. `Finder` looks at a whole small image and says where heads are, how large and
-how tilted. `Looker` looks at a square crop of one head: points with their uncertainty (as Wood et al. 2022, dense
-landmarks with Gaussian likelihoods, but from heat maps), foreground, camera-space normals, whether a face is there at
-all, and a first guess of how the head is turned and shaped.
+Two convolutional networks share a file. `Finder` takes a whole small image and returns the place, size and roll of
+heads. `Looker` takes a square crop of one head and returns points with their uncertainty (as Wood et al. 2022, dense
+landmarks with Gaussian likelihoods, but from heat maps), foreground, camera-space normals, whether there is a face, and
+a guess of the head's rotation and shape.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,21 +30,21 @@ class PerceptionConfig:
 
     points: int = 192
     size: int = 128
-    """Side of the crop that is looked at [px]; a multiple of 32."""
+    """Side of the crop that `Looker` takes [px]; a multiple of 32."""
     widths: tuple[int, int, int, int] = (40, 80, 120, 128)
     """Channels at strides 4, 8, 16 and 32."""
     blocks: tuple[int, int, int, int] = (2, 2, 2, 1)
     dense: int = 56
     """Channels of the decoder at stride 4."""
     shapes: int = 24
-    """Identity coefficients that are guessed."""
+    """Number of identity coefficients that are guessed."""
     finder: tuple[int, int, int, int] = (16, 24, 40, 48)
     """Channels of the finder at strides 2, 4, 8 and 16."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What crops show; all lengths are in crops: (0, 0) is the left upper corner, (1, 1) the right lower one."""
+    """Output of `Looker` for a batch of crops, whose upper left corner is (0, 0) and lower right corner (1, 1)."""
 
     points: Float[Tensor, "b points 2"]
     log_sigma: Float[Tensor, "b points"]
@@ -78,7 +78,7 @@ class _Residual(nn.Module):
 
 
 class Looker(nn.Module):
-    """A crop of one head in, a `Look` out."""
+    """Network from a crop of one head to a `Look`."""
 
     def __init__(self, config: PerceptionConfig):
         super().__init__()
@@ -124,7 +124,7 @@ class Looker(nn.Module):
 
 
 class Finder(nn.Module):
-    """A whole image in; per cell of 16 px a face logit, where its head is, how large and how tilted."""
+    """Network from a whole image to a face logit, centre, size and roll for every cell of 16 px."""
 
     def __init__(self, config: PerceptionConfig):
         super().__init__()
@@ -135,12 +135,12 @@ class Finder(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 6 rows columns"]:
-        """Channels: logit; centre from the cell's [cells]; log of the side over 64 px; cosine and sine of the roll."""
+        """Return per cell: logit; offset of the centre [cells]; log of side / 64 px; cosine and sine of the roll."""
         return self.body(images - 0.5).float()
 
 
 class Perception(nn.Module):
-    """Both networks, and which points they mean."""
+    """Both networks, and the places of their points on the head."""
 
     def __init__(self, config: PerceptionConfig, points: SurfacePoints):
         super().__init__()
@@ -184,7 +184,7 @@ def load_perception(folder: Path = SHIPPED) -> Perception:
 
 
 def quick(model: Perception) -> Perception:
-    """Lay convolution weights out as CPUs like them, in place."""
+    """Return the model with its convolution weights in channels-last layout, which is faster on CPUs; in place."""
     for p in model.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -192,7 +192,7 @@ def quick(model: Perception) -> Perception:
 
 
 def expected(heat: Float[Tensor, "b points h w"]) -> Float[Tensor, "b points 2"]:
-    """Mean of each map of log-probabilities, in crops (integral regression)."""
+    """Return the mean position of each map of log-probabilities, 0 to 1 (integral regression)."""
     h, w = heat.shape[-2:]
     y, x = ((torch.arange(k, device=heat.device) + 0.5) / k for k in (h, w))
     places = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1)
@@ -200,7 +200,7 @@ def expected(heat: Float[Tensor, "b points h w"]) -> Float[Tensor, "b points 2"]
 
 
 def gram_schmidt(six: Float[Tensor, "b 6"]) -> Float[Tensor, "b 3 3"]:
-    """Turn two columns into a rotation; zero is the identity (Zhou et al. 2019)."""
+    """Return the rotation of six numbers, two columns less those of the identity (Zhou et al. 2019)."""
     first = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 0.0]).to(six)
     a, b = (six + first).split(3, -1)
     a = torch.nn.functional.normalize(a, dim=-1)

@@ -14,9 +14,9 @@ from geodiff4d.tracking.embedded import EmbeddedDetector
 
 
 def normal_estimator(detector: Detector | None = None) -> Callable[[ClipFrame], Tensor]:
-    """Return a function from a clip's frame to camera-space normals as one image shows them.
+    """Return a function from a clip's frame to camera-space normals estimated from its image alone.
 
-    They are unit where the estimator sees the person, zero elsewhere, and zero all over where it finds no face.
+    They are unit on the person and zero elsewhere; without a face they are zero everywhere.
     """
     looks = detector or EmbeddedDetector()
 

@@ -1,4 +1,4 @@
-"""What the fit takes from detections: points that head and detector share, how sure they are, and first guesses."""
+"""Observations of the fit: the points that head and detector share, their uncertainty, and first guesses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,26 +15,26 @@ from geodiff4d.tracking.points import CONTOUR, known_points
 from geodiff4d.tracking.turn import ray_rotation
 
 Shared = tuple[Landmarks, Int[Tensor, " points"], Int[Tensor, " points"]]
-"""Places on the head, their numbers, and their rows in a detection."""
+"""Places on the head, their numbers, and their rows in a detection, as `shared_points` returns them."""
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """How much detected points count."""
+    """Weights of detected points."""
 
     noise: float = 0.012
-    """Landmark noise over the face's size, where the detector does not know it; outliers lose their weight."""
+    """σ of a point over the face's size, where the detector gives none."""
     floor: float = 0.004
-    """Noise that is added to what the detector thinks of itself, over the face's size."""
+    """σ over the face's size that is added to the detector's own."""
     evidence: float = 60.0
-    """How many independent landmarks a face is worth: neighbours err together."""
+    """Number of independent points that all points of a face count as, since neighbours' errors are correlated."""
     contour: float = 0.2
-    """Weight of the outline's points, where the detector lets them slide."""
+    """Weight of the outline's points of detectors whose outline slides over the skin (MediaPipe)."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """Landmarks of all frames that both the detector and the head know."""
+    """Detected points of all frames that are also landmarks of the head."""
 
     points: Float[Tensor, "frames points 2"]
     weight: Float[Tensor, "frames points"]
@@ -44,14 +44,14 @@ class Observed:
     landmarks: Landmarks
     """The same points on the head."""
     inner: Bool[Tensor, " points"]
-    """Points whose error says how good a fit is: features of the face."""
+    """Points whose error measures a fit: features of the face, without its outline."""
     seen: Bool[Tensor, " frames"]
     face_px: float
     turn: Float[Tensor, "frames 3 3"] | None = None
-    """First guess of each head's rotation to the viewer, along the ray to `centre`."""
+    """Guess of each head's rotation to the viewer, relative to the ray through `centre` [px]."""
     centre: Float[Tensor, "frames 2"] | None = None
     shape: Float[Tensor, " shapes"] | None = None
-    """First guess of OpenHead's first identity coefficients."""
+    """Guess of OpenHead's first identity coefficients."""
 
 
 def observe(
@@ -60,7 +60,7 @@ def observe(
     weighting: Weighting = Weighting(),
     shared: Shared | None = None,
 ) -> Observed:
-    """Gather the landmarks that head and detector share, with their weights; `shared` if it is known already.
+    """Return the points that head and detector share, with their weights; `shared` saves finding them again.
 
     Raises:
         UserError: no frame has a face, or head and detector share too few points.
@@ -96,10 +96,10 @@ def observe(
 
 
 def shared_points(head: Head, detection: Detection) -> Shared:
-    """Return what head and detection share: places on the head, their numbers, and their rows in the detection.
+    """Return the points that head and detection share: places on the head, numbers, and rows in the detection.
 
     Raises:
-        UserError: fewer than twenty.
+        UserError: there are fewer than twenty.
     """
     if detection.markup is not None and head.name == "openhead":
         return detection.markup.on(head), detection.index, torch.arange(len(detection.index))
@@ -130,6 +130,6 @@ def _sigma(detection: Detection) -> Tensor:
 
 
 def _given(value):
-    """A detector gives a field in every frame or in none."""
+    """Return a field that the detector gives in every frame or in none."""
     assert value is not None
     return value

@@ -1,4 +1,4 @@
-"""Where a tracked head is seen, for heads of another shape."""
+"""Placement of heads of another shape where a tracked head is seen."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from geodiff4d.render.crops import head_region
 
 
 def placed(head: Head, params: HeadParams, tracked: HeadParams, camera: Camera) -> HeadParams:
-    """Move heads of another shape to where the tracked ones are seen, as large as they are.
+    """Return `params` moved to where the tracked heads are seen, at the same size in the image.
 
     Of two images of one person, tracking finds heads of different size (by 5 to 10 %) at different distances, which
     look alike; one's shape at the other's distance would be too large or too small. The larger stands farther away.

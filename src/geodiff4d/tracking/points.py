@@ -1,4 +1,4 @@
-"""The points that the embedded network finds: places on OpenHead's surface, with numbers that other heads know too.
+"""The points that the embedded network predicts: numbered places on OpenHead's surface.
 
 Numbers below 478 are MediaPipe's, 1000 to 1067 the 68 of iBUG's markup, 2000 and on are ours: spread over ears, scalp
 and jaw, where neither has any. A point is kept as a place on the mean head, not as a face of its mesh, so that weights
@@ -41,10 +41,10 @@ class SurfacePoints:
 
     index: Int[Tensor, " points"]
     position: Float[Tensor, "points 3"]
-    """On OpenHead's template [m]."""
+    """Positions on OpenHead's template [m]."""
 
     def on(self, head: Head) -> Landmarks:
-        """Find the points on a version of OpenHead: the nearest place of its skin, or of its eyeballs for irises."""
+        """Return the points on a version of OpenHead: the nearest places on its skin, on its eyeballs for irises."""
         iris = (self.index >= FIRST_IRIS) & (self.index < MEDIAPIPE_POINTS)
         eyes = head.regions["eyes"][head.faces].all(1)
         hidden = torch.stack(
@@ -69,7 +69,7 @@ def known_points(head: Head) -> tuple[Landmarks, Int[Tensor, " points"]]:
 
 
 def choose_points(head: Head, count: int = 192) -> SurfacePoints:
-    """Choose what a network should find: features of the face, its outline, and points spread over the rest."""
+    """Return the points for a network: features of the face, its outline, and points spread over the rest."""
     landmarks, index = known_points(head)
     position = landmarks.on(head.template, head.faces)
     iris = range(FIRST_IRIS, MEDIAPIPE_POINTS)
@@ -108,7 +108,7 @@ def closest(
 
 
 def _inside(p: Tensor, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
-    """Barycentric weights of the foot on the triangle's plane."""
+    """Return the barycentric weights of the points' projections onto the triangles' planes."""
     u, v, w = b - a, c - a, p - a
     uu, uv, vv, wu, wv = (x.mul(y).sum(-1) for x, y in ((u, u), (u, v), (v, v), (w, u), (w, v)))
     denominator = (uu * vv - uv * uv).clamp(min=1e-20)
@@ -117,7 +117,7 @@ def _inside(p: Tensor, a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
 
 
 def _edge(p: Tensor, corners: tuple[Tensor, Tensor, Tensor], i: int) -> Tensor:
-    """Weights of the nearest place on the edge from corner i to the next."""
+    """Return the barycentric weights of the nearest place on the edge from corner i to the next."""
     a, b = corners[i], corners[(i + 1) % 3]
     t = (((p - a) * (b - a)).sum(-1) / (b - a).square().sum(-1).clamp(min=1e-20)).clamp(0, 1)
     out = torch.zeros(*t.shape, 3)

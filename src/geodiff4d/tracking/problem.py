@@ -1,4 +1,4 @@
-"""The fit's cost: reprojection against priors, with its Gauss–Newton model (the solver is in `solve`)."""
+"""The cost of the fit, reprojection errors and priors, and its Gauss–Newton model (the solver is in `solve`)."""
 
 from dataclasses import dataclass, fields
 
@@ -14,50 +14,51 @@ from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns
 
 FRONT = IMAGE_NORMAL_FROM_CAM
-"""Rotation world → camera of a camera that looks along -z, upright."""
+"""Rotation from the world to an upright camera that looks along -z."""
 
 DIFFERENCE = 1e-6
 """Step of the pose angles' numerical derivatives [rad]."""
 
 CHUNK = 32
-"""Frames whose Jacobians are held at once."""
+"""Number of frames whose Jacobians are in memory at once."""
 
 
 @dataclass(frozen=True)
 class HeadFitConfig:
-    """Weights of the fit: each σ is what the term is expected to deviate by."""
+    """Weights of the fit; each σ is the standard deviation that its term is expected to have."""
 
     focal_scale: float = 1.2
-    """Least focal length over the image's longer side, where nothing is known of it: a wide lens."""
+    """Smallest assumed focal length over the image's longer side: a wide lens."""
     distance_m: float = 1.4
-    """Distance a head is assumed to be seen from, where nothing is known of the focal length: images may be cut."""
+    """Distance that a head is assumed to be seen from where the focal length is not known [m]."""
     focal_sigma: float = 0.0
     """Relative uncertainty of the focal length; 0 keeps it as it is."""
     weighting: Weighting = Weighting()
+    """How much detected points count."""
     turn_sigma_rad: float = 0.03
-    """How far the detector's first guess of the rotation may be off; 0 does not use it."""
+    """σ of the detector's guess of the rotation; 0 ignores the guess."""
     guess_sigma: float = 0.0
-    """How far its first guess of the identity may be off; 0 does not use it."""
+    """σ of the detector's guess of the identity coefficients; 0 ignores the guess."""
     shape_sigma: float = 1.0
     expr_sigma: float = 0.5
     expr_l1: float = 2.0
-    """Weight of the sum of ARKit actions: unused ones stay at zero."""
+    """Weight of the sum of ARKit weights, which keeps unused ones at zero."""
     asymmetry_sigma: float = 0.35
-    """Difference of a left action from its right twin."""
+    """σ of the difference between a left ARKit weight and its right counterpart."""
     gaze_sigma_rad: float = 0.25
     squint_sigma_rad: float = 0.05
-    """Difference of one eye's direction from the other's."""
+    """σ of the difference between the eyes' directions."""
     jaw_sigma_rad: float = 0.2
-    """Jaw joint of heads without a jawOpen action (FLAME); the others use the action."""
+    """σ of the jaw joint, for heads without a jawOpen weight (FLAME)."""
     rotation_bend_rad: float = 0.012
-    """Second difference over frames, per frame², of the head's rotation."""
+    """σ of the second difference over frames of the head's rotation; likewise the next three."""
     translation_bend_m: float = 0.0015
     expr_bend: float = 0.08
     gaze_bend_rad: float = 0.08
     steps: int = 25
-    """Levenberg–Marquardt steps of the last stage, at most."""
+    """Largest number of Levenberg–Marquardt steps of the last stage."""
     tolerance: float = 5e-4
-    """Relative fall of the cost at which it stops."""
+    """Relative decrease of the cost below which it stops."""
 
     def __post_init__(self) -> None:
         optional = ("focal_sigma", "turn_sigma_rad", "guess_sigma")
@@ -71,20 +72,20 @@ class HeadFitConfig:
 
 
 def camera_offset() -> Float[Tensor, "3"]:
-    """The world's origin in the camera while fitting: one metre in front of it."""
+    """Return the world's origin in the camera while fitting: one metre in front of it."""
     return torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where the unknowns of a frame were before, for frames that are fitted one by one."""
+    """A prior at the last frame's unknowns, for frames that are fitted one by one."""
 
     frame: Float[Tensor, "frames unknowns"]
     precision: Float[Tensor, " unknowns"]
 
 
 class Problem:
-    """The posterior's negative logarithm and its Gauss–Newton model; called by the solver."""
+    """The negative log-posterior and its Gauss–Newton model, as the solver calls it."""
 
     def __init__(
         self, head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"], config: HeadFitConfig, moves: Limits
@@ -131,12 +132,12 @@ class Problem:
     def project(
         self, frame: Float[Tensor, "frames unknowns"], shared: Float[Tensor, " shared"]
     ) -> Float[Tensor, "frames points 2"]:
-        """Landmarks of some frames [px]."""
+        """Return the landmarks of some frames [px]."""
         xy, _ = self._through_camera(self._place(frame, shared[:-1]), shared[-1])
         return xy
 
     def _place(self, frame: Tensor, shape: Tensor) -> Tensor:
-        """Landmarks in the world [frames, points, 3]."""
+        """Return the landmarks in the world [frames, points, 3]."""
         params = self.layout.params(frame, shape.expand(len(frame), -1))
         return self.head.pose(params).vertices[:, : len(self.seen.index)]
 
@@ -211,12 +212,12 @@ class Problem:
         return self._with_priors(x, data)
 
     def _with_priors(self, x: Unknowns, data: Normal) -> Normal:
-        pull = x.frame * self.precision + x.frame @ self.coupling
-        cost = data.cost + 0.5 * float((x.frame * pull).sum()) + float((x.frame * self.slope).sum())
+        prior = x.frame * self.precision + x.frame @ self.coupling
+        cost = data.cost + 0.5 * float((x.frame * prior).sum()) + float((x.frame * self.slope).sum())
         off = x.shared - self.shared_mean
         cost += 0.5 * float((self.shared_precision * off.square()).sum())
         H = data.frame + torch.diag(self.precision) + self.coupling
-        g = data.frame_gradient + pull + self.slope
+        g = data.frame_gradient + prior + self.slope
         if self.anchor is not None:
             away = x.frame - self.anchor.frame
             cost += 0.5 * float((self.anchor.precision * away.square()).sum())
@@ -233,7 +234,7 @@ class Problem:
         )  # fmt: skip
 
     def _turned(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
-        """How far rotations are from the detector's guess, over its uncertainty [frames, 3], and the derivative."""
+        """Return the rotations' differences from the detector's guess over its σ [frames, 3], and their derivative."""
         guess = self.guess
         assert guess is not None
         scale = self.seen.seen[:, None] / self.config.turn_sigma_rad
@@ -251,7 +252,7 @@ class Problem:
 
 
 def limits(layout: Layout, config: HeadFitConfig) -> Limits:
-    """Say what moves in the last stage, within which bounds and how smoothly."""
+    """Return which unknowns are free in the last stage, their bounds and their smoothness."""
     free = layout.fill(1.0, jaw_pose=0.0 if layout.arkit else [1.0, 1.0, 0.0], eyes_pose=[1.0, 1.0, 0.0] * 2)
     low, high = layout.fill(-torch.inf, eyelids=0.0), layout.fill(torch.inf, eyelids=1.0)
     if layout.arkit:

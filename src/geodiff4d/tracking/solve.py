@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Unknowns:
-    """What is solved for: one row per frame, and one vector for all."""
+    """The unknowns: one row per frame, and one vector shared by all frames."""
 
     frame: Float[Tensor, "frames unknowns"]
     shared: Float[Tensor, " shared"]
@@ -40,7 +40,7 @@ class Normal:
 
 @dataclass(frozen=True)
 class Limits:
-    """Which unknowns move, how smoothly over time, and how far."""
+    """Which unknowns are free, how smooth they are over time, and their bounds."""
 
     free_frame: Float[Tensor, " unknowns"]
     """1 where the unknown is solved for, else 0."""

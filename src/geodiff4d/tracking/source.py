@@ -1,4 +1,4 @@
-"""Where images come from: photographs and videos as streams of frames, their rate and their focal length."""
+"""Photographs and videos as streams of frames, with their rate and focal length."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ FULL_FRAME_DIAGONAL_MM = 43.27
 
 
 def is_video(source: Path) -> bool:
-    """Tell a video from an image by its name, and by looking inside where the name says nothing.
+    """Return whether a file is a video and not an image: by its suffix, or by opening it.
 
     Raises:
         UserError: the source is missing or a directory.
@@ -34,7 +34,7 @@ def is_video(source: Path) -> bool:
 
 
 def frames_of(source: Path, limit: int | None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a source's frames, of a video at most `limit` after the first `skip`; an image is one frame."""
+    """Yield a file's frames, RGB in [0, 1]: of a video at most `limit` after the first `skip`; an image is one."""
     if is_video(source):
         yield from read_video(source, limit, skip)
     else:
@@ -49,7 +49,7 @@ def first_size(frames: Iterator[Tensor]) -> tuple[int, int]:
 
 
 def frame_rate(source: Path) -> float:
-    """Frames per second of a video, 24 where it does not say or says something senseless."""
+    """Return the frames per second of a video; 24 where the file states none, or not 0 to 1000."""
     import av
 
     with av.open(str(source)) as container:
@@ -58,7 +58,7 @@ def frame_rate(source: Path) -> float:
 
 
 def frame_count(source: Path) -> int | None:
-    """Count a video's frames by what the file says, None where it does not."""
+    """Return the number of frames that a video's header states; None where it states none."""
     import av
 
     with av.open(str(source)) as container:
@@ -66,7 +66,7 @@ def frame_count(source: Path) -> int | None:
 
 
 def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:
-    """Return the focal length of the uncut image [px], or None, and where it is from: given, exif or assumed.
+    """Return the focal length of the uncut image [px], or None, and its origin: given, exif or assumed.
 
     EXIF states the focal length of a full-frame camera (43.27 mm diagonal) with the same field of view; without it the
     fit assumes one (`fit.assumed_focal`).

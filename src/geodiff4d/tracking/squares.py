@@ -1,4 +1,4 @@
-"""Squares of an image that a head fills, turned with it, and how to cut them out."""
+"""Squares around heads in an image, turned with them, and their crops."""
 
 from dataclasses import dataclass
 
@@ -12,27 +12,28 @@ from geodiff4d.render.crops import crop_image
 
 @dataclass(frozen=True)
 class HeadSquare:
-    """Where a head is: the square of its points, turned with it."""
+    """The square around a head's points, turned with the head; x and y are its centre [px]."""
 
     x: float
     y: float
     side: float
-    """[px]"""
+    """Side of the square [px]."""
     roll: float
-    """From the image's axes to the head's, clockwise as seen [rad]."""
+    """Rotation from the image's axes to the head's, clockwise as seen [rad]."""
     score: float = 0.0
-    """Logit."""
+    """Logit of the square showing a face."""
 
     def grown(self, scale: float) -> "HeadSquare":
+        """Return the square with its side scaled about its centre."""
         return HeadSquare(self.x, self.y, self.side * scale, self.roll, self.score)
 
     def to_image(self, points: Float[Tensor, "*batch 2"]) -> Float[Tensor, "*batch 2"]:
-        """Take points of the square, (0, 0) to (1, 1), to pixels of the image."""
+        """Return points of the square, (0, 0) to (1, 1), in pixels of the image."""
         return (points - 0.5) @ plane_turn(self.roll).mT * self.side + torch.tensor([self.x, self.y])
 
 
 def distinct(squares: list[HeadSquare]) -> list[HeadSquare]:
-    """Keep the best of those that show the same head, the surest first."""
+    """Return the squares sorted by score, without those that overlap a better one."""
     kept: list[HeadSquare] = []
     for s in sorted(squares, key=lambda s: -s.score):
         if all(((s.x - k.x) ** 2 + (s.y - k.y) ** 2) ** 0.5 > 0.5 * max(s.side, k.side) for k in kept):
@@ -43,7 +44,7 @@ def distinct(squares: list[HeadSquare]) -> list[HeadSquare]:
 def cut_square(
     image: Float[Tensor, "channels height width"], square: HeadSquare, size: int
 ) -> Float[Tensor, "channels size size"]:
-    """Cut a turned square and resample it, antialiased; beyond the border the edge is repeated."""
+    """Return a turned square of an image, resampled to `size`² pixels, antialiased; the border is repeated outside."""
     reach = abs(torch.tensor(square.roll).cos()) + abs(torch.tensor(square.roll).sin())
     bound = square.side * float(reach)
     left, top = square.x - bound / 2, square.y - bound / 2
@@ -62,6 +63,6 @@ def cut_square(
 
 
 def plane_turn(roll: float) -> Float[Tensor, "2 2"]:
-    """Rotate directions of the image (x right, y down) clockwise as seen [rad]."""
+    """Return the rotation of image directions (x right, y down) by `roll`, clockwise as seen [rad]."""
     c, s = torch.tensor(roll).cos(), torch.tensor(roll).sin()
     return torch.stack([torch.stack([c, -s]), torch.stack([s, c])])

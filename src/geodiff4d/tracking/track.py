@@ -1,8 +1,8 @@
 """From a photograph or a video to a clip: detect, fit, crop, matte, write.
 
-The clip has one camera, the canonical crop of every frame, a foreground mask, normals where the detector sees them, and
-FLAME-named parameters; what the fit left over stands in its `extra`, and overlay.png or overlay.mp4 shows the tracked
-head on the images.
+The clip has one camera, the canonical crop of every frame, a foreground mask, normals if the detector estimates them,
+and FLAME-named parameters. Its `extra` has the fit's residuals, and overlay.png or overlay.mp4 shows the tracked head
+over the images.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,23 +31,23 @@ from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.source import first_size, focal_length, frame_rate, frames_of, is_video
 
 FrameStream = Callable[[], Iterable[Tensor]]
-"""Streams the frames from the start; called more than once."""
+"""Returns the frames from the start, RGB in [0, 1]; it is called more than once."""
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """How a source becomes a clip."""
+    """How a source is tracked."""
 
     size: int = 256
     """Side of the canonical crop [px]."""
     limit: int | None = None
-    """Read at most so many frames of a video."""
+    """Largest number of frames of a video that are tracked."""
     skip: int = 0
-    """Leave out so many frames of a video first."""
+    """Number of frames at a video's start that are left out."""
     focal_px: float | None = None
-    """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the
-    head's size."""
+    """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the head's size."""
     fit: HeadFitConfig = field(default_factory=HeadFitConfig)
+    """Weights of the fit to the landmarks."""
 
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 4096:
@@ -62,33 +62,36 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class Located:
-    """Where the head is in all frames."""
+    """The head's detections, fit, mesh and crop in all frames."""
 
     detections: list[Detection | None]
     fit: HeadFit
     mesh: PosedHead
     box: Box
-    """The canonical crop of the uncut frames."""
+    """The canonical crop, in pixels of the uncut frames."""
     camera: Camera
-    """Of the crop."""
+    """Camera of the crop, the same in all frames."""
     region: Bool[Tensor, " verts"]
+    """The head without neck and shoulders (`render.crops.head_region`)."""
     focal_source: str
+    """Where the focal length is from: `given`, `exif (… mm)` or `assumed`."""
 
     @property
     def lost(self) -> list[int]:
-        """Frames in which no face was seen: their head is interpolated."""
+        """Return the frames in which no face was seen, whose head is interpolated."""
         return [t for t, d in enumerate(self.detections) if d is None]
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """A tracked image or sequence in memory."""
+    """A tracked image or video in memory."""
 
     images: Float[Tensor, "frames 3 size size"]
     """Canonical crops."""
     masks: Float[Tensor, "frames 1 size size"]
+    """Foreground, 0 to 1."""
     normals: Float[Tensor, "frames 3 size size"] | None
-    """Camera-space unit normals, zero on the background; None where the detector sees none."""
+    """Camera-space unit normals, zero on the background; None if the detector estimates none."""
     camera: Camera
     params: HeadParams
     located: Located
@@ -96,7 +99,7 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Cut:
-    """One frame of the result."""
+    """One tracked frame: the crop, its foreground and its normals."""
 
     image: Float[Tensor, "3 size size"]
     mask: Float[Tensor, "1 size size"]
@@ -107,7 +110,7 @@ def track_frames(
     images: Sequence[Float[Tensor, "3 _height _width"]], head: Head, detector: Detector | None = None,
     config: TrackingConfig = TrackingConfig(), video: bool = True, progress: Progress = silent,
 ) -> Tracked:  # fmt: skip
-    """Track images that are in memory; `video` says that they follow each other, all show one person.
+    """Track images that are in memory; `video` says that they are consecutive frames of one person.
 
     Raises:
         UserError: no image shows a face.
@@ -134,8 +137,7 @@ def track(
 ) -> Clip:  # fmt: skip
     """Track one image or video and write a clip folder.
 
-    `progress(items, description, total)` passes items through (`cli.progress.bar`); without a detector
-    `default_detector` is taken.
+    The detector is `default_detector()` unless one is given.
 
     Raises:
         UserError: the source cannot be read, shows no face, or the detector is not installed. Nothing is written then.
@@ -167,7 +169,7 @@ def track(
         pending: list[Future[None]] = []
 
         def written() -> Iterator[Tensor]:
-            """Write frame by frame; yields how each looks."""
+            """Write frame by frame; yields each frame's overlay."""
             cuts = cut_frames(lambda: progress(frames(), "matting", count), located, config.size)
             for t, cut in enumerate(cuts):
                 writer.add_params(t, result.params[t])
@@ -201,7 +203,7 @@ def locate(
     frames: FrameStream, head: Head, detector: Detector, config: TrackingConfig, video: bool,
     progress: Progress = silent, source: Path | None = None,
 ) -> Located:  # fmt: skip
-    """Detect and fit: where the head is in all frames.
+    """Detect the face in all frames and fit the head to them.
 
     Raises:
         UserError: no frame shows a face.
@@ -222,7 +224,7 @@ def locate(
 
 
 def cut_frames(frames: FrameStream, located: Located, size: int) -> Iterator[Cut]:
-    """Cut out every frame's head with its foreground, the flicker taken out of the masks, and its normals."""
+    """Yield every frame's crop with its foreground, smoothed over time, and its normals."""
     waiting: list[Tensor] = []
     masks: list[Tensor] = []
     work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
@@ -245,7 +247,7 @@ def _finished(crops: list[Tensor], masks: list[Tensor], t: int, located: Located
 
 
 def notes(source: Path, detections: list[Detection | None]) -> list[str]:
-    """Say what a user should know of the detections."""
+    """Return notes for the user: several faces in one image, frames without a face."""
     out = []
     most = max(d.faces for d in detections if d is not None)
     if most > 1:
@@ -271,7 +273,7 @@ def _matte(crop: Tensor, detection: Detection | None, width: int, vertices: Tens
 
 
 def _normal(detection: Detection | None, mask: Tensor, box: Box) -> Tensor | None:
-    """The detector's normals in the crop, unit inside the mask and zero outside."""
+    """Return the detector's normals in the crop, unit inside the mask and zero outside."""
     if detection is None or detection.normal is None:
         return None
     out = _spanned(detection.normal, detection.extent, 0, box, mask.shape[-1])
@@ -280,14 +282,14 @@ def _normal(detection: Detection | None, mask: Tensor, box: Box) -> Tensor | Non
 
 
 def _spanned(values: Tensor, extent: Box | None, width: int, box: Box, size: int) -> Tensor:
-    """Resample what spans `extent` (or the whole image of `width`) to a crop."""
+    """Return values that span `extent` (or the whole image of `width`), resampled to a crop."""
     left, top, side = extent or (0.0, 0.0, float(width))
     scale = values.shape[2] / side
     return crop_image(values.float(), ((box[0] - left) * scale, (box[1] - top) * scale, box[2] * scale), size, fill=0.0)
 
 
 def overlay(cut: Cut, located: Located, t: int) -> Float[Tensor, "3 height width"]:
-    """Draw panels: the image with landmarks, the head's normals over it, the foreground on grey, what normals say."""
+    """Return panels side by side: landmarks, the head's normals, the foreground on grey, the estimated normals."""
     from PIL import Image, ImageDraw
 
     camera, crop, detection = located.camera, cut.image, located.detections[t]

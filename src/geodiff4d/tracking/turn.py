@@ -1,4 +1,4 @@
-"""How a head is turned as a crop of it shows: seen along the ray through its centre, wherever that is."""
+"""A head's rotation relative to the ray through its centre, which is what a crop of it shows."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM
 def apparent_turn(
     skull: Float[Tensor, "n 3 3"], T_cam_world: Float[Tensor, "n 4 4"], centre: Float[Tensor, "n 3"]
 ) -> Float[Tensor, "n 3 3"]:
-    """Rotation head → viewer, seen along the ray through the head's centre (world): what a crop of it can show."""
+    """Return the rotation from head to viewer, relative to the ray through the head's `centre` (world [m])."""
     to_centre = torch.nn.functional.normalize(
         (T_cam_world[:, :3, :3] @ centre[..., None])[..., 0] + T_cam_world[:, :3, 3], dim=-1
     )

@@ -1,1 +1,1 @@
-"""An avatar in the browser: rendered here, steered there."""
+"""The live viewer: an avatar is rendered by this machine and controlled in a browser."""

@@ -1,4 +1,4 @@
-"""A small web server for the viewer: one page, a stream of images (MJPEG), and a place to send changed views to.
+"""A small web server for the viewer: a page, a stream of images (MJPEG), and an endpoint that sets the view.
 
 It binds to this machine alone unless told otherwise, and answers only to its own names, so that no web page elsewhere
 can reach it through a browser (DNS rebinding, cross-site requests).
@@ -20,13 +20,13 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY = 16 * 1024
 BOUNDARY = "image"
 AGAIN_SECONDS, KEEP_SECONDS = 0.2, 5.0
-"""When a still image is sent again: once soon, then to keep the connection."""
+"""Seconds after which a still image is sent again: first soon, so that browsers show it, then as a keep-alive."""
 FIRST_SECONDS = 120.0
-"""The first image waits for the rasteriser's code to be compiled."""
+"""Timeout of the first image, which waits for the rasteriser to be compiled."""
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one studio."""
+    """HTTP server of one studio."""
 
     daemon_threads = True
 
@@ -45,16 +45,16 @@ class Server(ThreadingHTTPServer):
             raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port or --host") from None
 
     def service_actions(self) -> None:
-        """End `serve_forever` with what ended the studio, if something did: nothing new would be shown."""
+        """Raise the studio's failure, if it has one, which ends `serve_forever`."""
         if self.studio.failure is not None:
             raise self.studio.failure
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that goes away in the middle of an image is no error."""
+        """Do nothing: a browser that disconnects during an image is no error."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one browser."""
+    """Handles a browser's requests."""
 
     server: Server
     timeout = 60
@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.end_headers()
 
     def _welcome(self) -> bool:
-        """Refuse requests that were meant for somebody else, or sent by another page."""
+        """Return whether a request was meant for this server and sent by its own page; answer 403 if not."""
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         name = (host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host).strip("[]").lower()
@@ -131,17 +131,17 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(head.encode() + image + edge)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
-        """Keep the terminal quiet."""
+        """Print nothing."""
 
 
 def own_names() -> set[str]:
-    """What this machine calls itself, also with `.local`, as phones on the same network find it."""
+    """Return this machine's host names, also with `.local`, as phones on the same network use."""
     name = socket.gethostname().lower()
     return {name, f"{name.partition('.')[0]}.local"}
 
 
 def is_address(name: str) -> bool:
-    """Tell an IP address from a name."""
+    """Return whether a host is an IP address and not a name."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -150,7 +150,7 @@ def is_address(name: str) -> bool:
 
 
 def about(studio: Studio) -> dict[str, Any]:
-    """Say what the page needs to know."""
+    """Return what the page needs: sliders, sizes and the state, for JSON."""
     low, high = studio.range
     return {
         "sliders": list(studio.sliders), "low": low, "high": high, "frames": len(studio.performance),
@@ -160,10 +160,10 @@ def about(studio: Studio) -> dict[str, Any]:
 
 
 def view_from(value: Any, studio: Studio) -> View:
-    """Read a view that a page sent; everything is brought within its limits.
+    """Return the view that a page sent, with all values clamped to their limits.
 
     Raises:
-        ValueError: something that no page of ours sends.
+        ValueError: a value is not a finite number, or an expression is unknown.
     """
 
     def number(item: Any, low: float, high: float) -> float:

@@ -1,4 +1,4 @@
-"""What the viewer shows: an avatar, a view of it that can be changed, and the latest image."""
+"""Rendering for the viewer: an avatar, a view of it that can be changed, and the latest image."""
 
 import io
 import math
@@ -25,28 +25,29 @@ from geodiff4d.heads.rig import HeadParams
 MAX_PITCH_DEG = 80.0
 ZOOM = (0.3, 3.0)
 COEFFICIENT_SLIDERS = 10
-"""Of heads without named expressions: their first coefficients, ± this many standard deviations."""
+"""Number of sliders of heads without named expressions, one for each of the first coefficients."""
 COEFFICIENT_RANGE = 2.0
+"""Range of these sliders: ± this many standard deviations."""
 JPEG_QUALITY = 88
 
 
 @dataclass(frozen=True)
 class View:
-    """How the avatar is looked at, and what is asked of its face."""
+    """The camera's position around the head, and the expression to show."""
 
     yaw_deg: float = 0.0
     pitch_deg: float = 0.0
     zoom: float = 1.0
     """Distance to the head, relative to the avatar's own camera."""
     expressions: dict[str, float] = field(default_factory=dict)
-    """Added to what the performance does."""
+    """Weights by name, added to the performance's."""
     play: bool = True
-    """Play the performance; otherwise the head is at rest."""
+    """Whether the performance plays; otherwise the head is at rest."""
     normals: bool = False
 
 
 class Studio:
-    """Renders the latest view in a thread of its own, whenever it has changed or a performance plays."""
+    """Renders the current view in its own thread, whenever it changes or a performance plays."""
 
     def __init__(self, avatar: Avatar, performance: Performance, size: int = 384):
         self.avatar, self.performance = avatar, performance
@@ -62,7 +63,7 @@ class Studio:
         self._changed, self._stopped, self._dirty = threading.Condition(), False, True
         self.image, self.number, self.rate = b"", 0, 0.0
         self.failure: Exception | None = None
-        """What ended the rendering before its time."""
+        """Exception that ended the rendering thread."""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> "Studio":
@@ -82,7 +83,7 @@ class Studio:
             self._changed.notify_all()
 
     def follow(self, performance: Iterable[Line | HeadParams]) -> None:
-        """Let the head do what each line says, or what a tracker sees, as it comes; returns when there is no more."""
+        """Move the head by a stream of weights, or of a tracker's parameters, as they come; returns when it ends."""
         driver = LiveDriver(self.avatar)
         for moment in performance:
             if isinstance(moment, Line):
@@ -97,7 +98,7 @@ class Studio:
                 return
 
     def wait(self, seen: int, seconds: float = 5.0) -> tuple[bytes, int]:
-        """Return the first image (JPEG) after number `seen`, or the latest when time is up."""
+        """Return the first image (JPEG) after number `seen`, or the latest after `seconds`, and its number."""
         with self._changed:
             self._changed.wait_for(lambda: self.number > seen or self._stopped, seconds)
             return self.image, self.number
