@@ -24,6 +24,7 @@ from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
+from geodiff4d.evaluate.demo_report import Scored, write_overview, write_report
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
@@ -77,17 +78,6 @@ class Stopwatch:
         return {**self.seconds, "total": round(time.monotonic() - self.begun, 2)}
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What a scored pair leaves for the report."""
-
-    pair: Pair
-    shots: Driving
-    truth: Truth
-    generated: Generated
-    warp: Generated
-
-
 def run_demo(
     out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Progress = silent
 ) -> dict[str, Any]:
@@ -95,8 +85,6 @@ def run_demo(
 
     Finished stages of the same configuration and weights are kept, so an interrupted demo goes on where it was.
     """
-    from geodiff4d.evaluate.demo_report import write_overview, write_report
-
     out = Path(out)
     p, head, model, watch = config.preset, load_head(), load_model(model_folder), Stopwatch()
     sample = replace(config.sample or p.sample, seed=config.seed)

@@ -1,6 +1,7 @@
 """The demo's page: what went in, what came out beside the truth, and the figures with their intervals."""
 
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch.nn.functional import interpolate as resize
 from geodiff4d.avatar.drive import head_centre, turned
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.images import encode_normals, read_image, write_image
-from geodiff4d.evaluate.demo import Scored
-from geodiff4d.evaluate.metrics import PairScores
+from geodiff4d.evaluate.metrics import PairScores, Truth
 from geodiff4d.evaluate.pairs import Pair
 from geodiff4d.evaluate.report import Grid, Note, Plot, Report, Section, Table, Video, build_report, interval_plot
+from geodiff4d.pipeline import Driving
+from geodiff4d.video.generate import Generated
 
 METHODS = {
     "generated": "video model",
@@ -28,6 +30,17 @@ METHODS = {
 ASIDE = ("control: another's portrait", "control: no expression", "pose map as normals", "codec's ceiling")
 MEASURES = {"psnr_fg": "PSNR, foreground [dB]", "psnr_face": "PSNR, mouth and eyes [dB]",
             "normal_deg": "normals off by [°]", "sharpness": "sharpness (truth = 1)"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a scored pair leaves for the report."""
+
+    pair: Pair
+    shots: Driving
+    truth: Truth
+    generated: Generated
+    warp: Generated
 
 
 def write_report(
