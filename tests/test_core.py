@@ -469,6 +469,10 @@ def made(target, mark):
         (folder / mark).write_text("{}")
 
 
+def in_it(folder):
+    return {p.name for p in folder.iterdir()} - {files.MARKER}
+
+
 def test_tensors_are_as_readable_as_other_files(tmp_path):
     (tmp_path / "text").write_text("")
     files.save_tensors({"a": torch.arange(6.0).reshape(2, 3).T}, tmp_path / "a.safetensors", {"step": "3"})
@@ -482,11 +486,24 @@ def test_a_fresh_folder_replaces_the_old_one_only_on_success(tmp_path):
     with pytest.raises(KeyboardInterrupt), files.fresh_folder(target) as folder:
         (folder / "b").write_text("2")
         raise KeyboardInterrupt
-    assert [p.name for p in target.iterdir()] == ["config.json"]
+    assert in_it(target) == {"config.json"}
     (target / ".DS_Store").touch()
     made(target, "side_by_side.mp4")
-    assert [p.name for p in target.iterdir()] == ["side_by_side.mp4"]
+    assert in_it(target) == {"side_by_side.mp4"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_fresh_folder_with_a_users_file_in_it_is_kept(tmp_path):
+    """What the marker does not list is somebody's, and so is all of a folder that has lost its marker."""
+    made(tmp_path / "out", "config.json")
+    (tmp_path / "out/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="did not write: give --out a new or empty"):
+        made(tmp_path / "out", "config.json")
+    (tmp_path / "out/notes.txt").unlink()
+    made(tmp_path / "out", "config.json")
+    (tmp_path / "out" / files.MARKER).unlink()
+    with pytest.raises(UserError, match="did not write: give --out a new or empty"):
+        made(tmp_path / "out", "config.json")
 
 
 def test_a_fresh_folder_leaves_what_is_not_ours(tmp_path, monkeypatch):
@@ -521,7 +538,7 @@ def test_a_fresh_folder_follows_a_link(tmp_path):
     made(tmp_path / "disk", "config.json")
     (tmp_path / "out").symlink_to("disk")
     made(tmp_path / "out", "scores.json")
-    assert (tmp_path / "out").is_symlink() and [p.name for p in (tmp_path / "disk").iterdir()] == ["scores.json"]
+    assert (tmp_path / "out").is_symlink() and in_it(tmp_path / "disk") == {"scores.json"}
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -538,7 +555,7 @@ def test_a_fresh_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path,
     monkeypatch.setattr(files.os, "replace", fails)
     with pytest.raises(OSError, match="broken"):
         made(tmp_path / "out", "scores.json")
-    assert all(whole) and [p.name for p in tmp_path.rglob("*")] == ["out", "config.json"]
+    assert all(whole) and in_it(tmp_path) == {"out"} and in_it(tmp_path / "out") == {"config.json"}
 
 
 def test_two_writers_do_not_mix_and_the_dead_leave_nothing(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from geodiff4d.avatar.model import Avatar, render_splats
 from geodiff4d.avatar.ply import read_ply, write_ply
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import MARKER
 from geodiff4d.heads import flame, load_head
 
 
@@ -78,7 +79,7 @@ def test_ply_reads_back_as_the_same_image(avatar, tmp_path):
 def test_sequence_is_whole_or_absent(avatar, tmp_path):
     export_sequence(avatar, own_performance(avatar), tmp_path / "all")
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == [
-        *(f"frame_{i:05d}.ply" for i in range(3)), "sequence.json",
+        MARKER, *(f"frame_{i:05d}.ply" for i in range(3)), "sequence.json",
     ]  # fmt: skip
     about = json.loads((tmp_path / "all/sequence.json").read_text())
     assert about["frames"] == 3 and about["fps"] == 12

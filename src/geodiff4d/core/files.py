@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,8 @@ from geodiff4d.core.packing import unpacked
 SHARD_BYTES = 15_000_000
 MAX_ARRAYS_BYTES = 256 * 1024**2
 """What an .npz of a user's may unpack to; tracks of heads have some megabytes."""
-WRITTEN = {
-    "transforms.json": "transforms_*.json canonical_flame_param.npz images fg_masks normals flame_param reference.png "
-    "reference_normal.png expression_tokens.safetensors overlay.png overlay.mp4",
-    "config.json": "model*.safetensors diffusion_pytorch_model*.safetensors avatar.safetensors params.npz preview.png "
-    "metrics.json fit.json log.jsonl gaussian_avatars.npz",
-    "point_cloud.ply": "flame_param.npz geodiff4d.npz",
-    "sequence.json": "frame_*.ply",
-    "side_by_side.mp4": "video.mp4 normals.mp4",
-    "scores.json": "driver_c*.png video_model_c*.png mesh_warp_c*.png truth_*.png",
-}
-"""The folders that we write: the file that each has, and what may stand beside it."""
+MARKER = ".geodiff4d"
+"""In every folder that we write whole: the names in it, one a line, so that nothing else is ever replaced."""
 STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file browsers leave."""
 
@@ -127,17 +117,17 @@ def refuse_foreign(path: Path, *inputs: Path) -> Path:
 
 
 def _is_ours(folder: Path) -> bool:
-    names = {p.name for p in folder.iterdir()}.difference(STRAY)
-    for mark, beside in WRITTEN.items():
-        if mark in names and all(name == mark or any(fnmatch(name, p) for p in beside.split()) for name in names):
-            # Others write NeRF-style folders as well.
-            return mark != "transforms.json" or '"geodiff4d"' in (folder / mark).read_text(errors="replace")[:1000]
-    return not names
+    """Whether everything in a folder was written by us; nothing is, too."""
+    marker = folder / MARKER
+    known = marker.read_text(errors="replace").splitlines() if marker.is_file() else []
+    return {p.name for p in folder.iterdir()} <= {MARKER, *STRAY, *known}
 
 
 @contextmanager
 def fresh_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` only if the block succeeds.
+
+    What is in it then is noted in its `MARKER`: a later call replaces that, and nothing else.
 
     Raises:
         UserError: what is there is not ours to replace (`refuse_foreign`).
@@ -149,6 +139,8 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        names = sorted(p.name for p in temporary.iterdir())
+        (temporary / MARKER).write_text("".join(f"{name}\n" for name in names))
         # Renamed, not removed: whenever the process dies, one of the two is whole.
         if path.exists():
             os.replace(path, old)
