@@ -24,7 +24,7 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, read_arrays
 from geodiff4d.core.geometry import look_at, matrix_to_quat, quat_multiply
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import SKULL_JOINT, Head, HeadParams
 
 VERTS, FACES, SHAPES, EXPRS = 5143, 10144, 300, 100
 POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
@@ -218,7 +218,7 @@ def _view(ours: dict[str, np.ndarray], head: Head, sequence: HeadParams) -> tupl
             ours["fps"]
         )
     mesh = head.pose(sequence[0])
-    T = mesh.T_world_joint[1]
+    T = mesh.T_world_joint[SKULL_JOINT]
     centre = mesh.vertices.mean(0)
     eye = centre + T[:3, :3] @ torch.tensor([0.0, 0.0, 1.0])
     return Camera(look_at(eye, centre, torch.tensor([0.0, 1.0, 0.0])), pinhole(1280.0, 512, 512), 512, 512), FPS

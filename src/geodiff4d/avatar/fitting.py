@@ -18,7 +18,7 @@ from geodiff4d.avatar.model import Avatar, AvatarFrame, render_splats
 from geodiff4d.avatar.refine import Refinement
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import optimiser_tensors, restore_optimiser
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import SKULL_JOINT, Head, HeadParams
 
 LAST_RATE = 0.05
 """Learning rates of Gaussians and networks at the end, as a share of those at the start."""
@@ -221,7 +221,7 @@ def frontal(frames: FitFrames, head: Head, sequence: HeadParams) -> int:
     """Return the frame whose camera looks most squarely at the face."""
 
     def score(index: int) -> float:
-        T = head.pose(sequence[frames.row(index)]).T_world_joint[1].cpu()
+        T = head.pose(sequence[frames.row(index)]).T_world_joint[SKULL_JOINT].cpu()
         face = T[:3, :3] @ torch.tensor([0.0, 0.0, 1.0])
         centre = T[:3, :3] @ head.template.mean(0).cpu() + T[:3, 3]
         return float(torch.nn.functional.normalize(frames.camera(index).position - centre, dim=0) @ face)

@@ -25,6 +25,7 @@ from geodiff4d.evaluate.cases import Case, Recording
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.pairs import FACE_MARGIN_PX, FACE_REGIONS
 from geodiff4d.heads import Head, HeadParams
+from geodiff4d.heads.rig import SKULL_JOINT
 from geodiff4d.pipeline import load_portrait
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
@@ -36,8 +37,6 @@ from geodiff4d.world.subject import SyntheticSubject
 from geodiff4d.world.tracker_error import disturbed
 
 Tracking = Literal["pixels", "clip"]
-SKULL = 1
-"""The joint that carries the head (its name is neck)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def prepare_case(out: Path, case: Case, head: Head, size: int, tracking: Trackin
 
 def head_yaw(head: Head, params: HeadParams, camera: Camera) -> Float[Tensor, " frames"]:
     """How far a head looks past the camera, sideways [rad]."""
-    R = camera.T_cam_world[:3, :3] @ head.pose(params).T_world_joint[:, SKULL, :3, :3]
+    R = camera.T_cam_world[:3, :3] @ head.pose(params).T_world_joint[:, SKULL_JOINT, :3, :3]
     return torch.atan2(R[:, 0, 2], -R[:, 2, 2])
 
 

@@ -22,7 +22,7 @@ from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.evaluate.metrics import normal_deg
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import SKULL_JOINT, Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_region
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.tracking.detect import Detection, Detector
@@ -30,7 +30,6 @@ from geodiff4d.tracking.track import Cut, Tracked, TrackingConfig, overlay, trac
 from geodiff4d.world import SyntheticSubject, random_expression
 from geodiff4d.world.seeds import Split, generator
 
-SKULL_JOINT = 1
 YAW_BINS = (0.0, 15.0, 30.0, 45.0, 75.0)
 CHUNK, SHOWN = 20, 24
 """Pictures that are in memory at once, and overlays of each detector on its sheet."""

@@ -23,6 +23,9 @@ from geodiff4d.core.topology import vertex_normals
 
 JOINTS = ("root", "neck", "jaw", "left_eye", "right_eye")
 PARENTS = (-1, 0, 1, 1, 1)
+SKULL_JOINT = JOINTS.index("neck")
+"""The neck joint carries the skull: jaw and eyes hang on it."""
+EYE_JOINTS = JOINTS.index("left_eye"), JOINTS.index("right_eye")
 
 
 @dataclass(frozen=True)

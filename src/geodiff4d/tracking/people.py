@@ -19,7 +19,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.images import composite, encode_normals
-from geodiff4d.heads.rig import HeadParams
+from geodiff4d.heads.rig import SKULL_JOINT, HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import openhead, orbit, world_region
 from geodiff4d.tracking.points import SurfacePoints, choose_points
@@ -27,7 +27,6 @@ from geodiff4d.tracking.turn import apparent_turn
 from geodiff4d.world import SyntheticSubject, random_expression
 from geodiff4d.world.seeds import Split, generator
 
-SKULL_JOINT = 1
 SURROUND = 1.25
 """Side of the pictures over the side of the canonical crop: shoulders and hair are in it."""
 

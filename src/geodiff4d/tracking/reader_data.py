@@ -21,7 +21,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import write_json
 from geodiff4d.core.progress import Progress, advancing, silent
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import EYE_JOINTS, SKULL_JOINT, Head, HeadParams
 from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.tracking.face_square import face_square
 from geodiff4d.tracking.points import choose_points
@@ -38,7 +38,6 @@ from geodiff4d.world.seeds import Split, generator
 
 MARGIN = 1.35
 """Side of the stored pictures over the side of the square that the reader looks at: room to cut sloppily."""
-SKULL_JOINT, EYE_JOINTS = 1, (3, 4)
 PULL = 1e-3
 """How strongly labels hold on to the drawn actions, in squared metres of the summed motion of a whole coefficient."""
 MOST = 1.5

@@ -1,12 +1,12 @@
 """Processes that train one model together must start alike: what they start from is compared, not assumed."""
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import nn
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.fingerprint import fingerprint
 
 
 @torch.no_grad()
@@ -36,10 +36,10 @@ def agree(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
         return
     from accelerate.utils import gather_object
 
-    told = {name: _digest(repr(value)) for name, value in known.items()}
+    told = {name: fingerprint(value) for name, value in known.items()}
     told["torch"] = torch.__version__
     heads = [p.detach().flatten()[:16].float().cpu() for p in model.parameters()]
-    told["weights to start from"] = _digest(torch.cat(heads).numpy().tobytes())
+    told["weights to start from"] = fingerprint(torch.cat(heads))
     everyone = gather_object([told])
     differing = [name for name in told if len({other[name] for other in everyone}) > 1]
     if differing:
@@ -47,7 +47,3 @@ def agree(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
             f"the {accelerator.num_processes} processes disagree about their {' and their '.join(differing)}: give all "
             "hosts the same command, the same version and one --out on a file system they share"
         )
-
-
-def _digest(value: str | bytes) -> str:
-    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()

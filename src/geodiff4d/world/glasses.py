@@ -5,10 +5,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.heads.rig import EYE_JOINTS
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.world import atlas
 from geodiff4d.world.deferred import WET
-from geodiff4d.world.mesh import EYE_JOINTS, Piece
+from geodiff4d.world.mesh import Piece
 from geodiff4d.world.traits import Traits
 
 SIDES, AROUND = 6, 32

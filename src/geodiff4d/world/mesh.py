@@ -8,17 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import EYE_JOINTS, SKULL_JOINT, Head, HeadParams
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.world import atlas
 from geodiff4d.world.bust import RINGS, bust, skirt
 from geodiff4d.world.deferred import STRAND, SURFACE, WET
 from geodiff4d.world.draw import normals_of
 from geodiff4d.world.openness import openness
-
-SKULL_JOINT = 1
-"""The neck joint carries the whole head in FLAME's rig."""
-EYE_JOINTS = 3, 4
 
 
 @dataclass(frozen=True)
