@@ -8,6 +8,7 @@ Portrait and driver are made-up people here. With your own, tracked by `geodiff4
     driving = load_driving(Clip(Path("runs/talking")), head, model.config.expression.size)
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from geodiff4d.evaluate.pairs import make_pair
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.presets import preset
-from geodiff4d.video.generate import generate, with_identity_of
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import with_identity_of
 
 
 def main(out: Path, model: Path | None = None, frames: int = 8, name: str = "embedded") -> None:
@@ -35,11 +37,10 @@ def main(out: Path, model: Path | None = None, frames: int = 8, name: str = "emb
     size, crop = video_model.config.size, video_model.config.expression.size
     pair = make_pair(out / "people", head, 0, frames, size, crop)
 
-    params = with_identity_of(pair.portrait, pair.driving.params)  # the driver's motion, the portrait's shape
-    cameras = pair.portrait.camera.expand(frames)
-    made = generate(
-        video_model, head, pair.portrait, params, cameras, pair.driving.crops, preset(name).sample
-    )  # fmt: skip
+    # The driver's motion, the portrait's shape.
+    driving = replace(pair.driving, params=with_identity_of(pair.portrait, pair.driving.params))
+    request = GenerationRequest(pair.portrait, driving, head)
+    made = DiffusionGenerator(video_model, preset(name).sample).generate(request, pair.portrait.camera.expand(frames))
 
     write_video(out / "video.mp4", made.rgb, pair.driving.fps)
     write_video(out / "normals.mp4", encode_normals(made.normal, torch.ones_like(made.mask)), pair.driving.fps)

@@ -14,7 +14,7 @@ from geodiff4d.core.images import write_image
 from geodiff4d.evaluate.pairs import make_pair
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import load_model
-from geodiff4d.video.generate import condition_images, lifted
+from geodiff4d.video.conditions import condition_images, lifted
 from geodiff4d.video.sample import SampleConfig, sample
 
 

@@ -48,10 +48,10 @@ def given(source: Path, **options) -> GenerationArgs:
 )
 def test_the_part_of_the_driver_that_was_asked_for_is_taken(tracked_clip, capsys, options, expected):
     args = given(tracked_clip, **options)
-    job = prepare(args, set_up(args), silent, limit=4)
+    request = prepare(args, set_up(args), silent, limit=4)
     clip = Clip(tracked_clip)
     want = torch.stack([clip.params(t).expr for t in expected])
-    assert torch.equal(job.driving.params.expr, want)
+    assert torch.equal(request.driving.params.expr, want)
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["note: portrait: two faces", "note: driving: two faces"]
     longer = "is longer than needed: 4 of its 6 frames, from 0 s to 0.4 s; --frames takes more, --start another part"
@@ -120,7 +120,7 @@ def test_frames_are_as_many_for_each_camera():
 def test_the_preset_is_the_models(model):
     """A model of the paper's schedule, sampled by embedded's single step, would show noise."""
     debug = load_model(model)
-    assert default_preset(None).name == default_preset(debug).name == "embedded"
+    assert default_preset(debug).name == "embedded"
     debug.config = replace(debug.config, diffusion=DiffusionConfig())
     assert default_preset(debug).name == "paper"
 
@@ -164,7 +164,7 @@ def test_a_gpu_is_used_where_there_is_one(monkeypatch, model, tracked_clip):
     asked = []
     monkeypatch.setattr("geodiff4d.pipeline.placed_on", lambda m, device: asked.append(device.type) or m)
     args = replace(given(tracked_clip), generator="diffusion", model=model, memory="offload")
-    assert set_up(args).sample.offload and asked == ["cuda"]
+    assert set_up(args).generator.sample.offload and asked == ["cuda"]
 
 
 def test_a_reconstruction_that_needs_a_gpu_says_so_first(monkeypatch, tracked_clip, tmp_path):

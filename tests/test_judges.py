@@ -25,11 +25,11 @@ from geodiff4d.evaluate.judges import MEASURES, Judges, quantised
 from geodiff4d.evaluate.lpips import Lpips
 from geodiff4d.evaluate.observe import Observed, expression_distance, keypoint_distance
 from geodiff4d.heads import HeadParams, load_head
-from geodiff4d.pipeline import warp_frames
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import orbit, world_region
 from geodiff4d.tracking.detect import Detection
-from geodiff4d.video.generate import Portrait
+from geodiff4d.video.generate import GenerationRequest, WarpGenerator
+from geodiff4d.video.inputs import Driving, Portrait
 from geodiff4d.world import SyntheticSubject
 from geodiff4d.world.subject import plain_seed
 from geodiff4d.world.tracker_error import disturbed
@@ -230,5 +230,6 @@ def test_mesh_warp_shows_the_reference_again(head):
     out = subject.render(true, view, supersample=1)
     params = disturbed(true, 3)
     portrait = Portrait(out.rgb[0], out.mask[0], view[0], params[0])
-    again = warp_frames(portrait, HeadParams.stack([portrait.params]), head, Camera.stack([portrait.camera]))
+    own = Driving(HeadParams.stack([portrait.params]), portrait.on_grey[None])
+    again = WarpGenerator().generate(GenerationRequest(portrait, own, head), Camera.stack([portrait.camera]))
     assert float(metrics.psnr(again.rgb, portrait.on_grey[None], portrait.mask[None])) >= 30

@@ -7,30 +7,26 @@ import torch
 
 from flame_files import arrays, write_beside, write_model
 from geodiff4d import pipeline
+from geodiff4d.avatar.config import FitConfig
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.evaluate.demo import _forget_others as forget_others
+from geodiff4d.evaluate.demo import forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
 from geodiff4d.evaluate.pairs import scored_shots, silhouette_orbit, truth_frames
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import (
     Shot,
-    animate,
     clip_cameras,
     driver_clip_index,
     following,
-    load_driving,
-    load_portrait,
     plan_shots,
-    resized_frame,
-    still_head,
     synthesize,
 )
 from geodiff4d.presets import PRESETS
 from geodiff4d.render import crops as cuts
 from geodiff4d.render.viewpoints import world_region
-from geodiff4d.video.generate import with_identity_of
-from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.generate import DiffusionGenerator, Generated, GenerationRequest, Generator, WarpGenerator
+from geodiff4d.video.inputs import load_driving, load_portrait, resized_frame, still_head, with_identity_of
 
 SIZE, VIEWS, FRAMES = 48, 3, 6
 HEAD_POSE = ("rotation", "neck_pose", "translation")
@@ -41,11 +37,16 @@ def head():
     return load_head()
 
 
+def asked(pair, head, **changes) -> GenerationRequest:
+    """A request of a pair, or one with another portrait or driving."""
+    return replace(GenerationRequest(pair.portrait, pair.driving, head), **changes)
+
+
 @pytest.fixture(scope="module")
 def warped(pair, head, tmp_path_factory):
     """A clip of three cameras, two shots each, of a driver of three frames."""
     out = tmp_path_factory.mktemp("pipeline") / "clip"
-    return synthesize(pair.portrait, pair.driving, out, head, "warp", views=VIEWS, frames=FRAMES)
+    return synthesize(asked(pair, head), WarpGenerator(), out, views=VIEWS, frames=FRAMES)
 
 
 # Shots and cameras
@@ -85,7 +86,7 @@ def test_a_flame_head_makes_a_clip_too(pair, tmp_path):
     xy, _ = cameras.project(points.expand(VIEWS, -1, -1))
     torch.testing.assert_close((xy.amax(1) - xy.amin(1)).amax(1), torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)
     driving = replace(pair.driving, params=rest)
-    clip = synthesize(portrait, driving, tmp_path / "clip", flame, "warp", views=1, frames=1)
+    clip = synthesize(GenerationRequest(portrait, driving, flame), WarpGenerator(), tmp_path / "clip", 1, 1)
     clip.require_head(flame.name)
     assert len(clip) == 1
 
@@ -171,7 +172,7 @@ def test_untracked_clips_are_refused(pair, head, tmp_path):
     clip = Clip(tmp_path / "bare")
     with pytest.raises(UserError, match="run `geodiff4d track` on the video"):
         load_driving(clip, head, 32)
-    with pytest.raises(UserError, match="run `geodiff4d track` on the picture"):
+    with pytest.raises(UserError, match="run `geodiff4d track` on the image"):
         load_portrait(clip, SIZE)
 
 
@@ -209,15 +210,46 @@ def test_the_warp_shows_the_portrait_where_the_truth_is(pair, head):
     shots, params, cameras = scored_shots(pair, head, VIEWS, 3, SIZE)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
     truth = truth_frames(pair, head, params, cameras)
-    made = animate(pair.portrait, shots, "warp", None, head, cameras, SampleConfig())
+    made = WarpGenerator().generate(asked(pair, head, driving=shots), cameras)
     found, blank = (score(truth, x, made.normal) for x in (made.rgb, torch.full_like(truth.rgb, 0.5)))
     assert found["psnr_fg"] > blank["psnr_fg"] + 2 and found["normal_deg"] < 45
     assert (silhouette_iou(made.mask, truth.mask) > 0.5).all()
 
 
-def test_diffusion_needs_a_model(pair, head, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="needs a model"):
-        animate(pair.portrait, pair.driving, "diffusion", None, head, pair.portrait.camera.expand(3), SampleConfig())
+@pytest.mark.parametrize("kind", ["diffusion", "warp"])
+def test_generators_answer_alike(pair, head, model, kind):
+    """One request, whoever answers: frames on grey, unit normals where there is foreground, tokens, on the CPU."""
+    generator: Generator = WarpGenerator()
+    if kind == "diffusion":
+        generator = DiffusionGenerator(pipeline.load_model(model), PRESETS["debug"].sample)
+    assert isinstance(generator, Generator) and generator.about()["generator"] == kind
+    image, mask = (
+        torch.nn.functional.interpolate(x[None], (64, 64))[0] for x in (pair.portrait.image, pair.portrait.mask)
+    )
+    portrait = replace(pair.portrait, image=image, mask=mask, camera=pair.portrait.camera.resized(64, 64))
+    driving = replace(pair.driving, params=with_identity_of(portrait, pair.driving.params))
+    request, shown = GenerationRequest(portrait, driving, head), []
+
+    def progress(items, description="", total=None):
+        for item in items:
+            yield item
+            shown.append(item)
+
+    camera = portrait.camera.expand(3)
+    made = generator.generate(request, camera, progress)
+    assert isinstance(made, Generated) and shown == [0, 1, 2]
+    assert made.rgb.shape[:2] == made.normal.shape[:2] == (3, 3) and made.mask.shape[:2] == (3, 1)
+    assert made.rgb.shape[2:] == made.normal.shape[2:] == made.mask.shape[2:] and made.tokens.shape[0] == 3
+    assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.mask.min() >= 0 and made.mask.max() <= 1
+    nothing = made.mask == 0
+    assert (made.rgb - 0.5).abs()[nothing.expand_as(made.rgb)].sum() == 0
+    length = made.normal.norm(dim=1, keepdim=True)
+    assert length[nothing].sum() == 0 and ((length < 1e-3) | ((length - 1).abs() < 1e-2)).all()
+    again = generator.generate(request, camera)
+    assert torch.equal(again.rgb, made.rgb)
+
+
+def test_diffusion_needs_a_model(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "SHIPPED_MODEL", tmp_path / "nowhere")
     with pytest.raises(UserError, match="no shipped model: give --model"):
         pipeline.load_model()
@@ -231,34 +263,54 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
         out.mkdir()
         (out / "metrics.json").write_text("{}")
 
-    monkeypatch.setattr("geodiff4d.pipeline.fit", fit)
+    monkeypatch.setattr(pipeline, "fit", fit)
     for _ in range(2):
         pipeline.reconstruct(
-            pair.portrait, pair.driving, tmp_path / "run", head, "warp", None, PRESETS["debug"].fit, views=1, frames=2
-        )  # fmt: skip
+            asked(pair, head), WarpGenerator(), tmp_path / "run", PRESETS["debug"].fit, views=1, frames=2
+        )
         stamp = (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns
         assert calls == [2]
         monkeypatch.setattr(pipeline, "synthesize", None)
     assert (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns == stamp
 
 
-def test_a_folder_keeps_to_one_reconstruction(pair, head, tmp_path, monkeypatch):
-    monkeypatch.setattr("geodiff4d.pipeline.fit", lambda *a: None)
+def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monkeypatch):
+    """Whatever changes the result is noticed; what only changes how much memory sampling takes is not."""
+    for stage in ("synthesize", "fit"):
+        monkeypatch.setattr(pipeline, stage, lambda *a: None)
+    sampling, network = PRESETS["debug"].sample, pipeline.load_model(model)
+    other_network = pipeline.load_model(model)
+    other_network.unet.conv_in.weight.data += 0.1
+    out = tmp_path / "run"
 
-    def go(portrait=pair.portrait, driving=pair.driving, out=tmp_path / "run", frames=2, **options):
-        pipeline.reconstruct(portrait, driving, out, head, "warp", None, PRESETS["debug"].fit, 1, frames, **options)
+    plain = {"request": asked(pair, head), "generator": DiffusionGenerator(network, sampling), "config": FitConfig(),
+             "views": 1, "frames": 2}  # fmt: skip
+
+    def go(**options):
+        pipeline.reconstruct(out=out, **plain | options)
 
     go()
-    go(sample=SampleConfig(offload=True, together=False, chunk=1))
+    go(generator=DiffusionGenerator(network, replace(sampling, offload=True, together=False, chunk=1)))
     dimmed = replace(pair.portrait, image=pair.portrait.image * 0.9)
     others: list[dict] = [
-        {"portrait": dimmed}, {"driving": pair.driving.select([1, 0])}, {"frames": 3}, {"seed": 1},
-        {"sample": SampleConfig(steps=3)},
-    ]  # fmt: skip
+        {"request": asked(pair, head, portrait=dimmed)},
+        {"request": asked(pair, head, driving=pair.driving.select([1, 0]))},
+        {"request": asked(pair, replace(head, template=head.template * 1.01))},
+        {"views": 2},
+        {"frames": 3},
+        {"seed": 1},
+        {"config": FitConfig(iterations=7)},
+        {"generator": WarpGenerator()},
+        {"generator": DiffusionGenerator(other_network, sampling)},
+        {"generator": DiffusionGenerator(network, replace(sampling, steps=3))},
+        {"generator": DiffusionGenerator(network, sampling, drop_expression=True)},
+    ]
     for other in others:
         with pytest.raises(UserError, match="holds another reconstruction: give --out a new folder"):
             go(**other)
-    (tmp_path / "run/reconstruction.json").unlink()
+    (out / "reconstruction.json").unlink()
+    (out / "clip").mkdir()
+    (out / "clip" / "transforms.json").touch()
     with pytest.raises(UserError, match="holds another reconstruction"):
         go()
 

@@ -26,9 +26,11 @@ from geodiff4d.data.pairs import PairConfig, draw_pairs
 from geodiff4d.data.store import Store, StoreConfig
 from geodiff4d.heads import load_head
 from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.conditions import condition_images, lifted, moved_by
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
-from geodiff4d.video.generate import Portrait, condition_images, generate, lifted, moved_by
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import Driving, Portrait
 from geodiff4d.video.model import (
     ConditionImages,
     Conditions,
@@ -444,19 +446,16 @@ def test_a_portrait_is_driven(codec, name):
     head, model = load_head("openhead"), build(VARIANTS[name], codec)
     view, g = cameras(head, 0.0)[0], torch.Generator().manual_seed(0)
     portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), view, head.neutral())
-    made = generate(
-        model, head, portrait, head.neutral(2), cameras(head, -0.3, 0.4), torch.rand(2, 3, 16, 16, generator=g), FAST
-    )
+    request = GenerationRequest(portrait, Driving(head.neutral(2), torch.rand(2, 3, 16, 16, generator=g)), head)
+    generator, views = DiffusionGenerator(model, FAST), cameras(head, -0.3, 0.4)
+    made = generator.generate(request, views)
     assert made.rgb.shape == made.normal.shape == (2, 3, SIZE, SIZE) and made.mask.shape == (2, 1, SIZE, SIZE)
     assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.tokens.shape == (2, 4, 4)
     length = made.normal.norm(dim=1)
     assert ((length < 1e-3) | ((length - 1).abs() < 1e-2)).all()
     if name == "embedded":
         normal = torch.nn.functional.normalize(torch.randn(3, SIZE, SIZE, generator=g), dim=0)
-        own = generate(
-            model, head, replace(portrait, normal=normal), head.neutral(2), cameras(head, -0.3, 0.4),
-            torch.rand(2, 3, 16, 16, generator=g), FAST,
-        )  # fmt: skip
+        own = generator.generate(replace(request, portrait=replace(portrait, normal=normal)), views)
         assert not torch.equal(own.rgb, made.rgb)
 
 
@@ -465,7 +464,8 @@ def test_a_black_and_white_portrait_stays_so(codec, name):
     head, model = load_head("openhead"), build(VARIANTS[name], codec)
     picture = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
     portrait = Portrait(picture, torch.ones(1, SIZE, SIZE), cameras(head, 0.0)[0], head.neutral())
-    made = generate(model, head, portrait, head.neutral(1), cameras(head, 0.4), torch.rand(1, 3, 16, 16), FAST)
+    request = GenerationRequest(portrait, Driving(head.neutral(1), torch.rand(1, 3, 16, 16)), head)
+    made = DiffusionGenerator(model, FAST).generate(request, cameras(head, 0.4))
     assert (made.rgb.amax(1) - made.rgb.amin(1)).max() < 1e-5
 
 
@@ -483,14 +483,15 @@ def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
 
     monkeypatch.setattr("geodiff4d.video.generate.sample", spy)
     crops = torch.rand(2, 3, 16, 16, generator=g)
-    given = (model, head, portrait, head.neutral(2), cameras(head, -0.3, 0.4), crops)
-    generate(*given, FAST)
+    request = GenerationRequest(portrait, Driving(head.neutral(2), crops), head)
+    generator, views = DiffusionGenerator(model, FAST), cameras(head, -0.3, 0.4)
+    generator.generate(request, views)
     own = [codec.encode(x[None])[0] for x in (portrait.on_grey, encode_normals(normal, mask))]
     torch.testing.assert_close(starts.pop(), torch.stack(own)[None])
     # Without an estimator's, the normals are the model's own: sampled from noise.
-    generate(*given[:2], replace(portrait, normal=None), *given[3:], FAST)
+    generator.generate(replace(request, portrait=replace(portrait, normal=None)), views)
     assert starts[0] is None and torch.equal(starts[1][:, 0], codec.encode(picture[None]))
-    generate(*given, replace(FAST, start="noise"))
+    DiffusionGenerator(model, replace(FAST, start="noise")).generate(request, views)
     assert starts[2] is None
 
 

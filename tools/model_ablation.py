@@ -41,8 +41,9 @@ from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batch, Batches, encode_store
+from geodiff4d.video.conditions import condition_images, lifted, moved_by
 from geodiff4d.video.expression import ExpressionEncoder
-from geodiff4d.video.generate import Portrait, condition_images, driving_crop, lifted, moved_by
+from geodiff4d.video.inputs import Portrait, driving_crop
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.outline import BARE, coverage
 from geodiff4d.video.sample import sample
@@ -247,7 +248,7 @@ def frames_of(
 ) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 3 height width"] | None]:
     """Generate (rgb, normals) in one step, as decoded.
 
-    `generate` sets frames on grey by their own normals, which not every variant has.
+    `DiffusionGenerator` sets frames on grey by their own normals, which not every variant has.
     """
     portrait = lifted(head, case.portrait, model.config.surroundings)
     own = condition_images(

@@ -22,16 +22,17 @@ from geodiff4d.core.files import read_json, write_json
 from geodiff4d.evaluate.metrics import Truth, bootstrap, paired_difference, score
 from geodiff4d.evaluate.pairs import make_pair, scored_shots, truth_frames
 from geodiff4d.heads import Head, load_head
-from geodiff4d.pipeline import Driving, animate, load_model
+from geodiff4d.pipeline import load_model
 from geodiff4d.presets import preset
-from geodiff4d.video.generate import Portrait, with_identity_of
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 
 MEASURES = {"psnr_fg": 2, "psnr_face": 2, "ssim": 3, "normal_deg": 2, "sharpness": 2}
 """Digits that the table shows."""
 WAYS = {"preset": preset("embedded").sample, "paper": SampleConfig()}
-Shots = tuple[Portrait, Driving, Camera, Truth]
+Shots = tuple[GenerationRequest, Camera, Truth]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def main(args: Args) -> None:
     for way, config in WAYS.items():
         for n in args.steps:
             print(f"{time.strftime('%H:%M:%S')} {way}, {n} steps", flush=True)
-            found = result(args, f"{way}_{n}", replace(config, steps=n), head, model, pairs)
+            found = result(args, f"{way}_{n}", replace(config, steps=n), model, pairs)
             rows.append((way, n, found))
     print("\n".join(table(rows)))
 
@@ -69,21 +70,19 @@ def shots_of(args: Args, head: Head, model: VideoModel, index: int) -> Shots:
     pair = make_pair(args.out / "pairs" / f"{index}", head, index, 24, size, model.config.expression.size)
     shots, params, cameras = scored_shots(pair, head, preset("embedded").views, args.frames, size)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
-    return pair.portrait, shots, cameras, truth_frames(pair, head, params, cameras)
+    return GenerationRequest(pair.portrait, shots, head), cameras, truth_frames(pair, head, params, cameras)
 
 
-def result(
-    args: Args, name: str, config: SampleConfig, head: Head, model: VideoModel, pairs: list[Shots]
-) -> dict[str, Any]:
+def result(args: Args, name: str, config: SampleConfig, model: VideoModel, pairs: list[Shots]) -> dict[str, Any]:
     """Generate and score all pairs, unless their figures are there: one number a pair, and CPU seconds a frame."""
     path, described = args.out / "results" / f"{name}.json", json.loads(json.dumps(asdict(config)))
     if path.exists() and read_json(path).get("config") == described:
         return read_json(path)
     scores: dict[str, list[float]] = {}
     seconds = 0.0
-    for portrait, shots, cameras, truth in pairs:
+    for request, cameras, truth in pairs:
         begun = time.process_time()
-        made = animate(portrait, shots, "diffusion", model, head, cameras, config)
+        made = DiffusionGenerator(model, config).generate(request, cameras)
         seconds += time.process_time() - begun
         for key, value in score(truth, made.rgb, made.normal).items():
             scores.setdefault(key, []).append(value)

@@ -28,7 +28,7 @@ class DrivingArgs:
     absolute: bool = False
     """Take the driver's expressions as they are. By default another person's face at rest is not taken over."""
     model: Path | None = None
-    """Video model whose encoder reads the driver's pictures; by default the one that ships."""
+    """Video model whose encoder reads the driver's images; by default the one that ships."""
 
 
 def performance(avatar: "Avatar", args: DrivingArgs, pose: "Pose" = "fixed") -> "Performance":
@@ -82,12 +82,13 @@ def _filmed(avatar: "Avatar", source: Path, args: DrivingArgs, pose: "Pose") -> 
 
 
 def _tokens(clip: "Clip", model: Path | None, avatar: "Avatar"):
-    """Return the clip's own expression tokens, or encode its pictures; None where it has no pictures."""
+    """Return the clip's own expression tokens, or encode its images; None where it has no images."""
     import torch
 
     from geodiff4d.avatar.frames import read_tokens
     from geodiff4d.cli import progress
-    from geodiff4d.pipeline import load_driving, load_model
+    from geodiff4d.pipeline import load_model
+    from geodiff4d.video.inputs import load_driving
 
     if (tokens := read_tokens(clip)) is not None:
         return tokens

@@ -1,4 +1,4 @@
-"""What animate, synthesize and reconstruct share: reading portrait, driver, model and sampling options."""
+"""What animate, synthesize and reconstruct share: portrait, driver, and the generator that the options ask for."""
 
 import sys
 import tempfile
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from geodiff4d.cli._device import DeviceName, chosen_device
 
 if TYPE_CHECKING:
+    import torch
+
     from geodiff4d.core.progress import Progress
     from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
-    from geodiff4d.pipeline import Driving
     from geodiff4d.presets import Preset
-    from geodiff4d.video.generate import Portrait
-    from geodiff4d.video.model import VideoModel
-    from geodiff4d.video.sample import SampleConfig
+    from geodiff4d.video.generate import GenerationRequest, Generator
+    from geodiff4d.video.inputs import Driving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class GenerationArgs:
     """Options that animate, synthesize and reconstruct have in common."""
 
     portrait: Path
-    """Picture of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too where FFmpeg reads it, but JPEG keeps
+    """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too where FFmpeg reads it, but JPEG keeps
     the focal length), or a tracked folder."""
     driving: Path
     """Video of one face, or a tracked or synthetic clip folder."""
@@ -56,27 +56,21 @@ class GenerationArgs:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a generating command knows before it looks at a picture."""
+    """What a generating command knows before it reads portrait and driver."""
 
     preset: "Preset"
     head: "Head"
-    model: "VideoModel | None"
-    sample: "SampleConfig"
-
-
-@dataclass(frozen=True)
-class Job(Setup):
-    """Everything a generating command needs."""
-
-    portrait: "Portrait"
-    driving: "Driving"
+    generator: "Generator"
+    size: int
+    """Side of the generated images [px]."""
+    crop: int
+    """Side of the driving crops [px]."""
 
 
 def set_up(args: GenerationArgs) -> Setup:
     """Check the options and load head and model."""
     from geodiff4d.core.errors import UserError
     from geodiff4d.heads import load_head
-    from geodiff4d.pipeline import default_preset, load_model, placed_on
     from geodiff4d.presets import preset
 
     if args.steps is not None and not 1 <= args.steps <= 1000:
@@ -88,16 +82,30 @@ def set_up(args: GenerationArgs) -> Setup:
     for flag in ("portrait", "driving"):
         if not getattr(args, flag).exists():
             raise UserError(
-                f"--{flag} {getattr(args, flag)} does not exist: expected a picture, a video or a tracked folder"
+                f"--{flag} {getattr(args, flag)} does not exist: expected an image, a video or a tracked folder"
             )
-    device, head, model = chosen_device(args.device), load_head(args.head), None
+    device, head = chosen_device(args.device), load_head(args.head)
     if args.generator == "diffusion":
-        model = placed_on(load_model(args.model), device)
+        return _diffusion(args, head, device)
+    from geodiff4d.video.generate import WarpGenerator
+
+    p = preset(args.preset or "embedded")
+    return Setup(p, head, WarpGenerator(), p.model.size, p.model.expression.size)
+
+
+def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Setup:
+    """Load the model; it says how large images and crops are, and by which preset it is sampled."""
+    from geodiff4d.pipeline import default_preset, load_model, placed_on
+    from geodiff4d.presets import preset
+    from geodiff4d.video.generate import DiffusionGenerator
+
+    model = placed_on(load_model(args.model), device)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
     if args.memory == "offload":
         wanted |= {"offload": True, "together": False, "chunk": 1}
     p = preset(args.preset) if args.preset else default_preset(model)
-    return Setup(p, head, model, replace(p.sample, seed=args.seed, **wanted))
+    generator = DiffusionGenerator(model, replace(p.sample, seed=args.seed, **wanted))
+    return Setup(p, head, generator, model.config.size, model.config.expression.size)
 
 
 def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:
@@ -117,31 +125,29 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
 
 def prepare(
     args: GenerationArgs, setup: Setup, progress: "Progress", limit: int | None, tracked_to: Path | None = None
-) -> Job:
+) -> "GenerationRequest":
     """Read portrait and driver, at most `limit` frames of it; what is not tracked yet is, and not kept.
 
     The tracked portrait stays in `tracked_to`, if given.
     """
-    from geodiff4d.pipeline import DEFAULT_CROP, load_portrait, tracked
+    from geodiff4d.pipeline import tracked
+    from geodiff4d.video.generate import GenerationRequest
+    from geodiff4d.video.inputs import load_portrait
 
-    model = setup.model
-    size = model.config.size if model else setup.preset.model.size
-    crop = model.config.expression.size if model else DEFAULT_CROP
     with tempfile.TemporaryDirectory(prefix="geodiff4d-") as name:
-        clip = tracked(args.portrait, setup.head, size, tracked_to or Path(name) / "portrait", 1, progress)
+        clip = tracked(args.portrait, setup.head, setup.size, tracked_to or Path(name) / "portrait", 1, progress)
         _tell("portrait", clip)
-        portrait = load_portrait(clip, size)
-        driving = _driver(args, setup.head, size, crop, Path(name) / "driving", limit, progress)
-    return Job(**vars(setup), portrait=portrait, driving=driving)
+        portrait = load_portrait(clip, setup.size)
+        driving = _driver(args, setup, Path(name) / "driving", limit, progress)
+    return GenerationRequest(portrait, driving, setup.head)
 
 
-def _driver(
-    args: GenerationArgs, head: "Head", size: int, crop: int, out: Path, limit: int | None, progress: "Progress"
-) -> "Driving":
+def _driver(args: GenerationArgs, setup: Setup, out: Path, limit: int | None, progress: "Progress") -> "Driving":
     """Read the part of the driver that was asked for, and say so if there is more of it."""
     from geodiff4d.data.clip import Clip
-    from geodiff4d.pipeline import load_driving, tracked
+    from geodiff4d.pipeline import tracked
     from geodiff4d.tracking.source import frame_count, frame_rate, is_video
+    from geodiff4d.video.inputs import load_driving
 
     source, fps, total = args.driving, 24.0, None
     if source.is_dir():
@@ -153,9 +159,9 @@ def _driver(
     if args.seconds is not None:
         asked = max(1, round(args.seconds * fps))
         limit = asked if limit is None else min(limit, asked)
-    clip = tracked(source, head, size, out, limit, progress, skip)
+    clip = tracked(source, setup.head, setup.size, out, limit, progress, skip)
     _tell("driving", clip)
-    driving = load_driving(clip, head, crop, limit, progress, skip if source.is_dir() else 0)
+    driving = load_driving(clip, setup.head, setup.crop, limit, progress, skip if source.is_dir() else 0)
     if total is not None and args.seconds is None and skip + len(driving) < total:
         took = f"{len(driving)} of its {total} frames, from {args.start:g} s to {args.start + len(driving) / fps:.1f} s"
         more = "--frames takes more, --start another part"

@@ -32,34 +32,33 @@ def run(args: Args) -> None:
     from geodiff4d.core.files import fresh_folder, refuse_foreign
     from geodiff4d.core.images import encode_normals
     from geodiff4d.core.video import write_video
-    from geodiff4d.pipeline import animate, following
-    from geodiff4d.video.generate import with_identity_of
+    from geodiff4d.pipeline import following
+    from geodiff4d.video.inputs import with_identity_of
 
     if args.camera == "driver" and args.pose == "still":
         raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
     refuse_foreign(args.out, args.portrait, args.driving)
-    job = prepare(args, set_up(args), bar, args.frames)
-    n, own = len(job.driving), job.portrait.params
+    setup = set_up(args)
+    request = prepare(args, setup, bar, args.frames)
+    portrait, driving = request.portrait, request.driving
+    n, own = len(driving), portrait.params
     if args.camera == "driver":
-        driving, camera = following(job.portrait, job.driving, job.head)
+        placed, camera = following(portrait, driving, request.head)
     else:
-        params = with_identity_of(job.portrait, job.driving.params)
+        params = with_identity_of(portrait, driving.params)
         kept = ["translation"] if args.pose == "driver" else ["translation", "rotation", "neck_pose"]
         params = replace(params, **{k: getattr(own, k).expand(n, -1) for k in kept})
-        driving, camera = replace(job.driving, params=params), job.portrait.camera
-    made = animate(
-        job.portrait, driving, args.generator, job.model, job.head, camera.expand(n), job.sample, bar
-    )  # fmt: skip
+        placed, camera = replace(driving, params=params), portrait.camera
+    made = setup.generator.generate(replace(request, driving=placed), camera.expand(n), bar)
     normals = encode_normals(made.normal, torch.ones_like(made.mask))
-    portrait = job.portrait.on_grey
     crops = torch.nn.functional.interpolate(
-        job.driving.crops, size=portrait.shape[-2:], mode="bilinear", align_corners=False
+        driving.crops, size=portrait.on_grey.shape[-2:], mode="bilinear", align_corners=False
     )
     with fresh_folder(args.out) as folder:
-        write_video(folder / "video.mp4", made.rgb, job.driving.fps)
-        write_video(folder / "normals.mp4", normals, job.driving.fps)
-        rows = (torch.cat([portrait, crops[i], made.rgb[i], normals[i]], -1) for i in range(n))
-        write_video(folder / "side_by_side.mp4", rows, job.driving.fps)
+        write_video(folder / "video.mp4", made.rgb, driving.fps)
+        write_video(folder / "normals.mp4", normals, driving.fps)
+        rows = (torch.cat([portrait.on_grey, crops[i], made.rgb[i], normals[i]], -1) for i in range(n))
+        write_video(folder / "side_by_side.mp4", rows, driving.fps)
     print(f"{args.out}: {n} frames; side_by_side.mp4 shows portrait, driver, result and normals")

@@ -43,15 +43,12 @@ def run(args: Args) -> None:
         )
     # Before anybody knows whose reconstruction is there, nothing of it is replaced.
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
-    job = prepare(args, setup, bar, frames, tracked_to)
+    request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
-    reconstruct(
-        job.portrait, job.driving, args.out, job.head, args.generator, job.model, job.preset.fit, views, frames,
-        job.sample, args.seed, bar,
-    )  # fmt: skip
+    reconstruct(request, setup.generator, args.out, setup.preset.fit, views, frames, args.seed, bar)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
-    finish(args.out, job.portrait, job.driving, args.generator, bar)
+    finish(args.out, request.portrait, request.driving, args.generator, bar)
     psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
     found = "too few frames to hold one out" if psnr is None else f"{psnr:.1f} dB on held-out generated frames"
     print(f"{args.out}: avatar fitted, {found}; open {args.out / 'report.html'}")

@@ -26,8 +26,6 @@ def run(args: Args) -> None:
     refuse_foreign(args.out, args.portrait, args.driving)
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
-    job = prepare(args, setup, bar, frames)
-    clip = synthesize(
-        job.portrait, job.driving, args.out, job.head, args.generator, job.model, views, frames, job.sample, bar
-    )
+    request = prepare(args, setup, bar, frames)
+    clip = synthesize(request, setup.generator, args.out, views, frames, bar)
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

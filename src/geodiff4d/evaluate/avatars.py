@@ -24,9 +24,10 @@ from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepa
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import HeadParams
-from geodiff4d.pipeline import Driving, load_driving, load_portrait, plan_clip, synthesize, write_planned
+from geodiff4d.pipeline import plan_clip, synthesize, write_planned
 from geodiff4d.tracking.placed import placed
-from geodiff4d.video.generate import Generated, Portrait, with_identity_of
+from geodiff4d.video.generate import Generated, GenerationRequest
+from geodiff4d.video.inputs import Driving, Portrait, load_driving, load_portrait, with_identity_of
 from geodiff4d.world.subject import SyntheticSubject
 
 FILMS = 6
@@ -148,7 +149,7 @@ def _write_clip(
         raise missed
     driving = _joined(maker, [clip for _, clip in tracked])
     if method == "avatar":
-        synthesize(portrait, driving, folder, head, "diffusion", maker.model, p.views, p.frames, maker.sample)
+        synthesize(GenerationRequest(portrait, driving, head), maker.generator, folder, p.views, p.frames)
     elif _rendered(case, lessons):
         _write_performed(maker, folder, case, portrait, driving, [film for film, _ in tracked])
     else:
@@ -180,12 +181,11 @@ def _write_performed(
     subject = SyntheticSubject(int(extra["subject_seed"]), extra["split"])
     true = HeadParams.stack([Clip(f.driving.clip).params(t) for f in films for t in f.driving.timesteps])
     motion = subject.params(true.expr, jaw_pose=true.jaw_pose, eyes_pose=true.eyes_pose)
-    plan = plan_clip(portrait, driving, maker.head, p.views, p.frames)
+    plan = plan_clip(GenerationRequest(portrait, driving, maker.head), p.views, p.frames)
     at = torch.tensor([s.timestep for s in plan.shots])
     truth = truth_frames(Pair(subject, portrait, driving, motion), maker.head, motion[at], plan.cameras)
-    made = Generated(truth.rgb, truth.normal, truth.mask, _tokens(maker, plan.chosen.crops))
-    about = {"generator": "truth", "views": p.views, "frames": len(plan.shots)}
-    write_planned(folder, plan, made, portrait, maker.head, about)
+    made = Generated(truth.rgb, truth.normal, truth.mask, _tokens(maker, plan.shown.driving.crops))
+    write_planned(folder, plan, made, {"generator": "truth"})
 
 
 def _write_recorded(

@@ -37,10 +37,11 @@ from geodiff4d.evaluate.protocol import WORLD_SIZE, Settings, in_processes, make
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
 from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
-from geodiff4d.pipeline import Driving, animate, load_driving, load_model, load_portrait
+from geodiff4d.pipeline import load_model
 from geodiff4d.render.crops import crop_image
 from geodiff4d.render.viewpoints import FRONT_CAMERA, capture_views
-from geodiff4d.video.generate import with_identity_of
+from geodiff4d.video.generate import GenerationRequest, WarpGenerator
+from geodiff4d.video.inputs import Driving, load_driving, load_portrait, with_identity_of
 
 VIEWS = 12
 METHODS = {"video_model": "video model", "mesh_warp": "mesh warp"}
@@ -143,8 +144,8 @@ def _measured(folder: Path, settings: Settings, person: Films) -> dict[str, Any]
         driving = replace(driving, params=_as_still(driving, own, portrait))
         latents.append(maker.model.encode_expressions(driving.crops.to(maker.device))[0].cpu())
         cameras = portrait.camera.expand(len(driving))
-        made = animate(portrait, driving, "diffusion", maker.model, head, cameras, maker.sample)
-        warped = animate(portrait, driving, "warp", None, head, cameras, maker.sample)
+        request = GenerationRequest(portrait, driving, head)
+        made, warped = (g.generate(request, cameras) for g in (maker.generator, WarpGenerator()))
         for method, rgb in (("video_model", made.rgb.cpu()), ("mesh_warp", warped.rgb)):
             films[method].append(quantised(rgb))
         for t in _shown(len(driving), SHOWN_FRAMES):

@@ -17,7 +17,6 @@ from geodiff4d.avatar.drive import orbit as orbit_cameras
 from geodiff4d.avatar.drive import render_sequence
 from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
@@ -28,10 +27,11 @@ from geodiff4d.evaluate.demo_report import Scored, write_overview, write_report
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
-from geodiff4d.pipeline import Driving, animate, load_model, synthesize
+from geodiff4d.pipeline import load_model, synthesize
 from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.render.meshes import pose_map
-from geodiff4d.video.generate import Generated, Portrait, with_identity_of
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest, WarpGenerator
+from geodiff4d.video.inputs import Portrait, with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.world.subject import WORLD_VERSION
@@ -87,8 +87,8 @@ def run_demo(
     """
     out = Path(out)
     p, head, model, watch = config.preset, load_head(), load_model(model_folder), Stopwatch()
-    sample = replace(config.sample or p.sample, seed=config.seed)
-    _forget_others(out, _fingerprint(config, sample, model))
+    generator = DiffusionGenerator(model, replace(config.sample or p.sample, seed=config.seed))
+    forget_others(out, fingerprint(WORLD_VERSION, config, generator.fingerprint()))
     size, crop = model.config.size, model.config.expression.size
 
     def make(i: int) -> Pair:
@@ -100,7 +100,7 @@ def run_demo(
     with watch.stage("track"):
         first = make(0)
     with watch.stage("synthesize"):
-        clip = _clip(out / "clip", first, p, head, model, sample, progress)
+        clip = _clip(out / "clip", first, p, head, generator, progress)
     with watch.stage("fit"):
         metrics_path = out / "avatar" / "metrics.json"
         if not metrics_path.exists():
@@ -116,14 +116,14 @@ def run_demo(
             portraits.setdefault(i, make(i))
             portraits.setdefault((i + 1) % config.pairs, make((i + 1) % config.pairs))
             other = portraits[(i + 1) % config.pairs].portrait
-            kept.append(_score_pair(scores, i, portraits[i], other, p, config, head, model, sample))
+            kept.append(_score_pair(scores, i, portraits[i], other, p, config, head, generator))
         _write_frames(out / "frames", kept)
         avatar_scores = _score_avatar(kept[0], avatar, head, config, p.views, fitted)
     metrics = {
         **scores.summary(),
         "avatar": avatar_scores,
         "seconds": watch.all(),
-        "config": _described(config, sample, model),
+        "config": _described(config, generator),
     }
     metrics["differences"] = _differences(scores)
     write_json(out / "metrics.json", metrics)
@@ -132,12 +132,7 @@ def run_demo(
     return metrics
 
 
-def _fingerprint(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> str:
-    """Hash what the clip and the avatar depend on."""
-    return fingerprint(WORLD_VERSION, config, sample, model.config, model.state_dict())
-
-
-def _forget_others(out: Path, ours: str) -> None:
+def forget_others(out: Path, ours: str) -> None:
     """Remove the stages another configuration or other weights left in the folder."""
     note = out / "demo.json"
     if note.exists() and json.loads(note.read_text()).get("fingerprint") != ours:
@@ -146,49 +141,44 @@ def _forget_others(out: Path, ours: str) -> None:
     write_json(note, {"fingerprint": ours})
 
 
-def _described(config: DemoConfig, sample: SampleConfig, model: VideoModel) -> dict[str, Any]:
-    return {**vars(config), "preset": config.preset.name, "sample": vars(sample), "size": model.config.size}
+def _described(config: DemoConfig, generator: DiffusionGenerator) -> dict[str, Any]:
+    return {
+        **vars(config),
+        "preset": config.preset.name,
+        "sample": vars(generator.sample),
+        "size": generator.model.config.size,
+    }
 
 
-def _clip(
-    folder: Path, pair: Pair, p: Preset, head: Head, model: VideoModel, sample: SampleConfig, progress: Progress
-) -> Clip:
+def _clip(folder: Path, pair: Pair, p: Preset, head: Head, generator: DiffusionGenerator, progress: Progress) -> Clip:
     if (folder / "transforms.json").exists():
         return Clip(folder)
-    return synthesize(
-        pair.portrait, pair.driving, folder, head, "diffusion", model, p.views, p.frames, sample, progress
-    )
-
-
-def _generate(
-    portrait: Portrait, shots: Driving, cameras: Camera, head: Head, model: VideoModel,
-    sample: SampleConfig, drop: bool = False,
-) -> Generated:  # fmt: skip
-    return animate(portrait, shots, "diffusion", model, head, cameras, sample, drop_expression=drop)
+    request = GenerationRequest(pair.portrait, pair.driving, head)
+    return synthesize(request, generator, folder, p.views, p.frames, progress)
 
 
 def _score_pair(
     scores: PairScores, i: int, pair: Pair, other: Portrait, p: Preset, config: DemoConfig, head: Head,
-    model: VideoModel, sample: SampleConfig,
+    generator: DiffusionGenerator,
 ) -> Scored:  # fmt: skip
     """Generate a pair's frames, score them and every control (see the keys in docs/CONVENTIONS.md)."""
-    size = model.config.size
+    size = generator.model.config.size
     shots, truth_params, cameras = scored_shots(pair, head, p.views, config.frames_per_pair, size)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
     truth = truth_frames(pair, head, truth_params, cameras)
-    made = _generate(pair.portrait, shots, cameras, head, model, sample)
+    request = GenerationRequest(pair.portrait, shots, head)
+    made = generator.generate(request, cameras)
     scores.add(i, "generated", score(truth, made.rgb, made.normal))
-    warp = animate(pair.portrait, shots, "warp", None, head, cameras, sample)
+    warp = WarpGenerator().generate(request, cameras)
     scores.add(i, "mesh_warp", score(truth, warp.rgb, warp.normal))
     scores.add(i, "copy_reference", score(truth, pair.portrait.on_grey.expand_as(truth.rgb)))
     posed, mask = pose_map(head, shots.params, cameras)
     scores.add(i, "pose_map", score(truth, normal=(posed * 2 - 1) * mask))
-    scores.add(i, "vae", _codec_ceiling(truth, model))
+    scores.add(i, "vae", _codec_ceiling(truth, generator.model))
     # Another person's portrait, the pose maps unchanged: a model that ignores the portrait scores the same.
-    shuffled = _generate(other, shots, cameras, head, model, sample)
+    shuffled = generator.generate(replace(request, portrait=other), cameras)
     scores.add(i, "shuffled_reference", score(truth, shuffled.rgb, shuffled.normal))
-    alone = replace(sample, guidance=1.0)
-    dropped = _generate(pair.portrait, shots, cameras, head, model, alone, drop=True)
+    dropped = generator.without_expression().generate(request, cameras)
     scores.add(i, "dropped_expression", score(truth, dropped.rgb, dropped.normal))
     return Scored(pair, shots, truth, made, warp)
 

@@ -26,13 +26,12 @@ from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.pairs import FACE_MARGIN_PX, FACE_REGIONS
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.heads.rig import SKULL_JOINT
-from geodiff4d.pipeline import load_portrait
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.placed import placed
 from geodiff4d.tracking.track import TrackingConfig, track_frames
-from geodiff4d.video.generate import Portrait, with_identity_of
+from geodiff4d.video.inputs import Portrait, load_portrait, with_identity_of
 from geodiff4d.world.subject import SyntheticSubject
 from geodiff4d.world.tracker_error import disturbed
 

@@ -17,10 +17,10 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import decode_normals, read_image
 from geodiff4d.evaluate.inputs import Inputs
 from geodiff4d.heads import Head
-from geodiff4d.pipeline import Driving, animate, load_driving
 from geodiff4d.presets import Preset
 from geodiff4d.render.meshes import pose_map
-from geodiff4d.video.generate import Portrait
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest, WarpGenerator
+from geodiff4d.video.inputs import Driving, Portrait, load_driving
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 
@@ -67,6 +67,11 @@ class Maker:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def generator(self) -> DiffusionGenerator:
+        """The video model, sampled as the protocol says."""
+        return DiffusionGenerator(self.model, self.sample)
+
     def driving(self, inputs: Inputs) -> Driving:
         """Read the driver's face crops; its motion is in the reference's shape."""
         crop = self.model.config.expression.size
@@ -93,14 +98,12 @@ class Maker:
             return makers[method]()
 
     def _generated(self, portrait: Portrait, driving: Driving, inputs: Inputs, drop: bool = False) -> Made:
-        sample = replace(self.sample, guidance=1.0) if drop else self.sample
-        out = animate(
-            portrait, driving, "diffusion", self.model, self.head, inputs.cameras, sample, drop_expression=drop
-        )
+        generator = self.generator.without_expression() if drop else self.generator
+        out = generator.generate(GenerationRequest(portrait, driving, self.head), inputs.cameras)
         return Made(out.rgb.cpu(), out.normal.cpu() if self.model.config.normals else None)
 
     def _warped(self, driving: Driving, inputs: Inputs) -> Made:
-        out = animate(inputs.portrait, driving, "warp", None, self.head, inputs.cameras, self.sample)
+        out = WarpGenerator().generate(GenerationRequest(inputs.portrait, driving, self.head), inputs.cameras)
         return Made(out.rgb, out.normal)
 
     def _pose_map(self, inputs: Inputs) -> Made:

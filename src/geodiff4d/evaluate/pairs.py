@@ -24,19 +24,11 @@ from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import (
-    Driving,
-    clip_cameras,
-    driver_clip_index,
-    load_driving,
-    load_portrait,
-    still_head,
-    tracked,
-)
+from geodiff4d.pipeline import clip_cameras, driver_clip_index, tracked
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.meshes import interpolate, rasterize
 from geodiff4d.render.viewpoints import capture_cameras, orbit, world_region
-from geodiff4d.video.generate import Portrait
+from geodiff4d.video.inputs import Driving, Portrait, load_driving, load_portrait, still_head
 from geodiff4d.world.expressions import expression_track
 from geodiff4d.world.seeds import Split
 from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject, plain_seed

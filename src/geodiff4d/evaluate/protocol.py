@@ -42,10 +42,10 @@ from geodiff4d.evaluate.inputs import Inputs, Tracking, prepare_case, prepare_re
 from geodiff4d.evaluate.judges import JudgeConfig, Judges, Scores, Trial, quantised
 from geodiff4d.evaluate.methods import AVATARS, DEFAULT_METHODS, METHODS, Made, Maker, read_results
 from geodiff4d.heads import load_head
-from geodiff4d.pipeline import load_model, load_portrait, placed_on
+from geodiff4d.pipeline import load_model, placed_on
 from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.tracking.network import SHIPPED as PERCEPTION
-from geodiff4d.video.generate import Portrait
+from geodiff4d.video.inputs import Portrait, load_portrait
 
 VERSION = 1
 """Goes up whenever the same frames would get other figures: those of another version are made again."""

@@ -12,8 +12,7 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, Video, build_report
-from geodiff4d.pipeline import Driving
-from geodiff4d.video.generate import Portrait
+from geodiff4d.video.inputs import Driving, Portrait
 
 VIDEO_FRAMES = 96
 YAWS = (-45, -25, 0, 25, 45)

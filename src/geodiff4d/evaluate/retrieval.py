@@ -14,10 +14,9 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.evaluate.pairs import Pair, truth_frames
 from geodiff4d.heads import Head, HeadParams
-from geodiff4d.pipeline import animate, clip_cameras, still_head
-from geodiff4d.video.generate import with_identity_of
-from geodiff4d.video.model import VideoModel
-from geodiff4d.video.sample import SampleConfig
+from geodiff4d.pipeline import clip_cameras
+from geodiff4d.video.generate import GenerationRequest, Generator
+from geodiff4d.video.inputs import still_head, with_identity_of
 
 VIEWS, VIEW = 8, 3
 """The capture cameras, and the one that retrieval looks through: from the side, so that copying the portrait fails."""
@@ -30,7 +29,7 @@ def ranks(scores: Float[Tensor, "queries candidates"], own: Int[Tensor, " querie
 
 
 def identity_ranks(
-    pairs: Sequence[Pair], head: Head, model: VideoModel, sample: SampleConfig, progress: Progress = silent
+    pairs: Sequence[Pair], head: Head, generator: Generator, progress: Progress = silent
 ) -> Int[Tensor, " subjects"]:
     """Drive every portrait by the first pair's driver: whose truth, of all subjects', is a frame nearest to?
 
@@ -44,7 +43,7 @@ def identity_ranks(
         camera = clip_cameras(head, pair.portrait, VIEWS, size)[VIEW : VIEW + 1]
         shot = first.driving.select([k])
         shot = replace(shot, params=with_identity_of(pair.portrait, still_head(shot.params)))
-        made.append(animate(pair.portrait, shot, "diffusion", model, head, camera, sample).rgb[0])
+        made.append(generator.generate(GenerationRequest(pair.portrait, shot, head), camera).rgb[0])
         m = first.truth_params[k : k + 1]
         motion = pair.subject.params(m.expr, jaw_pose=m.jaw_pose, eyes_pose=m.eyes_pose)
         truths.append(truth_frames(pair, head, motion, camera).rgb[0])
@@ -53,7 +52,7 @@ def identity_ranks(
 
 
 def expression_ranks(
-    pairs: Sequence[Pair], head: Head, model: VideoModel, sample: SampleConfig, count: int = 8,
+    pairs: Sequence[Pair], head: Head, generator: Generator, count: int = 8,
     progress: Progress = silent,
 ) -> Int[Tensor, "subjects expressions"]:  # fmt: skip
     """Drive every portrait to `count` expressions: which truth's mouth and eyes is a frame nearest to?
@@ -70,7 +69,7 @@ def expression_ranks(
         for k in index:  # Each alone: they are no film, and temporal modules would take them for one.
             shot = pair.driving.select([k])
             shot = replace(shot, params=with_identity_of(pair.portrait, still_head(shot.params)))
-            made.append(animate(pair.portrait, shot, "diffusion", model, head, camera, sample).rgb)
+            made.append(generator.generate(GenerationRequest(pair.portrait, shot, head), camera).rgb)
         made = torch.cat(made)
         truth = truth_frames(pair, head, pair.truth_params[torch.tensor(index)], camera.expand(count))
         where = truth.face.amax(0).expand(count, count, -1, -1, -1)

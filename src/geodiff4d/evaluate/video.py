@@ -13,9 +13,10 @@ from geodiff4d.evaluate.metrics import score
 from geodiff4d.evaluate.pairs import Pair, make_pair, track_pair, truth_frames
 from geodiff4d.evaluate.retrieval import expression_ranks, identity_ranks
 from geodiff4d.heads import Head
-from geodiff4d.pipeline import animate, clip_cameras, still_head
+from geodiff4d.pipeline import clip_cameras
 from geodiff4d.video.flicker import flicker, without_temporal_modules
-from geodiff4d.video.generate import with_identity_of
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import still_head, with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.world.seeds import Split
@@ -45,26 +46,27 @@ def evaluate_video(
     """
     began = time.monotonic()
     size, crop = model.config.size, model.config.expression.size
+    generator = DiffusionGenerator(model, sample)
     make = track_pair if config.tracking == "pixels" else make_pair
     pairs = [
         make(out / "pairs" / f"{i}", head, i, config.driver_frames, size, crop, config.split)
         for i in progress(range(config.subjects), "pairs")
     ]
-    identity = identity_ranks(pairs, head, model, sample, progress)
-    expression = expression_ranks(pairs, head, model, sample, config.expressions, progress)
+    identity = identity_ranks(pairs, head, generator, progress)
+    expression = expression_ranks(pairs, head, generator, config.expressions, progress)
     result: dict[str, Any] = {
         "identity_top1": (identity == 0).float().mean().item(), "identity_ranks": identity.tolist(),
         "expression_top1": (expression == 0).float().mean().item(),
         "expression_top3": (expression < 3).float().mean().item(), "expression_ranks": expression.tolist(),
     }  # fmt: skip
-    films = [_film(pair, head, model, sample, config.window) for pair in progress(pairs, "films")]
-    result |= {k: sum(f[k] for f in films) / len(films) for k in films[0]}
+    clips = [_flicker(pair, head, generator, config.window) for pair in progress(pairs, "flicker")]
+    result |= {k: sum(c[k] for c in clips) / len(clips) for k in clips[0]}
     result["config"] = {**vars(config), "sample": vars(sample), "seconds": round(time.monotonic() - began, 1)}
     write_json(out / "metrics.json", result)
     return result
 
 
-def _film(pair: Pair, head: Head, model: VideoModel, sample: SampleConfig, window: int) -> dict[str, float]:
+def _flicker(pair: Pair, head: Head, generator: DiffusionGenerator, window: int) -> dict[str, float]:
     """Generate consecutive frames from the front: their error and flicker, with temporal modules and without."""
     size = pair.portrait.camera.width
     n = min(window, len(pair.driving))
@@ -74,7 +76,7 @@ def _film(pair: Pair, head: Head, model: VideoModel, sample: SampleConfig, windo
     truth = truth_frames(pair, head, pair.truth_params[torch.arange(n)], camera)
 
     def measure(suffix: str) -> dict[str, float]:
-        made = animate(pair.portrait, shots, "diffusion", model, head, camera, sample)
+        made = generator.generate(GenerationRequest(pair.portrait, shots, head), camera)
         found = score(truth, made.rgb, made.normal)
         return {
             f"psnr_fg{suffix}": found["psnr_fg"], f"psnr_face{suffix}": found["psnr_face"],
@@ -83,7 +85,7 @@ def _film(pair: Pair, head: Head, model: VideoModel, sample: SampleConfig, windo
         }  # fmt: skip
 
     out = measure("")
-    if model.temporal:
-        with without_temporal_modules(model):
+    if generator.model.temporal:
+        with without_temporal_modules(generator.model):
             out |= measure("_without_temporal")
     return out
