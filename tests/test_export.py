@@ -43,7 +43,7 @@ def folder(avatar, tmp_path_factory):
 def on_flame(tmp_path_factory) -> Avatar:
     """An avatar on a random head with FLAME's counts and teeth."""
     path = flame_files.write_model(tmp_path_factory.mktemp("flame") / "flame2023.pkl", flame_files.arrays())
-    flame._loaded.clear()  # A head is found by its name, and other tests load others of that name.
+    flame.LOADED.clear()  # A head is found by its name, and other tests load others of that name.
     head = flame.load(path)
     return painted_avatar(head, talking(head, 3), gaussians=12_000)
 

@@ -33,8 +33,8 @@ def data(tmp_path_factory, model):
 def only_our_model(monkeypatch, model):
     """Heads are found by what was loaded: here ours, unless a test forgets it."""
     monkeypatch.setattr("geodiff4d.data.importer.write_sheet", lambda folder, head: None)
-    path = next(p for p in flame._loaded if "no_jaw" in p.name)
-    monkeypatch.setattr(flame, "_loaded", [path])
+    path = next(p for p in flame.LOADED if "no_jaw" in p.name)
+    monkeypatch.setattr(flame, "LOADED", [path])
 
 
 def run(src, out, choice=EVERYTHING):
@@ -52,7 +52,7 @@ def landed(clip, i, head):
 def test_it_reprojects(data, model, tmp_path, known, monkeypatch):
     head, a = model
     if not known:
-        monkeypatch.setattr(flame, "_loaded", [])
+        monkeypatch.setattr(flame, "LOADED", [])
     (folder,), report = run(data, tmp_path / "out")
     assert len(report) == (0 if known else 1)
     clip, fit = Clip(folder), make_fit()
@@ -86,7 +86,7 @@ def test_shoulders_turn_and_the_head_does_not(model, tmp_path):
 
 
 def test_without_the_model_shoulders_are_said_to_stay(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(flame, "_loaded", [])
+    monkeypatch.setattr(flame, "LOADED", [])
     _, report = run(make_cap4d(tmp_path / "in", make_fit(1, shoulders=0.3), model), tmp_path / "out")
     assert any("shoulders" in line for line in report.lines())
 
@@ -107,10 +107,10 @@ def test_video_choice_and_resume(data, tmp_path):
 
 def test_a_clip_has_the_motion_in_one_place(data, tmp_path, monkeypatch):
     """A second camera's frames must not put it elsewhere than the first one's."""
-    ours = flame._loaded
-    monkeypatch.setattr(flame, "_loaded", [])
+    ours = flame.LOADED
+    monkeypatch.setattr(flame, "LOADED", [])
     run(data, tmp_path / "out", Choice(cameras=("cam0",)))
-    monkeypatch.setattr(flame, "_loaded", ours)
+    monkeypatch.setattr(flame, "LOADED", ours)
     with pytest.raises(UserError, match="motion was in the cameras, is in the head parameters"):
         run(data, tmp_path / "out")
 

@@ -35,7 +35,7 @@ def data(tmp_path_factory, head):
 def only_our_model(monkeypatch, head):
     monkeypatch.setattr("geodiff4d.data.importer.write_sheet", lambda folder, head: None)
     monkeypatch.delenv(pixel3dmm.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(flame, "_loaded", [p for p in flame._loaded if p.name == "flame2020.pkl"][-1:])
+    monkeypatch.setattr(flame, "LOADED", [p for p in flame.LOADED if p.name == "flame2020.pkl"][-1:])
 
 
 def run(src, out, choice=EVERYTHING):
@@ -47,7 +47,7 @@ def run(src, out, choice=EVERYTHING):
 @pytest.mark.parametrize("known", [True, False])
 def test_it_reprojects(data, head, tmp_path, known, monkeypatch):
     if not known:
-        monkeypatch.setattr(flame, "_loaded", [])
+        monkeypatch.setattr(flame, "LOADED", [])
     (folder,), report = run(data / "tracking" / FOLDER, tmp_path / "out")
     assert len(report) == (0 if known else 1)
     clip = Clip(folder)
@@ -99,13 +99,13 @@ def test_resume_and_several(data, tmp_path, monkeypatch):
 
 def test_a_clip_has_the_motion_in_one_place(data, tmp_path, monkeypatch):
     """Begun without the FLAME file and taken up with it, or the other way round: refused, what is there stays."""
-    ours = flame._loaded
+    ours = flame.LOADED
     for begun, then, was in (([], ours, "in the cameras"), (ours, [], "in the head parameters")):
         out = tmp_path / was.replace(" ", "_")
-        monkeypatch.setattr(flame, "_loaded", begun)
+        monkeypatch.setattr(flame, "LOADED", begun)
         run(data / "tracking" / FOLDER, out, Choice(limit=1))
         before = (out / "transforms.json").read_bytes()
-        monkeypatch.setattr(flame, "_loaded", then)
+        monkeypatch.setattr(flame, "LOADED", then)
         with pytest.raises(UserError, match=rf"motion was {was}, is .*give the same --head as before"):
             run(data / "tracking" / FOLDER, out)
         assert (out / "transforms.json").read_bytes() == before and len(Clip(out)) == 1

@@ -89,10 +89,10 @@ def test_views(server, avatar):
     closer = (studio.render(View(play=False, zoom=0.7), 0) - 0.5).abs().amax(0) > 0.03
     assert closer.sum() > 1.3 * away.sum()
     # From above, more of the head's top: its highest point moves down in the image less than its chin moves up.
-    tilted = studio._turned(View(pitch_deg=40))
-    below = studio._turned(View(pitch_deg=-40))
+    tilted = studio.turned(View(pitch_deg=40))
+    below = studio.turned(View(pitch_deg=-40))
     assert tilted.position[1] > studio.camera.position[1] > below.position[1]
-    pivot = torch.stack([c.project(studio._pivot[None])[0][0] for c in (tilted, below, studio.camera)])
+    pivot = torch.stack([c.project(studio.pivot[None])[0][0] for c in (tilted, below, studio.camera)])
     assert (pivot - pivot[0]).abs().max() < 0.05
     assert (studio.render(View(play=True), 5) - front).abs().max() > 0.05
 

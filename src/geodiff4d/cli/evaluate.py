@@ -134,8 +134,8 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     from geodiff4d.evaluate.cases import Extent
 
     p, debug = args.protocol, args.preset == "debug"
-    devices = _devices(args.device)
-    workers = _workers(p.workers, devices)
+    devices = devices_named(args.device)
+    workers = workers_for(p.workers, devices)
     if p.data is not None and not p.data.is_dir():
         raise UserError(f"--data {p.data} is not a folder: expected clips (from `geodiff4d import` or `synth`)")
     small = {"subjects": 2, "sequences": 1, "cameras": 1, "frames": 3}
@@ -143,7 +143,7 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     given = {k: getattr(p, k) for k in full}
     counts = {k: (small if debug else full)[k] if v is None else v for k, v in given.items()}
     extent = Extent(**counts, split=args.split, people=p.people)
-    settings = _settings(args, devices)
+    settings = settings_of(args, devices)
     if what == "cross-view":
         from geodiff4d.evaluate.cross_view import run_cross_view
 
@@ -163,7 +163,8 @@ def _protocol(args: Args, what: Literal["self", "cross", "cross-view"]) -> None:
     print(f"{args.out / 'report.html'}: the page to look at; metrics.json and table.md beside it")
 
 
-def _settings(args: Args, devices: tuple[str, ...]) -> "Settings":
+def settings_of(args: Args, devices: tuple[str, ...]) -> "Settings":
+    """Return a protocol's settings; without --preset, the video model samples as it was trained."""
     from geodiff4d.evaluate.judges import JudgeConfig
     from geodiff4d.evaluate.methods import DEFAULT_METHODS
     from geodiff4d.evaluate.protocol import Settings
@@ -178,7 +179,7 @@ def _settings(args: Args, devices: tuple[str, ...]) -> "Settings":
     )  # fmt: skip
 
 
-def _devices(name: DeviceName) -> tuple[str, ...]:
+def devices_named(name: DeviceName) -> tuple[str, ...]:
     """Return where processes compute, in turn: all GPUs there are, or the CPU."""
     import torch
 
@@ -187,7 +188,12 @@ def _devices(name: DeviceName) -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
 
 
-def _workers(asked: int | None, devices: tuple[str, ...]) -> int:
+def workers_for(asked: int | None, devices: tuple[str, ...]) -> int:
+    """Return how many processes work: as many as asked for, else one per GPU or per core.
+
+    Raises:
+        UserError: none is asked for.
+    """
     import os
 
     from geodiff4d.core.errors import UserError

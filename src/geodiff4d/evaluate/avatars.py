@@ -99,8 +99,6 @@ def make_avatar(
     note = {"fingerprint": makers, "films": [f"{c.driving.clip.name}_c{c.driving.camera:02d}" for c in chosen]}
     note["of"] = stamp(case.reference, *(c.driving for c in chosen))
     known = avatar_note(folder)
-    if known:
-        known.setdefault("of", note["of"])  # As they were made before anybody looked.
     if known in (note | {"done": True}, {}, note):
         if "done" in known:
             return

@@ -22,7 +22,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, encode_normals, write_image
-from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
@@ -54,8 +54,8 @@ KEPT = 4
 """Frames of a case that are kept for everyone to look at, unless all are."""
 
 
-_worker = 0
-"""Which of several processes this is."""
+worker = 0
+"""Number of this process among those of `in_processes`: it says on which device it computes."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run_protocol(
     list(in_processes(jobs, workers, progress, "tracking references"))
     jobs = [(_avatar, settings, w, m) for m in AVATARS if m in settings.methods for w in first.values()]
     list(in_processes(jobs, workers, progress, "fitting avatars"))
-    found = list(in_processes([(_score, settings, w) for w in works], workers, progress, "scoring clips"))
+    found = list(in_processes([(score_case, settings, w) for w in works], workers, progress, "scoring clips"))
     if all("failed" in f for f in found):
         raise UserError(f"no clip could be tracked; the first: {found[0]['failed']}")
     return [w.case for w in works], found
@@ -173,7 +173,7 @@ def _stamp(folder: Path) -> str:
 
 @lru_cache(maxsize=1)
 def maker_of(settings: Settings) -> Maker:
-    device = torch.device(settings.devices[_worker % len(settings.devices)])
+    device = torch.device(settings.devices[worker % len(settings.devices)])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # avatars are fitted on the current one
     model = placed_on(load_model(settings.model).eval(), device)
@@ -212,7 +212,7 @@ def _avatar_folder(settings: Settings, work: Work, method: str) -> Path:
     return settings.out / f"{method}s" / work.case.reference_name
 
 
-def _score(settings: Settings, work: Work) -> dict[str, Any]:
+def score_case(settings: Settings, work: Work) -> dict[str, Any]:
     """Make and score one case; leaves OUT/clips/<case> with frames and, last, scores.json.
 
     Methods that are there already are kept, so that one can be added later.
@@ -223,8 +223,7 @@ def _score(settings: Settings, work: Work) -> dict[str, Any]:
     note: dict[str, Any] = {"case": work.case.name, "fingerprint": settings.fingerprint, "of": of, "scores": {}}
     if (folder / "scores.json").exists():
         known = read_json(folder / "scores.json")
-        # Runs from before cases were stamped stay as they are.
-        if known.get("fingerprint") != settings.fingerprint or known.get("of", of) != of:
+        if known.get("fingerprint") != settings.fingerprint or known.get("of") != of:
             shutil.rmtree(folder)
         elif "failed" not in known:
             note = known
@@ -320,38 +319,37 @@ def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progre
     """Do jobs (function, arguments…) by several processes; results come in the jobs' order."""
     if not jobs:
         return
-    bar = iter(progress(range(len(jobs)), description, len(jobs)))
-    next(bar, None)
-    if workers <= 1 or len(jobs) == 1:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            for function, *arguments in jobs:
-                yield function(*arguments)
-                next(bar, None)
-        finally:
-            torch.set_num_threads(threads)
-        return
-    # Read by numba when a worker loads it.
-    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (context.Value("i", 0),)) as pool:
-        pending = {pool.submit(function, *arguments): i for i, (function, *arguments) in enumerate(jobs)}
-        results: dict[int, Any] = {}
-        try:
-            for future in as_completed(pending):
-                results[pending[future]] = future.result()
-                next(bar, None)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    with advancing(progress, description, len(jobs)) as advance:
+        if workers <= 1 or len(jobs) == 1:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                for function, *arguments in jobs:
+                    yield function(*arguments)
+                    advance(1)
+            finally:
+                torch.set_num_threads(threads)
+            return
+        # Read by numba when a worker loads it.
+        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
+            pending = {pool.submit(function, *arguments): i for i, (function, *arguments) in enumerate(jobs)}
+            results: dict[int, Any] = {}
+            try:
+                for future in as_completed(pending):
+                    results[pending[future]] = future.result()
+                    advance(1)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
     yield from (results[i] for i in range(len(jobs)))
 
 
-def _start_worker(started: Any) -> None:
+def start_worker(started: Any) -> None:
     """Set a process up; it takes the number that follows those started before."""
-    global _worker
+    global worker
     with started.get_lock():
-        _worker = started.value
+        worker = started.value
         started.value += 1
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -93,8 +93,8 @@ def load(path: Path | str, teeth: bool = True) -> Head:
     if not path.is_file():
         raise UserError(f"no FLAME model at {path}: expected its .pkl file; check --head")
     state = tuple((str(p), p.stat().st_mtime_ns) for p in (path, *beside(path).values()))
-    if path not in _loaded:
-        _loaded.append(path)
+    if path not in LOADED:
+        LOADED.append(path)
     return _assemble(path, state, teeth)
 
 
@@ -107,7 +107,7 @@ def find(name: str) -> Head:
     Raises:
         UserError: there is none, or only one of another year.
     """
-    models = [p for p in dict.fromkeys([*_loaded, *environment()]) if p.is_file()]
+    models = [p for p in dict.fromkeys([*LOADED, *environment()]) if p.is_file()]
     found = {p: read_model(p).name for p in models}
     names = set(found.values())
     if name == "flame" and len(names) == 1:
@@ -191,7 +191,8 @@ def claimed(path: Path) -> str | None:
     return None
 
 
-_loaded: list[Path] = []
+LOADED: list[Path] = []
+"""Model files that were loaded in this process, oldest first: `find` looks for a head's name in them."""
 
 
 def environment() -> list[Path]:

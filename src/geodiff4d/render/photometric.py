@@ -40,11 +40,13 @@ def ssim_reference(
     image: Float[Tensor, "channels height width"], target: Float[Tensor, "channels height width"]
 ) -> Float[Tensor, ""]:
     """Return the same as `ssim` by torch's convolutions, differentiable in both; any device and dtype."""
-    return _similarity(image, target).mean()
+    return ssim_map(image, target).mean()
 
 
-def _similarity(image: Tensor, target: Tensor) -> Tensor:
-    """Return SSIM at every pixel."""
+def ssim_map(
+    image: Float[Tensor, "channels height width"], target: Float[Tensor, "channels height width"]
+) -> Float[Tensor, "channels height width"]:
+    """Return the structural similarity at every pixel and channel, -1 to 1; beyond the border, images are zero."""
     window = torch.from_numpy(WINDOW).to(image)
 
     def blur(x: Tensor) -> Tensor:

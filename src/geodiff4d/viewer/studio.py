@@ -53,7 +53,7 @@ class Studio:
         self.avatar, self.performance = avatar, performance
         self.view = View(play=len(performance) > 1)
         self.camera = avatar.camera.resized(round(size * avatar.camera.width / avatar.camera.height), size)
-        self._pivot = centre_of(avatar)
+        self.pivot = centre_of(avatar)
         names = avatar.head.expression_names
         named = has_weights(avatar.head)
         self.sliders = names if named else names[:COEFFICIENT_SLIDERS]
@@ -111,7 +111,7 @@ class Studio:
         """Render one frame of the performance, or the head at rest, as a view asks."""
         params, tokens = self._posed(view, frame)
         with torch.no_grad():
-            shown = self.avatar.render(params, self._turned(view), tokens=tokens)
+            shown = self.avatar.render(params, self.turned(view), tokens=tokens)
         return normal_image(shown) if view.normals else shown.rgb.clamp(0, 1)
 
     def _posed(self, view: View, frame: int) -> tuple[HeadParams, Tensor | None]:
@@ -129,9 +129,9 @@ class Studio:
         # What an encoder saw is no longer what is shown: tokens are made out of the parameters.
         return replace(params, expr=expr.clamp(0, 1) if self.range[0] == 0 else expr), None
 
-    def _turned(self, view: View) -> Camera:
+    def turned(self, view: View) -> Camera:
         """Swing the camera around the head: yaw about the world's y, then pitch about the camera's x."""
-        T, pivot = self.camera.T_cam_world, self._pivot
+        T, pivot = self.camera.T_cam_world, self.pivot
         yaw = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(view.yaw_deg), 0.0]))
         pitch = axis_angle_to_matrix(T[0, :3] * math.radians(view.pitch_deg))
         R = pitch @ yaw
