@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from torch.nn.functional import normalize
 
 import flame_files
 from avatars import painted_avatar, talking, with_networks
@@ -16,13 +17,14 @@ from geodiff4d.avatar.binding import face_frames
 from geodiff4d.avatar.compact import open_avatar, unpack, write_compact
 from geodiff4d.avatar.drive import own_performance
 from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars, import_gaussian_avatars
-from geodiff4d.avatar.export_ply import export_ply, export_sequence, read_splats
+from geodiff4d.avatar.export_ply import export_ply, export_sequence
 from geodiff4d.avatar.model import Avatar, render_splats
 from geodiff4d.avatar.ply import read_ply, write_ply
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import MARKER
 from geodiff4d.heads import flame, load_head
+from geodiff4d.render.gaussians import Gaussians
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +72,18 @@ def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
 
 
 def test_ply_reads_back_as_the_same_image(avatar, tmp_path):
+    """Read as other programs do: colours of degree 0, logits, logarithms, wxyz, in axes half a turn about x away."""
     export_ply(avatar, own_performance(avatar), tmp_path / "a.ply")
-    splats = read_splats(tmp_path / "a.ply")
-    again = render_splats(splats.gaussians, splats.colors, avatar.camera).rgb
+    columns = read_ply(tmp_path / "a.ply")
+
+    def read(*names: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([columns[n] for n in names], -1))
+
+    w, x, y, z = normalize(read("rot_0", "rot_1", "rot_2", "rot_3"), dim=-1).unbind(-1)
+    means, turned = read("x", "y", "z") * torch.tensor([1.0, -1, -1]), torch.stack([-x, w, -z, y], -1)
+    splats = Gaussians(means, turned, read("scale_0", "scale_1", "scale_2").exp(), read("opacity")[:, 0].sigmoid())
+    colours = 0.5 + 0.28209479177387814 * read("f_dc_0", "f_dc_1", "f_dc_2")
+    again = render_splats(splats, colours, avatar.camera).rgb
     torch.testing.assert_close(again, avatar.render(avatar.sequence[0], avatar.camera).rgb, atol=2e-3, rtol=0)
 
 
@@ -218,7 +229,7 @@ def test_damaged_files_and_other_heads(avatar, folder, on_flame, tmp_path, capsy
     ):  # fmt: skip
         ply.write_bytes(data)
         with pytest.raises(UserError, match=says):
-            read_splats(ply)
+            read_ply(ply)
     with pytest.raises(UserError, match="FLAME with teeth"):
         export_gaussian_avatars(avatar, tmp_path / "ga")
     (tmp_path / "theirs").mkdir()

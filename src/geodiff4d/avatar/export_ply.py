@@ -7,17 +7,15 @@ Axes are those of the scenes that the format grew up with (OpenCV, COLMAP): x ri
 to -z, and the units stay metres. Viewers that turn such scenes upright show the head upright.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.drive import Performance
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns, write_ply
+from geodiff4d.avatar.ply import SH_C0, Columns, splat_columns, write_ply
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, write_json
 from geodiff4d.core.geometry import quat_multiply
@@ -31,15 +29,6 @@ SMALLEST_M = 1e-9
 FAINTEST = 1e-6
 
 
-@dataclass(frozen=True)
-class Splats:
-    """Splats and their colours, in the head's axes."""
-
-    gaussians: Gaussians
-    colors: Float[Tensor, "n 3"]
-    """sRGB, 0 to 1."""
-
-
 def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns:
     """Return splats as the file's columns: in its axes, with logarithms of scales and logits of opacities."""
     quats = torch.nn.functional.normalize(gaussians.quats, dim=-1)
@@ -50,23 +39,6 @@ def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns
         turned,
     )  # fmt: skip
     return splat_columns(*(a.detach().cpu().float().numpy() for a in arrays))
-
-
-def read_splats(path: Path) -> Splats:
-    """Read a posed .ply; view-dependent colour (degrees 1 to 3) is left out.
-
-    Raises:
-        UserError: missing, truncated, or not splats.
-    """
-    columns = read_ply(path)
-    means, f_dc, scales, quats = (
-        torch.from_numpy(gather(columns, name, n, path)) for name, n in (("", 3), ("f_dc", 3), ("scale", 3), ("rot", 4))
-    )
-    if "opacity" not in columns:
-        raise UserError(f"{path} has no column 'opacity': expected 3D Gaussian splats; is it a mesh?")
-    opacity = torch.from_numpy(columns["opacity"].astype(np.float32)).sigmoid()
-    quats = quat_multiply(HALF_TURN.expand_as(quats), torch.nn.functional.normalize(quats, dim=-1))
-    return Splats(Gaussians(means * FILE_FROM_WORLD, quats, scales.exp(), opacity), 0.5 + SH_C0 * f_dc)
 
 
 @torch.no_grad()

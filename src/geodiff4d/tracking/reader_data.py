@@ -43,7 +43,6 @@ PULL = 1e-3
 MOST = 1.5
 """Largest label: strong people go beyond 1."""
 SWEEPS = 40
-HIDDEN = ("mouth", "teeth", "gums", "tongue", "sockets", "cap", "eyes", "neck", "ears", "scalp")
 ROWS = ("rgb", "mask", "points", "expr", "jaw", "eyes", "turn")
 
 

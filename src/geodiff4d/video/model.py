@@ -133,11 +133,6 @@ class VideoModel(nn.Module):
         """The trained networks by name; the codec is frozen."""
         return {"unet": self.unet, "reference": self.reference, "expression": self.expression}
 
-    @classmethod
-    def load(cls, folder: Path) -> "VideoModel":
-        """Load a model folder (`load_video_model`)."""
-        return load_video_model(folder)
-
     def encode_expressions(self, crops: Float[Tensor, "t 3 size size"]) -> Float[Tensor, "1 t f"]:
         """Encode a driving clip's face crops in [0, 1] to expression latents, frame by frame (Sec. 3.1)."""
         return torch.cat([self.expression(part) for part in crops.split(64)])[None]
