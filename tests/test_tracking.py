@@ -21,13 +21,13 @@ from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking import track as tracking
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
-from geodiff4d.tracking.fit import FRONT, fit, weak_perspective
+from geodiff4d.tracking.fit import fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 from geodiff4d.tracking.matte import matte
 from geodiff4d.tracking.observe import observe
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.problem import HeadFitConfig
+from geodiff4d.tracking.problem import FRONT, HeadFitConfig
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
 from geodiff4d.tracking.source import focal_length
 from geodiff4d.tracking.squares import HeadSquare

@@ -15,8 +15,8 @@ from geodiff4d.core.images import encode_normals, read_image, write_image
 from geodiff4d.evaluate.metrics import PairScores, Truth
 from geodiff4d.evaluate.pairs import Pair
 from geodiff4d.evaluate.report import Grid, Note, Plot, Report, Section, Table, Video, build_report, interval_plot
-from geodiff4d.pipeline import Driving
 from geodiff4d.video.generate import Generated
+from geodiff4d.video.inputs import Driving
 
 METHODS = {
     "generated": "video model",

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from geodiff4d.heads.rig import Head, HeadParams, Landmarks, PosedHead, ShapedHead
+from geodiff4d.heads.rig import Head, HeadParams, Landmarks, PosedHead
 
-__all__ = ["Head", "HeadParams", "Landmarks", "PosedHead", "ShapedHead", "load_head"]
+__all__ = ["Head", "HeadParams", "Landmarks", "PosedHead", "load_head"]
 
 
 def load_head(source: str | Path = "openhead") -> Head:
