@@ -80,7 +80,7 @@ def test_only_the_part_that_is_used_is_tracked_and_nothing_stays(tracked_clip, t
         out.mkdir()
         return Clip(tracked_clip)
 
-    monkeypatch.setattr("geodiff4d.tracking.track.track", track)
+    monkeypatch.setattr("geodiff4d.pipeline.track", track)
     prepare(args, set_up(args), silent, 6)
     (own, *first), (film, *rest) = asked
     assert first == [0, 1] and rest == [10, 6] and not own.exists() and not film.parent.exists()

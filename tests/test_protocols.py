@@ -209,8 +209,8 @@ def test_a_tracked_pair_is_of_one_size_and_length(pair, tmp_path, monkeypatch):
         made.append((source.name, size))
         return Clip(empty_clip(out, 1, 1, "someone"))
 
-    monkeypatch.setattr(pairs, "_photograph", lambda path, *a: path.touch())
-    monkeypatch.setattr(pairs, "_film", lambda path, *a: path.touch())
+    monkeypatch.setattr(pairs, "write_photograph", lambda path, *a: path.touch())
+    monkeypatch.setattr(pairs, "write_driving_video", lambda path, *a: path.touch())
     monkeypatch.setattr(pairs, "tracked", tracked)
     monkeypatch.setattr(pairs, "load_portrait", lambda *a: pair.portrait)
     monkeypatch.setattr(pairs, "load_driving", lambda *a: pair.driving)

@@ -20,6 +20,7 @@ from geodiff4d.presets import Preset, preset
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.viewpoints import capture_cameras, capture_views
 from geodiff4d.tracking.placed import placed
+from geodiff4d.tracking.track import TrackingConfig, track
 from geodiff4d.video.generate import Generated, GenerationRequest, Generator
 from geodiff4d.video.inputs import Driving, Portrait, still_head, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
@@ -66,8 +67,6 @@ def tracked(
         clip = Clip(source)
         clip.require_head(head.name)
         return clip
-    from geodiff4d.tracking.track import TrackingConfig, track
-
     return track(source, out, head, config=TrackingConfig(size=size, limit=limit, skip=skip), progress=progress)
 
 

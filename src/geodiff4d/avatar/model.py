@@ -17,7 +17,7 @@ from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, save_tensors, write_json
 from geodiff4d.core.geometry import quat_to_matrix
-from geodiff4d.core.images import MAX_PIXELS
+from geodiff4d.core.images import MAX_PIXELS, write_image
 from geodiff4d.data.clip import MAX_FPS
 from geodiff4d.data.importing import camera_checked
 from geodiff4d.heads import load_head
@@ -110,8 +110,6 @@ class Avatar:
 
     def save(self, folder: Path) -> None:
         """Write config.json, avatar.safetensors, params.npz and preview.png into an existing folder."""
-        from geodiff4d.core.images import write_image
-
         folder = Path(folder)
         config = {
             "format": "geodiff4d avatar", "version": FORMAT_VERSION, "head": self.head.name, "fps": self.fps,

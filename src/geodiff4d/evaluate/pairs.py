@@ -99,9 +99,9 @@ def track_pair(
         write_json(folder / "pair.json", of)
     photograph, film = folder / "portrait.png", folder / "driving.mp4"
     if not photograph.exists():
-        _photograph(photograph, head, cast.subject, size)
+        write_photograph(photograph, head, cast.subject, size)
     if not film.exists():
-        _film(film, cast.driver, cast.motion, size)
+        write_driving_video(film, cast.driver, cast.motion, size)
 
     def clip(source: Path, out: Path) -> Clip:
         there = (out / "transforms.json").exists()
@@ -142,7 +142,8 @@ def _portrait_pose(head: Head, subject: SyntheticSubject) -> tuple[HeadParams, C
     return subject.params(expr), orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), 256)
 
 
-def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) -> None:
+def write_photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) -> None:
+    """Write the portrait as a file that a user might give: one render, loosely framed."""
     params, camera = _portrait_pose(head, subject)
     points = subject.vertices(params)[0][world_region()]
     camera = loosely(camera, points, size)
@@ -150,7 +151,8 @@ def _photograph(path: Path, head: Head, subject: SyntheticSubject, size: int) ->
     write_image(path, out.rgb[0])
 
 
-def _film(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
+def write_driving_video(path: Path, driver: SyntheticSubject, motion: HeadParams, size: int) -> None:
+    """Write the driver's performance as a video file, seen by the front camera, loosely framed."""
     camera = loosely(capture_cameras(size)[8:9], driver.vertices(motion[:1])[0][world_region()], size)
     out = driver.render(motion, camera.expand(motion.batch[0]))
     write_video(path, iter(out.rgb), 24.0)
