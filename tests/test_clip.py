@@ -12,7 +12,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import look_at
 from geodiff4d.core.images import write_image
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.clip_footage import ClipFootage
+from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.heads.rig import HeadParams
 
 

@@ -1,18 +1,16 @@
 """Normals as an estimator would give them."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from torch.testing import assert_close
 
 from geodiff4d.core.images import decode_normals, encode_normals
 from geodiff4d.data.estimated import as_estimated
-from geodiff4d.data.store import StoreConfig
+from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.evaluate.metrics import normal_deg
-from geodiff4d.presets import DEBUG_CODEC, ablated, preset
+from geodiff4d.presets import ablated, preset
 from geodiff4d.video.batches import encode_store
-from geodiff4d.video.vae import PatchCodec
+from tiny import TinyStore, tiny_codec
 
 
 def test_estimated_normals_lose_relief_lean_and_keep_the_outline():
@@ -31,16 +29,11 @@ def test_estimated_normals_lose_relief_lean_and_keep_the_outline():
 
 
 def test_ablated_synthetic_data_has_no_exact_normals(tmp_path):
-    config = StoreConfig(subjects=1, instants=1, views=2, size=64)
-    rng = np.random.default_rng(0)
-    arrays = {k: rng.integers(0, 256, (1, 1, 2, 3, 64, 64), dtype=np.uint8) for k in ("rgb", "normal", "pose")}
-    torch.manual_seed(0)
-    store, codec = SimpleNamespace(config=config, **arrays), PatchCodec(DEBUG_CODEC)
-    codec.basis.normal_()
-    path = tmp_path / "z.npy"
-    exact = np.array(encode_store.__wrapped__(store, codec, path))
-    degraded = np.array(encode_store.__wrapped__(store, codec, path, exact_normals=False))
-    same = [(exact[:, :, :, k] == degraded[:, :, :, k]).all() for k in range(3)]
+    codec, path, z = tiny_codec(), tmp_path / "z.npy", {}
+    for estimated in (False, True):
+        assert encode_store(RenderedFootage(TinyStore(), estimated), codec, path)
+        z[estimated] = np.split(np.array(np.load(path)), 3, 3)
+    same = [(exact == degraded).all() for exact, degraded in zip(z[False], z[True], strict=True)]
     assert same == [True, False, True], "the file of exact normals is not taken for the other"
     p = preset("embedded")
     assert ablated(p, ("synthetic",)) == (p.model, p.image.pairs), "it is the data's switch, not the model's"

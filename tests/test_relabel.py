@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.store import Store, StoreConfig, build_store, carried_pixels, take
+from geodiff4d.data.footage.render import build_store
+from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
+from geodiff4d.data.footage.take import FrameKey
+from geodiff4d.data.rowstore import take
 from geodiff4d.evaluate.metrics import psnr
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.relabel import relabel, render_tracked
@@ -25,10 +28,8 @@ def store(tmp_path_factory) -> Store:
 
 
 def carried(store: Store, portrait: tuple[int, int], view: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    ref = tuple(np.array([k]) for k in (0, *portrait))
-    target = tuple(np.array([[k]]) for k in (0, 0, view))
-    warp, seen = carried_pixels(store, ref, target, surroundings=True)
-    return warp[0, :, 0], seen[0, :1, 0], take(store.rgb, target, 255.0)[0, 0]
+    warp, seen = RenderedFootage(store).warped(FrameKey(0, *portrait), [FrameKey(0, 0, view)], 192, surroundings=True)
+    return warp[0], seen[0, :1], take(store.rgb, (0, 0, view), 255.0)
 
 
 def test_portraits_lie_on_themselves_and_on_other_views(store):

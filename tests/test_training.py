@@ -21,25 +21,25 @@ from geodiff4d.cli import explain
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import read_image
 from geodiff4d.core.rundir import RunFolder
-from geodiff4d.data.pairs import PairConfig
-from geodiff4d.data.tracks import TrackConfig, draw_clips
-from geodiff4d.video.batches import TrackBatches, encode_store
+from geodiff4d.data.footage.rendered import RenderedFootage, TrackStoreConfig
+from geodiff4d.data.sampling import PairConfig
+from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.curves import read_log, write_curves
 from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_modules
+from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective, averaged, trained_state
 from geodiff4d.video.preview import generated_latents, sheet
-from geodiff4d.video.processes import share
-from geodiff4d.video.recompute import recompute_activations
+from geodiff4d.video.processes import broadcast
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.train import FREE, VideoTraining, draw, train_video_model
-from test_video_model import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
+from tiny import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_codec
 
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
-CLIPS = PairConfig(references=2, targets=4, moved=1.0)
+CLIPS = PairConfig(references=2, targets=4, clips=True, moved=1.0)
 STAGE2 = replace(TRAINING, parts="temporal", pairs=CLIPS, sampled_starts=0.5, pictures=0)
 FAST = SampleConfig(steps=1, guidance=1.0, still_noise=True, autocast=False)
-LONG = replace(TRAINING, steps=20, save_every=5, pictures=0, recompute=False)
+LONG = replace(TRAINING, steps=20, save_every=5, pictures=0, gradient_checkpointing=False)
 
 
 class TinyTracks(TinyStore):
@@ -47,7 +47,7 @@ class TinyTracks(TinyStore):
 
     def __init__(self):
         super().__init__(instants=4)
-        self.tracks = TrackConfig(subjects=2, frames=3, portraits=1)
+        self.tracks = TrackStoreConfig(subjects=2, frames=3, portraits=1)
 
 
 @pytest.fixture(scope="module")
@@ -61,27 +61,24 @@ def pictures(codec, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clips(codec, tmp_path_factory) -> TrackBatches:
-    store = TinyTracks()
-    latents = encode_store(store, codec, tmp_path_factory.mktemp("tracks") / "latents.npy")
-    return TrackBatches(store, latents, CLIPS, seed=0, augment=None)
+def clips(codec, tmp_path_factory) -> Batches:
+    return tiny_batches(codec, tmp_path_factory.mktemp("tracks"), CLIPS, TinyTracks(), augment=None)
 
 
 # Stage 2
 
 
-def test_clips_are_consecutive_frames_of_one_view_driven_by_another():
-    pairs, valid = draw_clips((9, 26, 3), 2, PairConfig(references=8, targets=16, moved=0.5), 0, 7)
-    again, _ = draw_clips((9, 26, 3), 2, PairConfig(references=8, targets=16, moved=0.5), 0, 7)
-    assert (pairs.target == again.target).all() and valid.all() and valid.shape == (8, 16)
-    instants, views = pairs.target[..., 0], pairs.target[..., 1]
-    assert (np.diff(instants, axis=1) == 1).all() and instants.max() < 24 <= pairs.reference[:, 0].min()
-    assert (views == views[:, :1]).all() and (pairs.driving_view != views).all()
-    assert (pairs.driving_view == pairs.driving_view[:, :1]).all() and (pairs.moved == pairs.moved[:, :1]).all()
-    short, valid = draw_clips((2, 4, 2), 1, CLIPS, 0, 0)
-    assert short.target[:, :, 0].tolist() == [[0, 1, 2, 2]] * 2 and valid.tolist() == [[True, True, True, False]] * 2
-    with pytest.raises(ValueError, match="two views"):
-        draw_clips((2, 4, 1), 1, CLIPS, 0, 0)
+def test_tracks_are_drawn_as_clips_that_start_from_a_portrait(clips):
+    footage = clips.samples.sources[0]
+    track, portraits = footage.takes[:2]
+    assert track.temporal and track.targets and not track.portraits
+    assert portraits.portraits and not portraits.temporal and not portraits.targets
+    for index in range(20):
+        s = clips.samples.draw(index)
+        subjects, instants, views = footage.rows((s.reference, *s.target))
+        assert len(set(subjects.tolist())) == len(set(views[1:].tolist())) == 1
+        assert instants.tolist() == [3, 0, 1, 2, 2] and s.padding == 1 and s.moved == (True,) * 4
+        assert {k.view for k in s.driving} == {1 - s.target[0].view}
 
 
 def test_padding_of_tracks_weighs_nothing(clips):
@@ -92,38 +89,39 @@ def test_padding_of_tracks_weighs_nothing(clips):
 
 
 def test_latents_are_encoded_once(codec, tmp_path):
-    store = TinyTracks()
-    first = encode_store(store, codec, tmp_path / "latents.npy")
+    footage = RenderedFootage(TinyTracks())
+    assert encode_store(footage, codec, tmp_path / "latents.npy")
     when = (tmp_path / "latents.npy").stat().st_mtime_ns
-    assert (encode_store(store, codec, tmp_path / "latents.npy") == first).all()
+    assert encode_store(footage, codec, tmp_path / "latents.npy")
     assert (tmp_path / "latents.npy").stat().st_mtime_ns == when
     other = tiny_codec()
     other.scale.mul_(2)
-    encode_store(store, other, tmp_path / "latents.npy")
+    encode_store(footage, other, tmp_path / "latents.npy")
     assert (tmp_path / "latents.npy").stat().st_mtime_ns > when, "another codec makes other latents"
 
 
 def test_encoding_goes_on_where_it_was_cut_off(codec, tmp_path, monkeypatch):
     monkeypatch.setattr("geodiff4d.video.batches.KEPT_EVERY", 1)
-    store, path = TinyTracks(), tmp_path / "latents.npy"
-    whole = encode_store(store, codec, tmp_path / "whole.npy", chunk=6)
+    footage, path = RenderedFootage(TinyTracks()), tmp_path / "latents.npy"
+    encode_store(footage, codec, tmp_path / "whole.npy", chunk=6)
+    whole = np.load(tmp_path / "whole.npy")
     chunks: list[int] = []
     encode = codec.encode
 
     def killed(x):
         chunks.append(len(x))
-        if len(chunks) == 7:
+        if len(chunks) == 3:
             raise KeyboardInterrupt
         return encode(x)
 
     monkeypatch.setattr(codec, "encode", lambda x: encode(x) if x.shape[0] == 1 else killed(x))
     with pytest.raises(KeyboardInterrupt):
-        encode_store(store, codec, path, chunk=6)
-    done = sum(chunks[:6])
+        encode_store(footage, codec, path, chunk=6)
+    done = sum(chunks[:2])
     chunks[:] = [0] * 100
-    assert (encode_store(store, codec, path, chunk=6) == whole).all()
-    assert sum(chunks) == 3 * np.prod(store.config.shape) - done, "each picture once"
-    assert (encode_store(store, codec, path, chunk=6) == whole).all()
+    encode_store(footage, codec, path, chunk=6)
+    assert (np.load(path) == whole).all()
+    assert sum(chunks) == 3 * 2 * 4 * 2 - done, "each image once"
 
 
 def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
@@ -170,7 +168,8 @@ def test_expressions_are_dropped_by_the_frame_and_later_by_the_clip(codec, clips
     model, batch = build(VIDEO, codec), clips[0]
     for parts in ("all", "temporal"):
         config = replace(STAGE2, parts=parts, drop_expression=0.1)
-        dropped = torch.cat([draw(model, batch, config, i).drop_expression for i in range(1000)])
+        batches = (replace(batch, index=2 * i + torch.arange(2)) for i in range(1000))
+        dropped = torch.cat([draw(model, given, config).drop_expression for given in batches])
         assert dropped.shape == (2000, 4) and abs(dropped.float().mean().item() - 0.1) < 0.02
         mixed = dropped.any(1) & ~dropped.all(1)
         assert mixed.any() == (parts == "all"), "guidance's null branch is a clip without any expression"
@@ -179,10 +178,10 @@ def test_expressions_are_dropped_by_the_frame_and_later_by_the_clip(codec, clips
 
 def test_some_clips_start_where_a_sampler_does(codec, clips):
     model = build(VIDEO, codec)
-    draws = draw(model, clips[0], replace(STAGE2, sampled_starts=1.0), 3)
+    draws = draw(model, clips[0], replace(STAGE2, sampled_starts=1.0))
     assert draws.from_portrait.all() and (draws.t == 999).all()
     assert (draws.noise == draws.noise[:, :, :, :1]).all(), "one noise for all frames"
-    assert draw(model, clips[0], replace(STAGE2, sampled_starts=0.0), 3).from_portrait is None
+    assert draw(model, clips[0], replace(STAGE2, sampled_starts=0.0)).from_portrait is None
     noisy: list[torch.Tensor] = []
     model.predict_clean = lambda z_t, *a: noisy.append(z_t) or z_t
     batch = clips[0]
@@ -194,7 +193,7 @@ def test_some_clips_start_where_a_sampler_does(codec, clips):
 
 
 @torch.no_grad()
-def test_steadiness_counts_changes_and_not_what_stays_wrong(codec, clips):
+def test_the_temporal_loss_counts_changes_and_not_what_stays_wrong(codec, clips):
     model, batch = build(VIDEO, codec), clips[0]
     draws = Draws(torch.tensor([500, 900]), torch.zeros_like(batch.target), torch.zeros(2, 4) > 0, torch.ones(2) > 0)
     wrong = torch.ones_like(batch.target)
@@ -212,12 +211,12 @@ def test_steadiness_counts_changes_and_not_what_stays_wrong(codec, clips):
 # Memory, time and interruptions
 
 
-def test_recomputed_activations_change_no_gradient(codec, clips):
+def test_gradient_checkpointing_changes_no_gradient(codec, clips):
     gradients = []
     for again in (False, True):
         model = build(VIDEO, codec)
         if again:
-            recompute_activations(model)
+            checkpoint_gradients(model)
         objective, batch = Objective(model), clips[0]
         noise = model.diffusion.noise_like(batch.target, torch.Generator().manual_seed(0))
         draws = Draws(torch.tensor([500, 900]), noise, torch.zeros(2, 4) > 0, torch.ones(2) > 0)
@@ -300,7 +299,7 @@ def test_new_options_do_not_stop_old_runs(tmp_path):
     del known["config"]["save_minutes"]
     (tmp_path / "config.json").write_text(json.dumps(known))
     RunFolder(tmp_path, TRAINING)
-    RunFolder(tmp_path, replace(TRAINING, recompute=not TRAINING.recompute, accumulate=2, preview=FAST), FREE)
+    RunFolder(tmp_path, replace(TRAINING, gradient_checkpointing=True, accumulate=2, steps=9, preview=FAST), FREE)
     with pytest.raises(UserError, match="another configuration"):
         RunFolder(tmp_path, replace(TRAINING, lr=1.0))
 
@@ -333,15 +332,22 @@ def test_curves_survive_a_log_that_was_cut(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_average_to_the_gradient_of_one(tmp_path):
-    """At every one of five steps, within 1e-5 relative; and processes that start differently are told so."""
+    """At every one of five steps, within 1e-5 relative, from the same samples, whole or in two parts; and processes
+    that start differently are told so."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, "ranks", str(tmp_path)]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_file(tmp_path / "two.safetensors")["gradients"]
-    one = torch.stack(gradients_of(tmp_path / "one", replace(FIVE, accumulate=2)))
-    assert len(one) == len(two) == 5
+    whole = replace(FIVE, pairs=replace(FIVE.pairs, references=4))
+    one, samples = gradients_of(tmp_path / "one", whole)
+    parts, same = gradients_of(tmp_path / "parts", replace(FIVE, accumulate=2))
+    assert len(one) == len(two) == len(parts) == 5
     for step in range(5):
-        assert (one[step] - two[step]).norm() <= 1e-5 * one[step].norm(), step
+        for other in (two[step], parts[step]):
+            assert (one[step] - other).norm() <= 1e-5 * one[step].norm(), step
+    drawn = [load_file(tmp_path / f"samples{rank}.safetensors")["index"].tolist() for rank in range(2)]
+    assert samples == same == list(range(20)) == sorted(drawn[0] + drawn[1])
+    assert drawn[0][:4] == [0, 1, 4, 5], "every step is one range of samples"
     assert torch.equal(*(load_file(tmp_path / f"shared{rank}.safetensors")["weight"] for rank in range(2)))
     for rank in range(2):
         said = (tmp_path / f"{rank}.txt").read_text()
@@ -351,8 +357,8 @@ def test_two_processes_average_to_the_gradient_of_one(tmp_path):
 FIVE = replace(TRAINING, steps=5, lr=1e-4, save_every=100, pictures=0)
 
 
-def gradients_of(out: Path, config) -> list[torch.Tensor]:
-    """Train and return the gradient of every step, as the optimiser is given it."""
+def gradients_of(out: Path, config) -> tuple[list[torch.Tensor], list[int]]:
+    """Train and return the gradient of every step, as the optimiser is given it, and the samples that were read."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     seen: list[torch.Tensor] = []
@@ -362,24 +368,33 @@ def gradients_of(out: Path, config) -> list[torch.Tensor]:
         flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
         seen.append(torch.cat(flat).clone())
 
+    samples: list[int] = []
+
+    class Noting(Batches):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            samples.extend(batch.index.tolist())
+            return batch
+
     out.mkdir(exist_ok=True)
     vae = tiny_codec()
     hook = register_optimizer_step_pre_hook(note)
     try:
-        train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out), config)
+        train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out, config.pairs, kind=Noting), config)
     finally:
         hook.remove()
-    return seen
+    return seen, samples
 
 
 def _rank(out: Path) -> None:
     """One of the processes of `test_two_processes_average_to_the_gradient_of_one`."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    seen = gradients_of(out / str(rank), FIVE)
+    seen, samples = gradients_of(out / str(rank), FIVE)
+    save_file({"index": torch.tensor(samples)}, out / f"samples{rank}.safetensors")
     torch.manual_seed(rank)
     net = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    share(Accelerator(cpu=True), net)
+    broadcast(Accelerator(cpu=True), net)
     save_file({"weight": net.weight.detach().contiguous()}, out / f"shared{rank}.safetensors")
     if rank == 0:
         save_file({"gradients": torch.stack(seen)}, out / "two.safetensors")

@@ -12,20 +12,24 @@ from torch.testing import assert_close
 
 from geodiff4d.avatar.refine import Refinement
 from geodiff4d.cli import _training
-from geodiff4d.cli._stores import is_footage, rendered_stores, rendered_tracks
 from geodiff4d.cli.train import Args, run
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
-from geodiff4d.data.mixture import Mixture, MixtureConfig
+from geodiff4d.data.footage.render import build_store
+from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples
 from geodiff4d.presets import PRESETS, ablated, preset, with_temporal_modules
 from geodiff4d.render.viewpoints import openhead
-from geodiff4d.video.batches import UNIFORM
-from geodiff4d.video.mixed import MixedBatches
+from geodiff4d.video.batches import UNIFORM, Batches
+from geodiff4d.video.model import VideoModel, load_video_model
+from geodiff4d.video.recode import continued, start_from_stable_diffusion
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.train import _rate, train_video_model
+from geodiff4d.video.vae import PatchCodec, StableCodec
+from geodiff4d.video.warm_start import warm_start
 from geodiff4d.video.watch import Watch
-from test_mixed import CLIP, Film
-from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, tiny_codec
+from test_batches import CLIP, READ, Film
+from test_samples import write
+from tiny import EMBEDDED, PAPER, SIZE, TRAINING, tiny_codec
 
 
 def clip(folder: Path) -> Path:
@@ -39,37 +43,65 @@ def test_folders_are_told_apart(tmp_path):
     (tmp_path / "stores" / "train").mkdir(parents=True)
     (tmp_path / "stores" / "train" / "store.json").write_text("{}")
     clip(tmp_path / "set" / "017" / "EXP-1")
-    assert is_footage(tmp_path / "stores" / "train") and is_footage(tmp_path / "set")
-    assert is_footage(tmp_path / "set" / "017" / "EXP-1")
-    assert not is_footage(tmp_path / "stores") and not is_footage(tmp_path / "nothing yet")
+    assert _training.is_footage(tmp_path / "stores" / "train") and _training.is_footage(tmp_path / "set")
+    assert _training.is_footage(tmp_path / "set" / "017" / "EXP-1")
+    assert not _training.is_footage(tmp_path / "stores") and not _training.is_footage(tmp_path / "nothing yet")
 
 
 def arguments(tmp_path: Path, *data: Path, **options) -> Args:
     return Args("image", tmp_path / "out", "debug", data, **options)
 
 
-def mixed(args: Args) -> tuple[MixedBatches, MixedBatches | None]:
-    return _training._mixtures(args, EMBEDDED, tiny_codec(), TRAINING, PRESETS["debug"].augment)
+def batches(args: Args) -> tuple[Batches, Batches | None]:
+    config = _training.training_config(args, TRAINING)
+    return _training.batches(args, PRESETS["debug"], EMBEDDED, tiny_codec(), config, PRESETS["debug"].augment)
 
 
 def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
     a, b = clip(tmp_path / "a" / "train" / "one").parents[1], clip(tmp_path / "b" / "two").parent
     clip(a / "val" / "three")
-    train, val = mixed(arguments(tmp_path, a, b, importance=(3.0, 1.0)))
-    assert [Path(s.name) for s in train.mixture.sources] == [a / "train", b]
-    assert val is not None and [Path(s.name) for s in val.mixture.sources] == [a / "val"]
+    train, val = batches(arguments(tmp_path, a, b, importance=(3.0, 1.0)))
+    assert [len(s.takes) for s in train.samples.sources] == [1, 1], "and not the one in val"
+    assert val is not None and [t.subject for t in val.samples.sources[0].takes] == [f"{a}/val/three on flame"]
     assert "75 % of the samples" in capsys.readouterr().out
-    assert mixed(arguments(tmp_path, b))[1] is None
+    assert batches(arguments(tmp_path, b))[1] is None
     assert "no validation" in capsys.readouterr().out
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "store.json").write_text("{}")
-    (tmp_path / "t" / "track.json").write_text("{}")
-    with pytest.raises(UserError, match="holds tracks"):
-        mixed(arguments(tmp_path, tmp_path / "t"))
     with pytest.raises(UserError, match="twice"):
-        mixed(arguments(tmp_path, b, b))
+        batches(arguments(tmp_path, b, tmp_path / "a" / ".." / "b"))
     with pytest.raises(UserError, match="importance has 3 numbers"):
-        mixed(arguments(tmp_path, a, b, importance=(1.0, 1.0, 1.0)))
+        batches(arguments(tmp_path, a, b, importance=(1.0, 1.0, 1.0)))
+    with pytest.raises(UserError, match="is held out by a folder above it"):
+        batches(arguments(tmp_path, a, a / "val" / "three"))
+
+
+def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path, monkeypatch):
+    """Warm start and readout read both kinds; `--ablate synthetic` degrades exact normals where they are synthetic."""
+    p = preset("debug")
+    build_store(tmp_path / "world/train", p.store, workers=1)
+    build_store(tmp_path / "world/val", p.val_store, workers=1)
+    write(tmp_path / "clips/a", 3, (0.0, 30.0))
+    write(tmp_path / "clips/val/b", 2, (0.0,))
+    vae = tmp_path / "vae"
+    codec = PatchCodec(p.codec.codec)
+    codec.fit_basis(torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    codec.save(vae)
+    warmed: list[int] = []
+
+    def noted(encoder, samples, *rest):
+        warmed.append(len(samples.motion().expr))
+        warm_start(encoder, samples, *rest)
+
+    monkeypatch.setattr("geodiff4d.video.train.warm_start", noted)
+    args = Args(
+        "image", tmp_path / "out", "debug", (tmp_path / "world", tmp_path / "clips"), vae=vae, ablate=("synthetic",),
+        workers=0, steps=2,
+    )  # fmt: skip
+    _training.image(args)
+    assert warmed == [2 * 2 + 3], "every instant of the store and of the clip"
+    model = load_video_model(tmp_path / "out/model")
+    assert model.config.expression.motion == 55 and model.expression.to_motion.weight.abs().max() > 0
+    notes = {k: json.loads((tmp_path / f"out/latents_{k}_0.json").read_text())["normals"] for k in ("train", "val")}
+    assert notes == {"train": "as estimated", "val": "exact"}, "what is validated on stays exact"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +120,7 @@ def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
         (dict(stage="video", ablate=("cross-view", "joint")), "--ablate joint: the video stage knows cross-view"),
         (dict(stage="image", accumulate=0), "expected at least 1"),
         (dict(stage="image", accumulate=3), "4 references cannot be shared by 1 process"),
+        (dict(stage="image", preset="paper", sd=Path("sd"), start=Path("model")), "--sd: --start names a whole model"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -99,20 +132,20 @@ def test_wrong_options_are_one_line(tmp_path, args, says):
 
 def test_terabytes_are_not_rendered(tmp_path):
     p = preset("paper")
-    with pytest.raises(UserError, match=r"2\.6 million rendered pictures in .* TB: expected at most 1 TB; give --data"):
-        rendered_stores(tmp_path, p, 1)
-    with pytest.raises(UserError, match=r"1\.0 million rendered pictures"):
-        rendered_tracks(tmp_path, p, p.store, 1)
+    with pytest.raises(UserError, match=r"2\.6 million rendered images in .* TB: expected at most 1 TB; give --data"):
+        _training.rendered_images(tmp_path, p, 1)
+    with pytest.raises(UserError, match=r"1\.0 million rendered images"):
+        _training.rendered_tracks(tmp_path, p, p.store, 1)
     assert not list(tmp_path.iterdir())
 
 
 def test_the_presets_batch_is_shared_out(monkeypatch):
     """Over processes and parts: a step sees 32 references, whatever holds them."""
     monkeypatch.setattr(_training, "_processes", lambda: SimpleNamespace(num_processes=4))
-    config = _training._training(Args("image", Path(), accumulate=2), preset("paper").image)
+    config = _training.training_config(Args("image", Path(), accumulate=2), preset("paper").image)
     assert config.pairs.references == 4 and config.accumulate == 2
     with pytest.raises(UserError, match="their product divides 32"):
-        _training._training(Args("image", Path(), accumulate=3), preset("paper").image)
+        _training.training_config(Args("image", Path(), accumulate=3), preset("paper").image)
 
 
 def test_the_paper_preset_is_the_papers():
@@ -120,8 +153,10 @@ def test_the_paper_preset_is_the_papers():
     p = preset("paper")
     for stage, steps, references, targets in ((p.image, 80_000, 32, 1), (p.video, 20_000, 8, 16)):
         assert (stage.steps, stage.pairs.references, stage.pairs.targets) == (steps, references, targets)
-        assert stage.lr == 1e-5 and stage.accumulate == 1 and stage.drop_expression == 0.1 and stage.recompute
-        assert stage.steadiness == stage.sampled_starts == stage.warm_start == 0 and stage.weights == UNIFORM
+        assert (
+            stage.lr == 1e-5 and stage.accumulate == 1 and stage.drop_expression == 0.1 and stage.gradient_checkpointing
+        )
+        assert stage.temporal_loss == stage.sampled_starts == stage.warm_start == 0 and stage.weights == UNIFORM
         assert {_rate(step, stage) for step in (stage.warmup, steps // 2, steps - 1, steps)} == {1.0}
         assert stage.preview.guidance == 2.5 and stage.preview.steps > 1
     assert (p.sample.steps, p.sample.guidance, p.sample.start, p.sample.window) == (25, 2.5, "reference", 16)
@@ -140,14 +175,14 @@ def test_every_preset_has_a_second_stage():
         model = with_temporal_modules(p.model, p.temporal)
         assert model.unet.temporal_layers > 0 == p.model.unet.temporal_layers
         assert with_temporal_modules(model, (7, 7, 7)) == model
-        assert p.video.parts == "temporal" and p.video.pairs.references <= p.tracks.subjects
+        assert p.video.parts == "temporal" and p.video.pairs.clips and p.video.pairs.references <= p.tracks.subjects
     assert preset("paper").video.steps == 20_000 and preset("paper").video.pairs.targets == 16
 
 
 @pytest.mark.slow
 def test_workers_read_ahead_what_would_have_been_read():
-    mixture = Mixture([Film(6)], replace(CLIP, frames=2))
-    plain, ahead = (MixedBatches(mixture, tiny_codec(), 2, workers=n) for n in (0, 1))
+    samples = Samples([Film(6)], replace(CLIP, targets=2), READ)
+    plain, ahead = (Batches(samples, tiny_codec(), workers=n) for n in (0, 1))
     ahead.read_ahead(3, 2)
     for index in (3, 5, 4, 7):  # 4 is not in the line, and is read on the spot.
         assert_close(ahead[index].target, plain[index].target)
@@ -192,11 +227,21 @@ def test_the_paper_preset_starts_from_stable_diffusion(tmp_path):
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, norm_num_groups=4, scaling_factor=0.18215,
     ).save_pretrained(tmp_path / "sd" / "vae")  # fmt: skip
     args = Args("image", tmp_path / "out", "paper", sd=tmp_path / "sd")
-    model, codec, start = _training._from_stable_diffusion(args, PAPER)
+    model, codec, start = start_from_stable_diffusion(args.sd, PAPER)
     assert_close(start["unet.conv_in.weight"][:, :4], theirs.conv_in.weight)
     assert start["unet.conv_in.weight"][:, 4:].abs().max() == 0 and not any(k.startswith("codec") for k in start)
-    mixture = Mixture([Film(3, normals=True)], MixtureConfig(frames=2, size=SIZE, crop=16, augment=None))
-    config = replace(TRAINING, steps=2, lr=1e-5, recompute=True, pictures=0)
-    trained = train_video_model(tmp_path / "out", model, codec, MixedBatches(mixture, codec, 2), config, start=start)
+    samples = Samples([Film(3)], PairConfig(references=2, targets=2), ReadConfig(SIZE, 16, augment=None))
+    given = Batches(samples, codec, UNIFORM, encoded_pose=False)
+    config = replace(TRAINING, steps=2, lr=1e-5, gradient_checkpointing=True, pictures=0)
+    trained = train_video_model(tmp_path / "out", model, codec, given, config, start=start)
     assert_close(trained.unet.conv_in.weight[:, :4], theirs.conv_in.weight, atol=1e-3, rtol=0)
     assert not torch.equal(trained.unet.conv_in.weight[:, :4], theirs.conv_in.weight)
+    # And on from there, without Stable Diffusion.
+    again, codec, start = continued(tmp_path / "out/model", replace(PAPER, normals=False))
+    assert again == replace(model, normals=False) and isinstance(codec, StableCodec)
+    assert_close(start["unet.conv_in.weight"], trained.unet.conv_in.weight, atol=1e-3, rtol=1e-2)
+    further = train_video_model(tmp_path / "further", again, codec, given, config, start=start)
+    assert_close(further.unet.conv_in.weight, trained.unet.conv_in.weight, atol=2e-3, rtol=1e-2)
+    VideoModel(EMBEDDED, tiny_codec()).save(tmp_path / "embedded")
+    with pytest.raises(UserError, match="holds a patch codec"):
+        continued(tmp_path / "embedded", PAPER)

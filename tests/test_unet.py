@@ -11,14 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from geodiff4d.cli._training import _from_stable_diffusion
-from geodiff4d.cli.train import Args
 from geodiff4d.core.errors import UserError
 from geodiff4d.video.attention import DomainSpatialAttention, Layout
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
 from geodiff4d.video.image_encoder import ImageEncoder, ImageEncoderConfig, load_image_encoder
 from geodiff4d.video.model import VideoModelConfig
 from geodiff4d.video.pretrained import from_stable_diffusion, load_unet, read_weights, unet_config
+from geodiff4d.video.recode import start_from_stable_diffusion
 from geodiff4d.video.unet import UNet, UNetConfig
 
 TINY = UNetConfig(
@@ -233,7 +232,7 @@ def test_a_stable_diffusion_folder_becomes_the_papers_model(folders, name):
 
 def test_training_says_that_it_drops_the_image_token(folders, capsys):
     for name in ("sd", "variations"):
-        _from_stable_diffusion(Args("image", Path(), "paper", sd=folders / name), PAPER)
+        start_from_stable_diffusion(folders / name, PAPER)
         assert ("image_encoder is not used" in capsys.readouterr().out) == (name == "variations")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.store import Store, StoreConfig
+from geodiff4d.data.footage.rendered import Store, StoreConfig
 from geodiff4d.video.train_codec import CodecTraining, train_codec
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig, StableCodec, load_codec
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from jaxtyping import Float
@@ -29,8 +28,10 @@ from geodiff4d.cli import progress
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 from geodiff4d.core.images import composite, decode_normals
-from geodiff4d.data.estimated import as_estimated
-from geodiff4d.data.store import Store, StoreConfig, build_store, draw_cameras, random_motion, take
+from geodiff4d.data.footage.render import build_store
+from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
+from geodiff4d.data.sampling import ReadConfig, Samples
+from geodiff4d.data.world_clips import random_motion
 from geodiff4d.evaluate.metrics import Estimate, Truth, bootstrap, paired_difference, score
 from geodiff4d.evaluate.observe import Observed, perceived_normals
 from geodiff4d.evaluate.pairs import face_mask
@@ -40,7 +41,7 @@ from geodiff4d.presets import ablated, preset
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.embedded import EmbeddedDetector
-from geodiff4d.video.batches import Batch, Batches, encode_store
+from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.conditions import condition_images, lifted, moved_by
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.inputs import Portrait, driving_crop
@@ -50,6 +51,7 @@ from geodiff4d.video.sample import sample
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.vae import PatchCodec, load_codec
 from geodiff4d.video.warm_start import warm_start
+from geodiff4d.world.cameras import portrait_and_other_cameras
 from geodiff4d.world.subject import SyntheticSubject, plain_seed
 from geodiff4d.world.tracker_error import disturbed
 
@@ -103,36 +105,16 @@ class Case:
     truth: Truth
 
 
-class EstimatedBatches(Batches):
-    """Batches whose targets' normals are what an estimator would give; the same for a picture whenever it is drawn."""
-
-    def __init__(self, codec: PatchCodec, *args: Any):
-        super().__init__(*args)
-        self.codec = codec
-
-    def __getitem__(self, index: int) -> Batch:
-        batch, (p, _) = super().__getitem__(index), self.draw(index)
-        b, t = p.driving_view.shape
-        tgt = (np.repeat(p.subject[:, None], t, 1), p.target[..., 0], p.target[..., 1])
-        rows = np.ravel_multi_index(tgt, self.store.config.shape).flatten().tolist()
-        normals = take(self.store.normal, tgt, 255.0).flatten(0, 1)
-        worse = torch.cat([as_estimated(normals[k : k + 1], seed=row) for k, row in enumerate(rows)])
-        with torch.no_grad():
-            latents = self.codec.encode(worse).unflatten(0, (b, t)).movedim(1, 2)
-        return replace(batch, target=torch.stack([batch.target[:, 0], latents], 1))
-
-
 def main(args: Args) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     store = open_store(args)
     codec = load_codec(SHIPPED_MODEL / "vae")
     assert isinstance(codec, PatchCodec)
-    latents = encode_store(store, codec, args.out / "latents_train.npy")
     head = load_head()
     cases = [held_out(head, i) for i in progress.bar(range(args.people), "rendering held-out people")]
     found = without_model(args, head, cases)
-    found |= {v: result(args, v, store, latents, codec, head, cases) for v in args.variants}
+    found |= {v: result(args, v, store, codec, head, cases) for v in args.variants}
     for lines in (means(found), differences(found)):
         print("\n".join(lines), end="\n\n")
 
@@ -172,16 +154,21 @@ def configured(args: Args, variant: str) -> tuple[VideoModelConfig, VideoTrainin
     return model, training
 
 
-def trained(args: Args, variant: str, store: Store, latents: np.ndarray, codec: PatchCodec) -> VideoModel:
+def batches_of(args: Args, variant: str, store: Store, codec: PatchCodec) -> Batches:
+    """Return what a variant is trained on: the same samples for all; their normals are estimated for `no-synthetic`."""
+    model, training = configured(args, variant)
+    footage = RenderedFootage(store, estimated="no-synthetic" in variant.split())
+    latents = args.out / f"latents_{'estimated' if footage.estimated else 'train'}.npy"
+    assert encode_store(footage, codec, latents)
+    read = ReadConfig(model.size, model.expression.size, model.warp, model.surroundings, preset("embedded").augment)
+    return Batches(Samples([footage], training.pairs, read, training.seed), codec, training.weights)
+
+
+def trained(args: Args, variant: str, store: Store, codec: PatchCodec) -> VideoModel:
     """Train a variant, or finish its training."""
     model, training = configured(args, variant)
-    given = (
-        store, latents, training.pairs, training.seed, preset("embedded").augment, training.weights,
-        model.pose == "codec", model.surroundings,
-    )  # fmt: skip
-    words = variant.split()
-    batches = EstimatedBatches(codec, *given) if "no-synthetic" in words else Batches(*given)
-    start = None if "no-warm-start" in words else warmed(args, batches)
+    batches = batches_of(args, variant, store, codec)
+    start = None if "no-warm-start" in variant.split() else warmed(args, batches.samples)
     folder = args.out / "trainings" / named(args, variant)
 
     def report(step: int, total: int, record: dict[str, Any]) -> None:
@@ -191,14 +178,14 @@ def trained(args: Args, variant: str, store: Store, latents: np.ndarray, codec: 
     return train_video_model(folder, model, codec, batches, training, start=start, progress=report)
 
 
-def warmed(args: Args, batches: Batches) -> dict[str, Tensor]:
+def warmed(args: Args, samples: Samples) -> dict[str, Tensor]:
     """Return the encoder's weights after its warm start, which variants share; the readout is fitted later."""
     path = args.out / f"encoder_{args.warm_start}_{args.seed}.safetensors"
     if not path.exists():
         print(f"{time.strftime('%H:%M:%S')} warm start of the encoder", flush=True)
         torch.manual_seed(args.seed)
         encoder = ExpressionEncoder(configured(args, "no-warp")[0].expression)
-        warm_start(encoder, batches, args.warm_start)
+        warm_start(encoder, samples, args.warm_start)
         with fresh_file(path) as temporary:
             save_tensors({f"expression.{k}": v for k, v in encoder.state_dict().items()}, temporary)
     return load_file(path)
@@ -224,7 +211,7 @@ def held_out(head: Head, index: int, instants: int = 2, views: int = 3, size: in
     still = head.pose(tracked.without_expression()).vertices
     frames, cameras, crops = [], [], []
     for i in range(instants + 1):
-        c = draw_cameras(StoreConfig(views=views, size=size), 100 * seed + i)
+        c = portrait_and_other_cameras(views, 100 * seed + i, size)
         c = canonical_crop(c, still[i][world_region()])
         params = true[i].map(lambda x: x.expand(views, *x.shape))
         out = subject.render(params, c)
@@ -274,16 +261,14 @@ def perceived(detector: EmbeddedDetector, rgb: Float[Tensor, "t 3 height width"]
     return torch.zeros_like(rgb) if seen is None else seen
 
 
-def result(
-    args: Args, variant: str, store: Store, latents: np.ndarray, codec: PatchCodec, head: Head, cases: list[Case]
-) -> dict[str, Any]:
+def result(args: Args, variant: str, store: Store, codec: PatchCodec, head: Head, cases: list[Case]) -> dict[str, Any]:
     """Train and score a variant, unless its figures are there: {how it is driven: {measure: one number a person}}."""
     path = args.out / "results" / f"{named(args, variant)}_{args.people}.json"
     if path.exists():
         return read_json(path)
     begun = time.process_time()
     print(f"{time.strftime('%H:%M:%S')} {variant}", flush=True)
-    model = trained(args, variant, store, latents, codec)
+    model = trained(args, variant, store, codec)
     detector, scores = EmbeddedDetector(), {}
     seconds = time.process_time() - begun
     for case in progress.bar(cases, f"scoring {variant}"):

@@ -14,9 +14,8 @@ from geodiff4d.avatar.refine import RefineConfig
 from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
-from geodiff4d.data.pairs import PairConfig
-from geodiff4d.data.store import StoreConfig
-from geodiff4d.data.tracks import TrackConfig
+from geodiff4d.data.footage.rendered import StoreConfig, TrackStoreConfig
+from geodiff4d.data.sampling import PairConfig
 from geodiff4d.tracking.learn import PerceptionTraining
 from geodiff4d.tracking.network import PerceptionConfig
 from geodiff4d.tracking.people import PeopleConfig
@@ -87,9 +86,9 @@ class Preset:
     """Frames of a synthesized clip, over all its cameras."""
     video: VideoTraining
     """Stage 2."""
-    tracks: TrackConfig
+    tracks: TrackStoreConfig
     """What stage 2 is trained on, in the sizes of `store`."""
-    val_tracks: TrackConfig
+    val_tracks: TrackStoreConfig
     fit: FitConfig
     """How an avatar is fitted."""
     perception: PerceptionStage | None = None
@@ -150,11 +149,11 @@ _ROWS = (
         sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
         views=3, frames=4,
         video=VideoTraining(
-            steps=4, pairs=PairConfig(references=1, targets=4, moved=1.0), lr=1e-3, parts="temporal",
+            steps=4, pairs=PairConfig(references=1, targets=4, clips=True, moved=1.0), lr=1e-3, parts="temporal",
             sampled_starts=0.5, log_every=1, validate_every=4, save_every=2,
         ),
-        tracks=TrackConfig(subjects=2, frames=5, portraits=1),
-        val_tracks=TrackConfig(subjects=1, frames=3, portraits=1),
+        tracks=TrackStoreConfig(subjects=2, frames=5, portraits=1),
+        val_tracks=TrackStoreConfig(subjects=1, frames=3, portraits=1),
         fit=FitConfig(
             iterations=20, gaussians=10_000, checkpoint_every=10, remesh=RemeshConfig(48),
             deformation=DeformationConfig(size=16, channels=4, levels=2), dynamics=DynamicsConfig(hidden=8),
@@ -195,12 +194,12 @@ _ROWS = (
         sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=1, detail=0.08),
         views=8, frames=96,
         video=VideoTraining(
-            steps=500, pairs=PairConfig(references=2, targets=16, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
-            parts="temporal", sampled_starts=1.0, steadiness=4.0, drop_warp=0.0, weights=WeightConfig(focus=10.0),
+            steps=500, pairs=PairConfig(references=2, targets=16, clips=True, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
+            parts="temporal", sampled_starts=1.0, temporal_loss=4.0, drop_warp=0.0, weights=WeightConfig(focus=10.0),
             log_every=10, validate_every=125, save_every=125,
         ),
-        tracks=TrackConfig(),
-        val_tracks=TrackConfig(subjects=6, frames=16, portraits=1),
+        tracks=TrackStoreConfig(),
+        val_tracks=TrackStoreConfig(subjects=6, frames=16, portraits=1),
         fit=FitConfig(),
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
         reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120)),
@@ -212,7 +211,7 @@ _ROWS = (
         model=VideoModelConfig(),
         codec=CodecTraining(),
         image=VideoTraining(
-            steps=80_000, pairs=PairConfig(references=32, targets=1), hold=1.0, recompute=True,
+            steps=80_000, pairs=PairConfig(references=32, targets=1), hold=1.0, gradient_checkpointing=True,
             preview=SampleConfig(steps=10, guidance=2.5),
         ),
         store=StoreConfig(subjects=20_000, instants=8, views=16, size=512, crop=224, texels=512, grid=64),
@@ -220,11 +219,12 @@ _ROWS = (
         sample=SampleConfig(),
         views=12, frames=200,
         video=VideoTraining(
-            steps=20_000, pairs=PairConfig(references=8, targets=16), hold=1.0, parts="temporal", recompute=True,
+            steps=20_000, pairs=PairConfig(references=8, targets=16, clips=True), hold=1.0, parts="temporal",
+            gradient_checkpointing=True,
             preview=SampleConfig(steps=10, guidance=2.5),
         ),
-        tracks=TrackConfig(subjects=5_000, frames=48, portraits=4, views=4),
-        val_tracks=TrackConfig(subjects=16, frames=32, portraits=1),
+        tracks=TrackStoreConfig(subjects=5_000, frames=48, portraits=4, views=4),
+        val_tracks=TrackStoreConfig(subjects=16, frames=32, portraits=1),
         # Sec. 4.2, A.2.
         fit=FitConfig(
             iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,

@@ -18,16 +18,15 @@ def train(
 ) -> None:
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
-    from functools import partial
 
-    from geodiff4d.cli._stores import with_bar
+    from geodiff4d.cli.progress import bar
     from geodiff4d.tracking.learn import train_perception
     from geodiff4d.tracking.network import load_perception
     from geodiff4d.tracking.people import build_people
 
     folder, stores = data or out / "data", {}
     for name, config in (("train", stage.people), ("val", stage.val_people)):
-        stores[name] = with_bar(name, config.subjects, partial(build_people, folder / name, config, workers))
+        stores[name] = build_people(folder / name, config, workers, bar)
 
     def report(step: int, total: int, record: dict) -> None:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)

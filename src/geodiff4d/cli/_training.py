@@ -1,33 +1,36 @@
 """The `vae`, `image` and `video` stages of `geodiff4d train`: data, model and starting weights for the loops."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
-from geodiff4d.cli._stores import is_footage, rendered_stores, rendered_tracks
 from geodiff4d.cli._training_args import Args
+from geodiff4d.cli.progress import bar
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
-from geodiff4d.data.mixture import Mixture, MixtureConfig
-from geodiff4d.data.pairs import PairConfig
-from geodiff4d.data.store import Store
+from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
+from geodiff4d.data.footage.render import build_store, build_tracks
+from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
+from geodiff4d.data.footage.take import Footage
+from geodiff4d.data.sampling import ReadConfig, Samples, open_footage
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
-from geodiff4d.video.batches import Batches, TrackBatches, encode_store
-from geodiff4d.video.mixed import MixedBatches
+from geodiff4d.tracking.relabel import render_tracked
+from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.model import VideoModelConfig, load_video_model
-from geodiff4d.video.recode import starting_weights
+from geodiff4d.video.recode import continued, start_from_stable_diffusion, starting_weights
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.train_codec import train_codec
-from geodiff4d.video.vae import Codec, PatchCodec, StableCodec, load_codec
+from geodiff4d.video.vae import Codec, PatchCodec, load_codec
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+Sources = dict[str, list[Footage]]
+"""What is trained on (`train`) and validated on (`val`)."""
 
 
 def report(step: int, total: int, record: dict[str, Any]) -> None:
@@ -42,7 +45,7 @@ def codec(args: Args) -> None:
     p = preset(args.preset)
     if args.preset == "paper":
         raise UserError("--preset paper uses Stable Diffusion's autoencoder: there is no codec to train")
-    stores = rendered_stores(_world(args), p, args.workers)
+    stores = rendered_images(args.data[0] if args.data else args.out / "data", p, args.workers)
     config = p.codec if args.steps is None else replace(p.codec, steps=args.steps)
     train_codec(args.out, stores["train"], replace(config, seed=args.seed), report, stores["val"])
     print(f"{args.out / 'vae'}: the codec")
@@ -52,25 +55,14 @@ def image(args: Args) -> None:
     """Stage 1."""
     p = preset(args.preset)
     model, pairs = ablated(p, args.ablate)
-    config = _training(args, replace(p.image, pairs=pairs))
-    if args.preset == "paper":
-        model, codec, start = _from_stable_diffusion(args, model)
-    else:
-        codec, start = _codec(args, p), None
-    if args.start is not None:
-        if not isinstance(codec, PatchCodec):
-            raise UserError(
-                "--start with --preset paper is not possible yet: give --sd alone, or resume with one --out"
-            )
-        start = starting_weights(args.start, codec)
-    if any(is_footage(folder) for folder in args.data):
-        # A mixture does not know what the readout is fitted to: its warped portraits keep still.
+    config = training_config(args, replace(p.image, pairs=pairs))
+    model, codec, start = _beginning(args, p, model)
+    p = replace(p, store=replace(p.store, parameters=args.parameters),
+                val_store=replace(p.val_store, parameters=args.parameters))  # fmt: skip
+    train, val = batches(args, p, model, codec, config, p.augment)
+    if not train.samples.knows_motion:
+        # Nothing to fit the readout to: warped portraits keep still.
         model = replace(model, expression=replace(model.expression, motion=0))
-        if "synthetic" in args.ablate:
-            raise UserError("--ablate synthetic is for rendered stores: of your own folders, leave synthetic ones out")
-        train, val = _mixtures(args, model, codec, config, p.augment)
-    else:
-        train, val = _store_batches(args, p, model, codec, config)
     train_video_model(args.out, model, codec, train, config, val, start, report)
     print(f"{args.out / 'model'}: the model, for --model")
 
@@ -83,23 +75,8 @@ def video(args: Args) -> None:
     first = load_video_model(args.start or SHIPPED_MODEL)
     model = with_temporal_modules(first.config, p.temporal)
     pairs = replace(p.video.pairs, cross_view="cross-view" not in args.ablate)
-    config = _training(args, replace(p.video, pairs=pairs))
-    pairs = config.pairs
-    if any(is_footage(folder) for folder in args.data):
-        train, val = _mixtures(args, model, first.codec, config, p.clip_augment)
-    else:
-        like = replace(
-            p.store, size=model.size, crop=model.expression.size, grid=model.size // first.codec.factor
-        )  # fmt: skip
-        with _one_first():
-            stores = rendered_tracks(_world(args), p, like, args.workers)
-            latents = _encoded(stores, first.codec, args.out)
-        train, val = (
-            TrackBatches(
-                stores[k], latents[k], pairs, seed, augment, config.weights, model.pose == "codec", model.surroundings
-            )
-            for k, seed, augment in (("train", args.seed, p.clip_augment), ("val", 1, None))
-        )
+    config = training_config(args, replace(p.video, pairs=pairs))
+    train, val = batches(args, p, model, first.codec, config, p.clip_augment)
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
     train_video_model(args.out, model, first.codec, train, config, val, start, report)
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
@@ -117,116 +94,156 @@ def _one_first() -> AbstractContextManager[None]:
     return _processes().main_process_first()
 
 
-def _training(args: Args, config: VideoTraining) -> VideoTraining:
-    """Apply the options, and share the preset's batch out: over processes, and over the parts of a step."""
+def training_config(args: Args, config: VideoTraining) -> VideoTraining:
+    """Apply the options, and share the preset's batch out: over processes, and over the parts of a step.
+
+    Raises:
+        UserError: it cannot be shared evenly.
+    """
     whole, processes = config.pairs.references, _processes().num_processes
     if whole % (processes * args.accumulate):
         raise UserError(
             f"a batch of {whole} references cannot be shared by {processes} process(es) in {args.accumulate} part(s): "
             f"choose processes and --accumulate so that their product divides {whole}"
         )
-    pairs = replace(config.pairs, references=whole // (processes * args.accumulate))
+    pairs = replace(
+        config.pairs, references=whole // (processes * args.accumulate), importance=args.importance
+    )  # fmt: skip
     return replace(
         config, pairs=pairs, accumulate=args.accumulate,
         seed=args.seed, steps=args.steps or config.steps, autocast=args.bf16,
-        recompute=args.recompute or config.recompute, save_minutes=args.save_minutes,
+        gradient_checkpointing=args.gradient_checkpointing or config.gradient_checkpointing,
+        save_minutes=args.save_minutes,
     )  # fmt: skip
 
 
-def _world(args: Args) -> Path:
-    """The one folder that rendered stores are in, or will be."""
-    if len(args.data) > 1:
-        raise UserError("--data: expected one folder for rendered stores, or folders of clips: none of these has any")
-    return args.data[0] if args.data else args.out / "data"
+# What it starts from
 
 
-def _codec(args: Args, p: Preset) -> PatchCodec:
-    found = load_codec(args.vae or SHIPPED_MODEL / "vae")
-    if not isinstance(found, PatchCodec) or found.config != p.codec.codec:
-        raise UserError(
-            f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset {args.preset}` "
-            "and give --vae"
-        )
-    return found
+def _beginning(
+    args: Args, p: Preset, like: VideoModelConfig
+) -> tuple[VideoModelConfig, Codec, dict[str, Tensor] | None]:
+    """Return the model to train, its codec, and its first weights (None: random ones)."""
+    if args.preset != "paper":
+        found = load_codec(args.vae or SHIPPED_MODEL / "vae")
+        if not isinstance(found, PatchCodec) or found.config != p.codec.codec:
+            raise UserError(
+                f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset "
+                f"{args.preset}` and give --vae"
+            )
+        return like, found, None if args.start is None else starting_weights(args.start, found)
+    if args.start is not None:
+        if args.sd is not None:
+            raise UserError("--sd: --start names a whole model to continue from: leave one of the two out")
+        return continued(args.start, like)
+    return start_from_stable_diffusion(args.sd, like)
 
 
-def _from_stable_diffusion(
-    args: Args, like: VideoModelConfig
-) -> tuple[VideoModelConfig, StableCodec, dict[str, Tensor]]:
-    """Take topology, codec and first weights from a Stable Diffusion folder."""
-    if args.sd is None:
-        raise UserError("--preset paper needs --sd: a folder with Stable Diffusion 1.5's unet and vae")
-    from geodiff4d.video.pretrained import from_stable_diffusion
-
-    built, _ = from_stable_diffusion(args.sd, like)
-    assert isinstance(built.codec, StableCodec)
-    if built.image_encoder is not None:
-        print(f"{args.sd}/image_encoder is not used: SD's text attention gets a zero token, in training and after it")
-    state = {k: v for k, v in built.state_dict().items() if k.startswith(("unet.", "reference.", "expression."))}
-    return built.config, built.codec, state
+# What it sees
 
 
-def _store_batches(
-    args: Args, p: Preset, model: VideoModelConfig, codec: Codec, config: VideoTraining
-) -> tuple[Batches, Batches]:
-    p = replace(
-        p,
-        store=replace(p.store, parameters=args.parameters),
-        val_store=replace(p.val_store, parameters=args.parameters),
-    )
+def batches(
+    args: Args, p: Preset, model: VideoModelConfig, codec: Codec, config: VideoTraining, augment: AugmentConfig
+) -> tuple[Batches, Batches | None]:
+    """Open --data, encode what is rendered, and return batches to train on and, if there is anything, to validate on.
+
+    Raises:
+        UserError: there is nothing to train on, or --importance does not fit the folders.
+    """
+    encoded_pose = model.pose == "codec"
     with _one_first():
-        stores = rendered_stores(_world(args), p, args.workers)
-        latents = _encoded(stores, codec, args.out, "synthetic" not in args.ablate)
-    train, val = (
-        Batches(
-            stores[k],
-            latents[k],
-            config.pairs,
-            seed,
-            augment,
-            config.weights,
-            model.pose == "codec",
-            model.surroundings,
-        )
-        for k, seed, augment in (("train", args.seed, p.augment), ("val", 1, None))
-    )
-    return train, val
+        sources = footage(args, p, model, codec, config.pairs.clips)
+        args.out.mkdir(parents=True, exist_ok=True)
+        for split, found in sources.items():
+            for i, source in enumerate(found):
+                if isinstance(source, RenderedFootage) and source.store.config.size == model.size:
+                    encode_store(source, codec, args.out / f"latents_{split}_{i}.npy", encoded_pose)
+
+    def made(split: str, seed: int, augment: AugmentConfig | None) -> Batches:
+        training = split == "train"
+        read = ReadConfig(model.size, model.expression.size, model.warp, model.surroundings, augment)
+        pairs = config.pairs if training else replace(config.pairs, importance=())
+        samples = Samples(sources[split], pairs, read, seed)
+        # Validation picks its batches again and again, and what is encoded already needs no one to read ahead.
+        ahead = training and any(not isinstance(s, RenderedFootage) or s.cache is None for s in sources[split])
+        return Batches(samples, codec, config.weights, encoded_pose, args.workers if ahead else 0)
+
+    train = made("train", args.seed, augment)
+    if len(args.data) > 1:
+        for source, share in zip(train.samples.sources, train.samples.shares, strict=True):
+            print(f"{source.name}: {100 * share:.0f} % of the samples")
+    if not sources["val"]:
+        print(f"no --data folder has a folder `{HELD_OUT}`: there will be no validation")
+    return train, made("val", 1, None) if sources["val"] else None
 
 
-def _encoded(stores: Mapping[str, Store], codec: Codec, out: Path, exact_normals: bool = True) -> dict[str, np.ndarray]:
-    """Encode the stores; what is validated on is exact in any case."""
-    out.mkdir(parents=True, exist_ok=True)
-    return {
-        name: encode_store(store, codec, out / f"latents_{name}.npy", exact_normals=exact_normals or name != "train")
-        for name, store in stores.items()
-    }
+def is_footage(folder: Path) -> bool:
+    """Say whether a folder is a store or holds clips, and not the place where `train` renders stores."""
+    if (folder / "store.json").exists() or (folder / "transforms.json").exists():
+        return True
+    # Deeper than this no importer and no tracker writes.
+    return folder.is_dir() and any(next(folder.glob(f"{depth}transforms.json"), None) for depth in ("*/", "*/*/"))
 
 
-def _mixtures(
-    args: Args, model: VideoModelConfig, codec: Codec, config: VideoTraining, augment: AugmentConfig
-) -> tuple[MixedBatches, MixedBatches | None]:
-    """Mix the --data folders; what lies in a folder `val` inside one of them is validated on, if there is any."""
-    held_out = [folder / "val" for folder in args.data if is_footage(folder / "val")]
-    sources = [folder / "train" if is_footage(folder / "train") else folder for folder in args.data]
-    if len(set(sources)) != len(sources):
+def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips: bool) -> Sources:
+    """Open the --data folders; the open world is rendered where there is one folder without any footage.
+
+    Raises:
+        UserError: a folder has nothing, is named twice, or is held out by another.
+    """
+    estimated, head = "synthetic" in args.ablate, None if args.head is None else str(args.head)
+    folders = [folder.resolve() for folder in args.data]
+    if len(set(folders)) != len(folders):
         raise UserError("--data names a folder twice: give each once, and --importance to weigh it")
+    for a in folders:
+        if any(b in a.parents and HELD_OUT in a.relative_to(b).parts for b in folders):
+            raise UserError(f"--data: {a} is held out by a folder above it, and would be trained on: leave it out")
+    out: Sources = {"train": [], "val": []}
+    if len(args.data) < 2 and not any(is_footage(folder) for folder in args.data):
+        place = args.data[0] if args.data else args.out / "data"
+        if clips:
+            like = replace(p.store, size=model.size, crop=model.expression.size, grid=model.size // codec.factor)
+            stores = rendered_tracks(place, p, like, args.workers)
+        else:
+            stores = rendered_images(place, p, args.workers)
+        return {k: [RenderedFootage(store, estimated and k == "train")] for k, store in stores.items()}
+    for folder in args.data:
+        for split in out:
+            # A folder that `train` rendered has a store for each stage.
+            rendered = [folder / f"{split}{end}" for end in (("_tracks", "") if clips else ("", "_tracks"))]
+            store = next((s for s in rendered if (s / "store.json").exists()), None)
+            if store is not None:
+                out[split].append(open_footage(store, head, estimated and split == "train"))
+            elif split == "train" and is_footage(folder):
+                out[split].append(open_footage(folder, head, estimated))
+            elif split == "val" and is_footage(folder) and clips_below(folder, held_out=True):
+                out[split].append(ClipFootage(folder, head, held_out=True))
+    if len(out["train"]) < len(args.data):
+        raise UserError("--data: expected one folder for rendered stores, or only folders of clips and stores")
+    return out
 
-    def mixed(folders: list[Path], seed: int, augment: AugmentConfig | None, weigh: bool) -> MixedBatches:
-        pairs: PairConfig = config.pairs
-        drawn = MixtureConfig(
-            targets="clip" if config.parts == "temporal" else "images", frames=pairs.targets, size=model.size,
-            crop=model.expression.size, cross_view=pairs.cross_view, frontal_reference=pairs.frontal_reference,
-            warp=model.warp, surroundings=model.surroundings, augment=augment,
-            importance=args.importance if weigh else (),
-        )  # fmt: skip
-        head = None if args.head is None else str(args.head)
-        mixture = Mixture(folders, drawn, seed, head)
-        workers = args.workers if weigh else 0  # Validation picks its batches again and again.
-        return MixedBatches(mixture, codec, pairs.references, config.weights, model.pose == "codec", workers)
 
-    train = mixed(sources, args.seed, augment, True)
-    for source, share in zip(sources, train.mixture.shares, strict=True):
-        print(f"{source}: {100 * share:.0f} % of the samples")
-    if not held_out:
-        print("no --data folder has a folder `val`: there will be no validation")
-    return train, mixed(held_out, 1, None, False) if held_out else None
+def rendered_images(folder: Path, p: Preset, workers: int) -> dict[str, Store]:
+    """Render the preset's stores of single images below a folder, or open them.
+
+    Raises:
+        UserError: they would fill terabytes.
+    """
+
+    def built(name: str, config: StoreConfig) -> Store:
+        render = render_tracked if config.parameters == "tracked" else None
+        return build_store(folder / name, config, workers, bar, render)
+
+    return {"train": built("train", p.store), "val": built("val", p.val_store)}
+
+
+def rendered_tracks(folder: Path, p: Preset, like: StoreConfig, workers: int) -> dict[str, Store]:
+    """Render the preset's tracks below a folder, in the sizes that a model needs, or open them.
+
+    Raises:
+        UserError: they would fill terabytes.
+    """
+    return {
+        "train": build_tracks(folder / "train_tracks", p.tracks, replace(like, split="train"), workers, bar),
+        "val": build_tracks(folder / "val_tracks", p.val_tracks, replace(like, split="val"), workers, bar),
+    }

@@ -22,7 +22,8 @@ class Args:
     """debug: seconds. embedded: hours on two cores. paper: a GPU, and --sd."""
     data: tuple[Path, ...] = ()
     """What to train on, by default OUT/data. One folder that is empty or holds rendered stores: the open world, which
-    is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores."""
+    is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores;
+    what lies in a folder `val` below one is validated on, and never trained on."""
     importance: tuple[float, ...] = ()
     """Importance per sample of each --data folder; by default 10 for several views and 1 for one."""
     head: Path | None = None
@@ -33,7 +34,8 @@ class Args:
     """Codec folder for the image stage; by default the one that ships."""
     start: Path | None = None
     """Model folder whose weights to continue from (its optimiser starts afresh): by default the shipped one in the
-    video stage and none in the others. Another codec's weights are carried over."""
+    video stage and none in the others. Another patch codec's weights are carried over; paper
+    then needs no --sd."""
     photographs: Path | None = None
     """Folder with photographs of faces, without labels, that the reader stage learns to read alike however they are cut
     and spoiled; of two named ID_neutral and ID_smiling, that the second smiles more."""
@@ -49,8 +51,8 @@ class Args:
     """Compute in bf16 where the machine has it."""
     accumulate: int = 1
     """Parts that a process takes a step's batch in, one after another: less memory, the same step."""
-    recompute: bool = False
-    """Gradient checkpointing: less memory for a third more time."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory for a third more time."""
     save_minutes: float = 10.0
     """Also write a checkpoint when the last one is this old."""
     workers: int = 2

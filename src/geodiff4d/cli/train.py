@@ -5,7 +5,7 @@ from dataclasses import fields
 from geodiff4d.cli._training_args import Args
 
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
-_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "recompute", "save_minutes"}
+_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes"}
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
     "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},

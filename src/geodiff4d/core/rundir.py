@@ -47,6 +47,8 @@ class RunFolder:
             raise UserError(
                 f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
             )
+        if writes and known.exists() and read_json(known)["config"] != ours:
+            write_json(known, {**read_json(known), "config": ours})
         if not known.exists():
             write_json(known, {"config": ours, "commit": _git("rev-parse", "HEAD"), "torch": torch.__version__})
             (self.path / "diff.patch").write_text(_git("diff", "HEAD") or "")

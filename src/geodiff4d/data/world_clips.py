@@ -1,23 +1,27 @@
-"""Clips of the open world, and the tracker-like error that stands in for tracking from pixels."""
+"""Clips of the open world: how its people move, before which cameras, and how they are written."""
 
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.workers import in_workers
 from geodiff4d.data.clip import ClipWriter, read_header
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
-from geodiff4d.render.viewpoints import capture_cameras, capture_views, world_region
-from geodiff4d.world.expressions import TRACK_KINDS, TrackKind, expression_track, head_track
+from geodiff4d.render.viewpoints import capture_cameras, capture_views, openhead, world_region
+from geodiff4d.world.expressions import TRACK_KINDS, TrackKind, expression_track, head_track, random_expression
 from geodiff4d.world.seeds import Split, generator
 from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject
+
+LEAD_FRAMES, LONG_FRAMES = 12, 120
+"""A track is cut out of a longer one, which starts near neutral."""
+STILL, TURNING = 0.35, 0.3
+"""Shares of people whose heads are held still, as avatars' clips have them (S-A.1), and who turn them far."""
 
 
 def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps: float = 24.0) -> HeadParams:
@@ -26,9 +30,36 @@ def subject_motion(subject: SyntheticSubject, frames: int, kind: TrackKind, fps:
     return subject.params(expr, rotation=head_track(kind, frames, subject.seed, fps), jaw_pose=jaw, eyes_pose=eyes)
 
 
+def random_motion(split: Split, subject: int, instants: int, seed: int) -> HeadParams:
+    """Draw independent expressions and head poses (shape left at zero): half the heads look straight ahead."""
+    rng = generator("store", split, subject, seed)
+    expr, jaw, eyes = random_expression(int(rng.integers(1 << 31)), instants)
+    turn = np.deg2rad(rng.normal(0, 1, (2, instants, 3)) * np.array([8.0, 14.0, 5.0])) * (
+        rng.random((2, instants, 1)) < 0.5
+    )
+    rotation, neck = (torch.from_numpy(x.astype(np.float32)) for x in turn)
+    move = torch.from_numpy(rng.normal(0, 0.008, (instants, 3)).astype(np.float32))
+    zero = openhead().neutral(instants)
+    return HeadParams(zero.shape, expr, rotation, neck, jaw, eyes, move)
+
+
+def track_motion(split: Split, subject: int, frames: int, seed: int, fps: float) -> HeadParams:
+    """Return a person's motion over the track (shape left at zero): a piece from the middle of a longer one."""
+    rng = generator("tracks", split, subject, seed)
+    kind = TRACK_KINDS[int(rng.integers(len(TRACK_KINDS)))]
+    long, draw = LEAD_FRAMES + frames + LONG_FRAMES, int(rng.integers(1 << 31))
+    expr, jaw, eyes = expression_track(kind, long, draw, fps)
+    how = rng.random()
+    rotation = head_track("turns" if how > 1 - TURNING else kind, long, draw, fps) * float(how > STILL)
+    first = LEAD_FRAMES + int(rng.integers(LONG_FRAMES))
+    zero = openhead().neutral(long)
+    whole = HeadParams(zero.shape, expr, rotation, zero.neck_pose, jaw, eyes, zero.translation)
+    return whole[first : first + frames]
+
+
 def subject_cameras(subject: SyntheticSubject, params: HeadParams, views: list[int], size: int) -> Camera:
     """Return the capture cameras cropped canonically around this subject over all its frames."""
-    points = subject.vertices(params)[..., world_region(), :].reshape(-1, 3)
+    points = subject.vertices(params)[..., world_region(), :]
     return canonical_crop(capture_cameras(size)[torch.tensor(views)], points)
 
 
@@ -72,28 +103,8 @@ def write_world(
     Each process holds one person at a time and a few clips wait in line, whatever the number of people. An interrupted
     run leaves whole clips only; calling again with those seeds left out resumes it.
     """
-    if workers <= 1 or len(seeds) <= 1:
-        for seed in seeds:
-            yield _write_person(out, split, seed, frames, views, size)
-        return
-    # spawn: a forked torch may wait forever for threads it does not have.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
-        waiting: set[Future[int]] = set()
-        try:
-            for seed in seeds:
-                if len(waiting) >= 2 * workers:
-                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    yield from (future.result() for future in done)
-                waiting.add(pool.submit(_write_person, out, split, seed, frames, views, size))
-            yield from (future.result() for future in as_completed(waiting))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Drawing uses one thread; an interrupt reaches the parent, which lets every worker finish its clip."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    people = ((out, split, seed, frames, views, size) for seed in seeds)
+    yield from in_workers(_write_person, people, min(workers, len(seeds)))
 
 
 def _write_person(out: Path, split: Split, seed: int, frames: int, views: int, size: int) -> int:

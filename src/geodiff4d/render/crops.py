@@ -1,6 +1,7 @@
 """The canonical crop of every image, and the driving crop of the face.
 
-Canonical (docs/CONVENTIONS.md): square, centred on the projected head, side 1.6 × its box, fixed per clip and camera.
+Canonical (docs/CONVENTIONS.md): square, centred on the projected head, side 1.6 × its box, fixed per clip and camera;
+of a head that moves, 1.6 × the median box, and wide enough for all of them.
 Driving: 1.1 × the face's box, of every frame by itself (X-NeMo: one size per clip, its centres through a Gaussian of
 σ = 5 frames).
 
@@ -45,19 +46,15 @@ def _project_all(camera: Camera, vertices: Tensor) -> tuple[Tensor, Tensor]:
     return camera.expand(*vertices.shape[:-2]).project(vertices)
 
 
-def canonical_crop(camera: Camera, head_vertices: Float[Tensor, "points 3"], size: int | None = None) -> Camera:
-    """Return the camera(s) of the canonical crop: square, centred on the projected head, side 1.6 × its box.
+def canonical_crop(camera: Camera, vertices: Float[Tensor, "*frames verts 3"], size: int | None = None) -> Camera:
+    """Return the camera(s) of the canonical crop (`canonical_crop_box`), each of its own over all frames given.
 
-    `head_vertices` are world points of the head without the neck (`vertices[..., world_region(), :]`), of one frame or
-    of a whole clip flattened; `camera` is single or has one batch axis. The crop may reach beyond the original image.
+    `vertices` are world points of the head without the neck; `camera` is single or has one batch axis. The crop may
+    reach beyond the original image.
     """
     if not camera.batch:
-        xy, _ = camera.project(head_vertices)
-        low, high = xy.amin(0), xy.amax(0)
-        side = float((high - low).max()) * CANONICAL_SCALE
-        left, top = ((low + high) / 2 - side / 2).tolist()
-        return camera.cropped(left, top, side, size or camera.width)
-    return Camera.stack([canonical_crop(camera[i], head_vertices, size) for i in range(camera.batch[0])])
+        return camera.cropped(*canonical_crop_box(camera, vertices), size or camera.width)
+    return Camera.stack([canonical_crop(camera[i], vertices, size) for i in range(camera.batch[0])])
 
 
 def face_crop_box(points: Float[Tensor, "points 2"], scale: float = FACE_SCALE) -> tuple[float, float, float]:

@@ -112,14 +112,13 @@ class LiftedPortrait:
         """Draw the portrait in other poses and views, on grey.
 
         Args:
-            fragments: the posed head, rasterised.
+            fragments: the posed head, rasterised; they may be coarser than the cameras.
             T_world_joint: the posed head's joints.
 
         Returns:
             (rgb; two masks: where the portrait itself shows the pixel, and where the head's mesh is).
         """
-        colour, visible = sample_completed(self.head, fragments)
-        inside = fragments.mask[:, None].to(colour.dtype)
+        colour, visible, inside = sample_completed(self.head, fragments, cameras.height, cameras.width)
         rgb = composite(colour, inside)
         if self.relief is not None:
             n = len(T_world_joint)

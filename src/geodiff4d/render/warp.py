@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate as resize
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.topology import vertex_normals
 from geodiff4d.heads.rig import Head
-from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv, uv_map
+from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv
 
 DEPTH_TOLERANCE_M = 0.004
 """A vertex this far behind the z-buffer still counts as seen (more where the surface is steep)."""
@@ -129,7 +129,7 @@ def complete(
 
     Example:
         >>> portrait = complete(head, image, head.pose(params).vertices, camera)
-        >>> rgb, visibility = sample_completed(portrait, rasterize(posed.vertices, posed.faces, cameras))
+        >>> rgb, visibility, _ = sample_completed(portrait, rasterize(posed.vertices, posed.faces, cameras), 512, 512)
     """
     carried = carry(vertices, head.faces, camera, mask)
     atlas = rasterize_uv(head.uv, head.uv_faces, texels)
@@ -152,16 +152,35 @@ def complete(
 
 
 def sample_completed(
-    portrait: CompletedHead, fragments: Fragments
-) -> tuple[Float[Tensor, "*batch 3 height width"], Float[Tensor, "*batch 1 height width"]]:
-    """Return the colours of fragments of the portrait's head, and how much of each the portrait shows, 0 to 1."""
-    head = portrait.head
-    batch = fragments.face_index.shape[:-2]
-    uv = uv_map(fragments, head.uv, head.uv_faces).movedim(-3, -1) * 2 - 1
-    texture = sample(portrait.texture.expand(*batch, -1, -1, -1), uv)
-    carried = Carried(portrait.carried.grid.expand(*batch, -1, -1), portrait.carried.visibility.expand(*batch, -1))
-    own, visibility = warp(portrait.image.expand(*batch, -1, -1, -1), carried, fragments, head.faces)
-    return texture + visibility * (own - texture), visibility
+    portrait: CompletedHead, fragments: Fragments, height: int, width: int
+) -> tuple[
+    Float[Tensor, "*batch 3 height width"],
+    Float[Tensor, "*batch 1 height width"],
+    Float[Tensor, "*batch 1 height width"],
+]:  # fmt: skip
+    """Return the colours of fragments of the portrait's head, how much of each the portrait shows, and the head's mask.
+
+    Of coarser fragments than the image that is asked for, coordinates are resampled and not colours.
+    """
+    head, v = portrait.head, portrait.carried.visibility[..., None]
+    corners = torch.cat([portrait.carried.grid, v, (v > 0).to(v.dtype), torch.ones_like(v)], -1)
+    maps = torch.cat([
+        interpolate(fragments, head.faces, corners), interpolate(fragments, head.uv_faces, head.uv * 2 - 1)
+    ], -3)  # fmt: skip
+    batch = maps.shape[:-3]
+    maps = maps.reshape(-1, *maps.shape[-3:])
+    if maps.shape[-2:] != (height, width):
+        maps = resize(maps, (height, width), mode="bilinear", align_corners=False)
+    own, seen, whole, share, uv = maps.split((2, 1, 1, 1, 2), 1)
+    inside = (share > 0.5).to(maps.dtype)
+    visibility = seen * (whole > 0.999 * share) * inside
+
+    def look(image: Float[Tensor, "3 rows columns"], grid: Float[Tensor, "n 2 height width"]) -> Tensor:
+        return sample(image.expand(len(grid), -1, -1, -1), (grid / share.clamp(min=1e-3)).movedim(1, -1))
+
+    texture = look(portrait.texture, uv)
+    rgb = texture + visibility * (look(portrait.image, own) - texture)
+    return tuple(x.view(*batch, *x.shape[1:]) for x in (rgb, visibility, inside))  # pyright: ignore[reportReturnType]
 
 
 def _spread(

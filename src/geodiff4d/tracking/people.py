@@ -4,21 +4,18 @@ One row is one picture of one person. The picture stands on plain grey and its n
 so that their length is the foreground: training puts other backgrounds behind (`scenes`).
 """
 
-import json
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import write_json
+from geodiff4d.core.files import read_json
 from geodiff4d.core.images import composite, encode_normals
+from geodiff4d.core.progress import Progress, silent
+from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows, open_rows
 from geodiff4d.heads.rig import SKULL_JOINT, HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import openhead, orbit, world_region
@@ -78,57 +75,33 @@ class People:
             raise UserError(
                 f"{folder} has no rendered people: expected people.json; `geodiff4d train perception` renders them"
             )
-        load = lambda name: np.load(self.folder / f"{name}.npy", mmap_mode="r")  # noqa: E731
-        if not load("done").all():
+        names = ("rgb", "normal", "points", "turn", "shape")
+        rows = open_rows(self.folder, (*names, "done", "points_index", "points_position"))
+        if not rows["done"].all():
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train perception` again to resume it")
-        for name in ("rgb", "normal", "points", "turn", "shape"):
-            array = load(name)
-            keep = 3 if name in ("rgb", "normal") else 1 if name == "shape" else 2
-            setattr(self, name, array.reshape(-1, *array.shape[array.ndim - keep :]))
-        self.markup = SurfacePoints(*(torch.from_numpy(np.array(load(f"points_{k}"))) for k in ("index", "position")))
+        for name in names:
+            setattr(self, name, rows[name].reshape(-1, *rows[name].shape[2:]))
+        self.markup = _markup(rows)
 
     def __len__(self) -> int:
         return len(self.points)
 
 
-def build_people(
-    folder: Path, config: PeopleConfig, workers: int = 2,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> People:  # fmt: skip
-    """Render the pictures, or finish what was interrupted; subjects that are done are kept.
+def build_people(folder: Path, config: PeopleConfig, workers: int = 2, progress: Progress = silent) -> People:
+    """Render the images, or finish what was interrupted; subjects that are done are kept.
 
     Raises:
         UserError: the folder holds people of another configuration.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "people.json"
-    if path.exists() and json.loads(path.read_text()) != asdict(config):
-        raise UserError(f"{folder} holds people of another configuration: name another folder or remove it")
-    if not path.exists():
-        for name, (shape, kind) in config.arrays().items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
-        markup = choose_points(openhead(), config.points)
-        np.save(folder / "points_index.npy", markup.index.numpy())
-        np.save(folder / "points_position.npy", markup.position.numpy())
-        write_json(path, config)
-    done = np.load(folder / "done.npy", mmap_mode="r+")
-    todo = np.nonzero(done == 0)[0].tolist()
-    finished = config.subjects - len(todo)
-    progress(finished, config.subjects)
-    if workers <= 1:
-        for s in todo:
-            _render_subject(folder, config, s)
-            finished += 1
-            progress(finished, config.subjects)
-        return People(folder)
-    # spawn: a forked torch may wait forever for threads it does not have.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_render_subject, folder, config, s) for s in todo]):
-            future.result()
-            finished += 1
-            progress(finished, config.subjects)
+    markup = choose_points(openhead(), config.points)
+    constants = {"points_index": markup.index.numpy(), "points_position": markup.position.numpy()}
+    create_rows(Path(folder) / "people.json", config, config.arrays(), constants)
+    fill_rows(Path(folder), _render_subject, workers, progress)
     return People(folder)
+
+
+def _markup(rows: dict[str, np.ndarray]) -> SurfacePoints:
+    return SurfacePoints(*(torch.from_numpy(np.array(rows[f"points_{k}"])) for k in ("index", "position")))
 
 
 def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
@@ -149,10 +122,12 @@ def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
     return params, Camera.stack(cameras)
 
 
-def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
+def _render_subject(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
     head = openhead()
-    markup = SurfacePoints(*(torch.from_numpy(np.load(folder / f"points_{k}.npy")) for k in ("index", "position")))
+    config = PeopleConfig(**read_json(folder / "people.json"))
+    stored = open_rows(folder, (*config.arrays(), "points_index", "points_position"), writable=True)
+    markup = _markup(stored)
     subject = SyntheticSubject(config.seed * 100_000 + s, config.split)
     motion, cameras = draw_motion(config, s)
     params = subject.params(motion.expr, motion.rotation, motion.neck_pose, motion.jaw_pose, motion.eyes_pose)
@@ -164,16 +139,12 @@ def _render_subject(folder: Path, config: PeopleConfig, s: int) -> None:
     frames = subject.render(params, cameras, config.supersample)
     skull = subject.rig.pose(params.without_shape()).T_world_joint[:, SKULL_JOINT, :3, :3]
     rows = {
-        "rgb": _bytes(composite(frames.rgb, frames.mask)),
-        "normal": _bytes(encode_normals(frames.normal, frames.mask)),
+        "rgb": as_bytes(composite(frames.rgb, frames.mask)),
+        "normal": as_bytes(encode_normals(frames.normal, frames.mask)),
         "points": cameras.project(markup.on(head).on(vertices, head.faces))[0].numpy(),
         "turn": apparent_turn(skull, cameras.T_cam_world, vertices[:, world_region()].mean(1)).numpy(),
         "shape": params.shape.numpy(),
         "done": np.uint8(1),
     }
     for name, value in rows.items():
-        np.load(folder / f"{name}.npy", mmap_mode="r+")[s] = value
-
-
-def _bytes(x: Tensor) -> np.ndarray:
-    return (x.clamp(0, 1) * 255).round().byte().numpy()
+        stored[name][s] = value

@@ -1,6 +1,6 @@
 """Training data as tracked: what the tracker sees in a store's pictures, in place of the truth with an error.
 
-The disturbed truth (`world/world.py`) keeps a person's exact shape, which no tracker finds, and errs anew in
+The disturbed truth (`world/tracker_error.py`) keeps a person's exact shape, which no tracker finds, and errs anew in
 every picture. A tracker finds nearly the mean head, and errs alike where pictures are alike: pitch is confounded with
 identity. A model learns how far to trust its conditions from those that it is trained on.
 """
@@ -9,18 +9,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.store import Store, as_read, one_of, render_subject, take, write_conditions
+from geodiff4d.data.footage.render import one_of, render_subject, write_conditions
+from geodiff4d.data.footage.rendered import Store, foreground
+from geodiff4d.data.rowstore import take
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.detect import Detection, Detector
 from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.placed import placed
+from geodiff4d.world.tracker_error import as_read
 
 
 def render_tracked(folder: Path, s: int) -> None:
@@ -46,7 +50,7 @@ def relabel(store: Store, s: int, detector: Detector) -> int:
     if first is None:
         return len(detections)
     shape = fit(head, [first], c.size, c.size).params.shape
-    motion, lost = store.motion()[s * c.instants : (s + 1) * c.instants], 0
+    motion, lost = store.motion(np.full(c.instants, s), np.arange(c.instants)), 0
     for i, row in enumerate(rows):
         seen = [_found(head, d, shape, c.size) for d in row]
         lost += sum(x is None for x in seen)
@@ -92,6 +96,5 @@ def _write(
             here = replace(params, rotation=common.rotation, translation=common.translation)
             posed.append(one_of(head.pose(here), 0))
     moved = head.pose(as_read(common, motion, c.seed * 100_000 + s * 1000 + i)).vertices[0]
-    normal = take(store.normal, (s, i), 255.0) * 2 - 1
-    mask = (normal.square().sum(1, keepdim=True) > 0.25).float()
+    mask = foreground(take(store.normal, (s, i), 255.0))
     write_conditions(store, s, i, rgb, mask, posed, one_of(standing, 0), moved, Camera.stack(cameras))

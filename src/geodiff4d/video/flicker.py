@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from geodiff4d.video.batches import Batches
-from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.preview import generated_latents
 from geodiff4d.video.sample import SampleConfig
@@ -44,9 +43,7 @@ def without_temporal_modules(model: VideoModel) -> Iterator[VideoModel]:
 
 
 @torch.no_grad()
-def measure_flicker(
-    model: VideoModel, val: Batches | MixedBatches, config: SampleConfig, clips: int = 4
-) -> dict[str, float]:
+def measure_flicker(model: VideoModel, val: Batches, config: SampleConfig, clips: int = 4) -> dict[str, float]:
     """Sample held-out clips and measure their flicker against the truth as the codec keeps it.
 
     Returns `flicker_rgb` and `flicker_normal`, the same without temporal modules (`…_alone`), and how far both are
@@ -59,7 +56,7 @@ def measure_flicker(
         if row == len(batch.crops):
             index, row = index + 1, 0
             batch = val[index].to(model.device)
-        frames = batch.crops.shape[1] if batch.valid is None else int(batch.valid[row].sum())
+        frames = int(batch.valid[row].sum())
         d = len(model.config.domains)
         z = batch.target[row : row + 1, :d, :, :frames]
         truth = model.decode_latents(z)[0].clamp(0, 1)

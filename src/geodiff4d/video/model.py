@@ -161,23 +161,31 @@ class VideoModel(nn.Module):
         small = interpolate(_fold(pose) * 2 - 1, scale_factor=1 / self.codec.factor, mode="area")
         return rearrange(small, "(b t) c h w -> b c t h w", b=len(pose))
 
-    def conditions(
-        self, images: ConditionImages, keep_warp: Bool[Tensor, " b"] | None = None,
-        pose_planes: Float[Tensor, "b p t h w"] | None = None,
-    ) -> Conditions:  # fmt: skip
-        """Encode the conditions; rows with `keep_warp` false get none (training drops p = 0.15)."""
+    def conditions(self, images: ConditionImages, pose_planes: Float[Tensor, "b p t h w"] | None = None) -> Conditions:
+        """Encode the conditions; `pose_planes` are those of `images.pose`, where they are known already."""
         pose = self.pose_planes(images.pose) if pose_planes is None else pose_planes
+        return self.join_conditions(pose, images.warp, images.visibility)
+
+    def join_conditions(
+        self, pose: Float[Tensor, "b p t h w"], warp_images: Float[Tensor, "b 3 t height width"] | None,
+        visibility: Float[Tensor, "b 2 t height width"] | None, keep_warp: Bool[Tensor, " b"] | None = None,
+    ) -> Conditions:  # fmt: skip
+        """Encode the warped portrait beside pose planes; rows with `keep_warp` false get none (training drops 0.15).
+
+        Raises:
+            ValueError: the model is conditioned on the warped portrait, and there is none.
+        """
         d, c = len(self.config.domains), self.codec.channels
         b, _, t, h, w = pose.shape
         base = pose.new_zeros(b, d, c, t, h, w)
         if not self.config.warp:
             return Conditions(pose, base)
-        if images.warp is None or images.visibility is None:
+        if warp_images is None or visibility is None:
             raise ValueError(
-                "this model is conditioned on the warped portrait: expected images.warp and images.visibility"
+                "this model is conditioned on the warped portrait: expected its images and their visibility"
             )
-        warp = self.encode_images(images.warp)
-        seen = rearrange(avg_pool2d(_fold(images.visibility), self.codec.factor), "(b t) c h w -> b c t h w", b=b)
+        warp = self.encode_images(warp_images)
+        seen = rearrange(avg_pool2d(_fold(visibility), self.codec.factor), "(b t) c h w -> b c t h w", b=b)
         if keep_warp is not None:
             keep = keep_warp.to(warp.dtype)[:, None, None, None, None]
             warp, seen = warp * keep, seen * keep

@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from geodiff4d.video.attention import MultiHead
 from geodiff4d.video.batches import Batch, Batches
-from geodiff4d.video.mixed import MixedBatches
-from geodiff4d.video.model import ConditionImages, VideoModel
+from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.unet import Resnet
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What chance decides about a batch."""
+    """What chance decides about a batch, sample by sample."""
 
     t: Int[Tensor, " b"]
     noise: Float[Tensor, "b d c t h w"]
@@ -37,12 +36,12 @@ class Draws:
 class Objective(nn.Module):
     """The denoising loss (Sec. 3.1): what is distributed and differentiated.
 
-    `steadiness` adds the error of what changes from frame to frame, so many times (ours; the paper has 0).
+    `temporal_loss` adds the error of what changes from frame to frame, so many times (ours; the paper has 0).
     """
 
-    def __init__(self, model: VideoModel, steadiness: float = 0.0):
+    def __init__(self, model: VideoModel, temporal_loss: float = 0.0):
         super().__init__()
-        self.steadiness = steadiness
+        self.temporal_loss = temporal_loss
         self.unet, self.reference, self.expression = model.unet, model.reference, model.expression
         self._model = [model]  # A list hides it: its parameters are registered above already.
 
@@ -57,8 +56,7 @@ class Objective(nn.Module):
         b = len(batch.crops)
         # Conditions are encoded in full precision, as when sampling.
         with torch.no_grad(), torch.autocast(batch.target.device.type, enabled=False):
-            images = ConditionImages(batch.warp, batch.warp, batch.visibility)
-            conditions = model.conditions(images, draws.keep_warp, pose_planes=batch.pose)
+            conditions = model.join_conditions(batch.pose, batch.warp, batch.visibility, draws.keep_warp)
         latent = rearrange(model.expression(batch.crops.flatten(0, 1)), "(b t) f -> b t f", b=b)
         latent = model.expression.drop(latent, draws.drop_expression)
         kv = model.reference_kv(batch.reference, batch.reference_pose)
@@ -73,11 +71,11 @@ class Objective(nn.Module):
         scale = seen * model.diffusion.loss_weight(draws.t)
         weight = batch.weight[:, :d]
         error = ((clean - z).square() * weight * scale).mean((0, 2, 3, 4, 5))
-        if self.steadiness == 0 or z.shape[3] == 1:
+        if self.temporal_loss == 0 or z.shape[3] == 1:
             return error
         change = (clean - z).diff(dim=3)
         between = torch.minimum(weight[:, :, :, 1:], weight[:, :, :, :-1])
-        return error + self.steadiness * (change.square() * between * scale).mean((0, 2, 3, 4, 5))
+        return error + self.temporal_loss * (change.square() * between * scale).mean((0, 2, 3, 4, 5))
 
 
 def initialise(model: VideoModel) -> None:
@@ -111,7 +109,7 @@ def averaged(model: VideoModel, ema: dict[str, Tensor]) -> Iterator[VideoModel]:
 
 
 @torch.no_grad()
-def validate(model: VideoModel, val: Batches | MixedBatches, mixed: bool) -> dict[str, float]:
+def validate(model: VideoModel, val: Batches, mixed: bool) -> dict[str, float]:
     """Measure a model's clean-latent error on held-out subjects, with and without expression."""
     out: dict[str, float] = {}
     n = 2 if model.temporal else 4  # Clips are many frames each.

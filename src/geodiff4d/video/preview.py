@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from geodiff4d.video.batches import Batch, Batches
-from geodiff4d.video.mixed import MixedBatches
-from geodiff4d.video.model import ConditionImages, VideoModel
+from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig, sample
 
 TILE = 128
@@ -17,9 +16,7 @@ GAP = 4
 
 
 @torch.no_grad()
-def sheet(
-    model: VideoModel, val: Batches | MixedBatches, config: SampleConfig, rows: int
-) -> Float[Tensor, "3 height width"]:
+def sheet(model: VideoModel, val: Batches, config: SampleConfig, rows: int) -> Float[Tensor, "3 height width"]:
     """Draw rows of reference, warped portrait, truth, generated, and the normals of both (truth as the codec keeps it).
 
     A row of a video model shows the first frame of a clip.
@@ -38,7 +35,8 @@ def _row(model: VideoModel, batch: Batch, row: int, config: SampleConfig) -> Flo
     made = generated_clip(model, batch, row, config, frames)[:, :, 0]
     truth = model.decode_latents(batch.target[row : row + 1, : len(made), :, :1])[0, :, :, 0]
     reference = model.codec.decode(batch.reference[row : row + 1])[0]
-    tiles = [reference, batch.warp[row, :, 0], truth[0], made[0], *truth[1:], *made[1:]]
+    warp = torch.full_like(reference, 0.5) if batch.warp is None else batch.warp[row, :, 0]
+    tiles = [reference, warp, truth[0], made[0], *truth[1:], *made[1:]]
     small = interpolate(torch.stack([t.float() for t in tiles]), (TILE, TILE), mode="bilinear", antialias=True)
     framed = pad(small.cpu(), (0, GAP, 0, GAP), value=1.0)
     return rearrange(framed, "n c h w -> c h (n w)")
@@ -58,8 +56,8 @@ def generated_latents(
 ) -> Float[Tensor, "1 d c t h w"]:
     """Sample the latents of one row's first `frames` targets (all by default) from its conditions."""
     one, part = slice(row, row + 1), slice(0, frames)
-    images = ConditionImages(batch.warp[one, :, part], batch.warp[one, :, part], batch.visibility[one, :, part])
-    conditions = model.conditions(images, pose_planes=batch.pose[one, :, part])
+    warp, visibility = (None if x is None else x[one, :, part] for x in (batch.warp, batch.visibility))
+    conditions = model.join_conditions(batch.pose[one, :, part], warp, visibility)
     latents = model.expression(batch.crops[row, part])[None]
     kv = model.reference_kv(batch.reference[one], batch.reference_pose[one])
     start = batch.start[one, : len(model.config.domains)]

@@ -10,19 +10,19 @@ from geodiff4d.core.fingerprint import fingerprint
 
 
 @torch.no_grad()
-def share(accelerator: Any, module: nn.Module) -> None:
+def broadcast(accelerator: Any, module: nn.Module) -> None:
     """Give every process the first one's weights of a module."""
     if accelerator.num_processes == 1:
         return
-    from torch.distributed import broadcast
+    from torch import distributed
 
     for value in module.state_dict().values():
         sent = value.contiguous()  # Convolutions may lie channels-last, which backends refuse.
-        broadcast(sent, 0)
+        distributed.broadcast(sent, 0)
         value.copy_(sent)
 
 
-def agree(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
+def check_consistent(accelerator: Any, known: dict[str, Any], model: nn.Module) -> None:
     """Compare what every process knows, and the first numbers of every weight.
 
     Args:

@@ -1,6 +1,6 @@
-"""Carry a trained model over to another patch codec, as a start for further training."""
+"""What training starts from: our own models, carried over to another patch codec, or Stable Diffusion."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.video.model import load_video_model
-from geodiff4d.video.vae import PatchCodec
+from geodiff4d.video.model import VideoModelConfig, load_video_model
+from geodiff4d.video.pretrained import from_stable_diffusion
+from geodiff4d.video.vae import PatchCodec, StableCodec
 
 
 def change_of_latents(old: PatchCodec, new: PatchCodec) -> Float[Tensor, "old new"]:
@@ -56,3 +57,40 @@ def starting_weights(folder: Path, codec: PatchCodec) -> dict[str, Tensor]:
         )
     same = model.codec.config == codec.config and torch.equal(model.codec.basis, codec.basis)
     return model.state_dict() if same else recode(model.state_dict(), model.codec, codec)
+
+
+def continued(folder: Path, like: VideoModelConfig) -> tuple[VideoModelConfig, StableCodec, dict[str, Tensor]]:
+    """Load a model with Stable Diffusion's codec to continue stage 1 from: (configuration, codec, weights).
+
+    Domains and joint attention are those of `like`, which an ablation may have switched off; temporal modules stay out.
+
+    Raises:
+        UserError: the model has a patch codec.
+    """
+    model = load_video_model(folder)
+    if not isinstance(model.codec, StableCodec):
+        raise UserError(f"{folder} holds a patch codec: expected a model that preset paper has trained")
+    unet = replace(model.config.unet, temporal_layers=like.unet.temporal_layers, clip_filter=like.unet.clip_filter)
+    config = replace(model.config, unet=unet, normals=like.normals, joint_attention=like.joint_attention)
+    return config, model.codec, {k: v for k, v in model.state_dict().items() if not k.startswith("codec.")}
+
+
+def start_from_stable_diffusion(
+    folder: Path | None, like: VideoModelConfig
+) -> tuple[VideoModelConfig, StableCodec, dict[str, Tensor]]:
+    """Take topology, codec and first weights from a Stable Diffusion folder.
+
+    Raises:
+        UserError: no folder is given, or it holds something else.
+    """
+    if folder is None:
+        raise UserError(
+            "--preset paper needs --sd, a folder with Stable Diffusion 1.5's unet and vae, or --start, a model to "
+            "continue from"
+        )
+    built, _ = from_stable_diffusion(folder, like)
+    assert isinstance(built.codec, StableCodec)
+    if built.image_encoder is not None:
+        print(f"{folder}/image_encoder is not used: SD's text attention gets a zero token, in training and after it")
+    state = {k: v for k, v in built.state_dict().items() if k.startswith(("unet.", "reference.", "expression."))}
+    return built.config, built.codec, state

@@ -1,7 +1,8 @@
 """Training of the video model: stage 1 on images, stage 2 on clips (Sec. 4.1); one process or many, CPU or CUDA.
 
-The loop reads top to bottom. Every random draw is a function of (seed, step, process), so that a resumed run equals an
-uninterrupted one; weights are averaged (EMA), and the average is what is saved for use.
+The loop reads top to bottom. Every random draw is a function of (seed, sample), so that a resumed run equals an
+uninterrupted one, and that processes and accumulated parts change no step; weights are averaged (EMA), and the average
+is what is saved for use.
 """
 
 import math
@@ -17,13 +18,12 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
-from geodiff4d.data.pairs import PairConfig
+from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
-from geodiff4d.video.mixed import MixedBatches
+from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.objective import Draws, Objective, averaged, channels_last, initialise, trained_state, validate
-from geodiff4d.video.processes import agree, share
-from geodiff4d.video.recompute import recompute_activations
+from geodiff4d.video.processes import broadcast, check_consistent
 from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import Codec
 from geodiff4d.video.warm_start import fit_motion_readout, warm_start
@@ -58,9 +58,9 @@ class VideoTraining:
     timestep_power: float = 1.0
     """t = 1000 u^power: 1 is uniform, below 1 favours high noise."""
     sampled_starts: float = 0.0
-    """Share of rows that begin where a sampler does: at the last timestep, one noise for all frames, on the portrait.
-    For models that are sampled in one step; the paper has none."""
-    steadiness: float = 0.0
+    """Share of samples that begin where a sampler does: at the last timestep, one noise for all frames, on the
+    portrait. For models that are sampled in one step; the paper has none."""
+    temporal_loss: float = 0.0
     """Weight of the error of what changes from frame to frame, beside the error of the frames (ours)."""
     parts: Literal["all", "temporal"] = "all"
     """What is trained: everything (stage 1), or temporal modules alone (stage 2, as in AnimateAnyone's recipe)."""
@@ -68,8 +68,8 @@ class VideoTraining:
     """Steps of regressing the known motion before denoising starts (`video/warm_start.py`; the paper has none)."""
     autocast: bool = True
     """bf16 where the machine has it; weights, their average and the optimiser stay in float32."""
-    recompute: bool = False
-    """Gradient checkpointing: recompute activations in the backward pass, a third more work for a fraction of the
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, a third more work for a fraction of the
     memory."""
     log_every: int = 20
     validate_every: int = 250
@@ -94,14 +94,15 @@ class _Run:
 
 
 FREE = frozenset({
-    "recompute", "references", "accumulate", "save_minutes", "log_every", "validate_every", "pictures", "preview"
+    "steps", "gradient_checkpointing", "references", "accumulate", "save_minutes", "log_every", "validate_every",
+    "pictures", "preview",
 })  # fmt: skip
-"""What may change when a run goes on: how a step's batch is held, and how one looks at it."""
+"""What may change when a run goes on: how long it is (rates follow), how a step's batch is held, and what is shown."""
 
 
 def train_video_model(
-    run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches | MixedBatches,
-    config: VideoTraining, val: Batches | MixedBatches | None = None, start: dict[str, Tensor] | None = None,
+    run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches,
+    config: VideoTraining, val: Batches | None = None, start: dict[str, Tensor] | None = None,
     progress: Progress = lambda *a: None,
 ) -> VideoModel:  # fmt: skip
     """Train the denoiser and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
@@ -133,24 +134,23 @@ def train_video_model(
     if (saved := folder.load(accelerator.print)) is not None:
         tensors, first = saved
         _restore(model, optimiser, ema, tensors)
-    elif config.warm_start and isinstance(batches, Batches):
+    elif config.warm_start and batches.samples.knows_motion:
         warm_start(
-            model.expression, batches, config.warm_start, config.autocast,
+            model.expression, batches.samples, config.warm_start, config.autocast,
             lambda step, total, record: progress(0, config.steps, record),
         )  # fmt: skip
         # Every process did the same, but no two cards to the last bit.
-        share(accelerator, model.expression)
+        broadcast(accelerator, model.expression)
         ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
-    agree(accelerator, {"configuration": known, "first step": first}, model)
-    objective, prepared = accelerator.prepare(Objective(model, config.steadiness), optimiser)
+    check_consistent(accelerator, {"configuration": known, "first step": first}, model)
+    objective, prepared = accelerator.prepare(Objective(model, config.temporal_loss), optimiser)
 
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
     clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
     # Once a gradient was not finite, fused AdamW is told on the device to leave the weights alone, without a wait.
     bad = torch.zeros((), device=accelerator.device)
     optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # what a GradScaler sets
-    if isinstance(batches, MixedBatches):
-        batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
+    batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * group["factor"] * _rate(step, config)
@@ -158,7 +158,7 @@ def train_video_model(
         for part in range(config.accumulate):
             index = (step * config.accumulate + part) * ranks + rank
             batch = batches[index].to(accelerator.device)
-            draws = draw(model, batch, config, index)
+            draws = draw(model, batch, config)
             # Processes exchange gradients once a step, after the last part.
             waits = part < config.accumulate - 1
             with accelerator.no_sync(objective) if waits else nullcontext():
@@ -199,8 +199,8 @@ def train_video_model(
             watch.log(record)
             progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
-    if model_config.expression.motion and config.parts == "all" and isinstance(batches, Batches):
-        fit_motion_readout(model.expression, batches)
+    if model_config.expression.motion and config.parts == "all" and batches.samples.knows_motion:
+        fit_motion_readout(model.expression, batches.samples)
         if accelerator.is_main_process:
             model.save(folder.path / "model")
     return model.eval()
@@ -228,8 +228,8 @@ def _build(
             raise UserError("the model has no temporal modules to train: give it some (UNetConfig.temporal_layers)")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".temporals." in name)
-    if config.recompute:
-        recompute_activations(model)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
     return model
 
 
@@ -305,21 +305,24 @@ def _rate(step: int, config: VideoTraining) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - config.hold) / (1 - config.hold)))
 
 
-def draw(model: VideoModel, batch: Batch, config: VideoTraining, index: int) -> Draws:
-    """Draw timesteps, noise and what is dropped for a batch, from its index alone."""
-    g = torch.Generator().manual_seed(config.seed * 7_368_787 + index)
-    b, frames = batch.crops.shape[:2]
-    steps = model.config.diffusion.steps
-    t = ((steps - 0.01) * torch.rand(b, generator=g) ** config.timestep_power).long()
+def draw(model: VideoModel, batch: Batch, config: VideoTraining) -> Draws:
+    """Draw timesteps, noise and what is dropped: of every sample by its index alone, whatever batch it is in."""
+    rows = [_draw_sample(model, batch, row, config) for row in range(len(batch.index))]
+    t, noise, dropped, kept, started = (torch.stack(x) for x in zip(*rows, strict=True))
+    return Draws(t, noise, dropped, kept, started if config.sampled_starts else None).to(batch.target.device)
+
+
+def _draw_sample(model: VideoModel, batch: Batch, row: int, config: VideoTraining) -> tuple[Tensor, ...]:
+    g = torch_generator("training", config.seed, int(batch.index[row]))
+    frames, steps = batch.crops.shape[1], model.config.diffusion.steps
+    t = ((steps - 0.01) * torch.rand((), generator=g) ** config.timestep_power).long()
     # Drawn on the CPU, where every machine draws the same; only the shape of the target is needed.
-    noise = model.diffusion.noise_like(torch.empty(batch.target[:, : len(model.config.domains)].shape), g)
+    shape = (1, len(model.config.domains), *batch.target.shape[2:])
+    noise = model.diffusion.noise_like(torch.empty(shape), g)[0]
     # Stage 2 drops whole clips: the null branch of guidance is a clip without any expression.
-    clips = config.parts == "temporal"
-    dropped = (torch.rand(b, 1 if clips else frames, generator=g) < config.drop_expression).expand(b, frames)
-    kept = torch.rand(b, generator=g) >= config.drop_warp
-    started = None
-    if config.sampled_starts:
-        started = torch.rand(b, generator=g) < config.sampled_starts
-        t = torch.where(started, steps - 1, t)
-        noise = torch.where(started[:, None, None, None, None, None], noise[:, :, :, :1], noise)
-    return Draws(t, noise, dropped, kept, started).to(batch.target.device)
+    flags = 1 if config.parts == "temporal" else frames
+    dropped = (torch.rand(flags, generator=g) < config.drop_expression).expand(frames)
+    kept, started = torch.rand(2, generator=g) >= torch.tensor([config.drop_warp, 1 - config.sampled_starts])
+    if started:
+        t, noise = torch.full_like(t, steps - 1), noise[:, :, :1].expand_as(noise)
+    return t, noise, dropped, kept, started

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
-from geodiff4d.data.store import Store
+from geodiff4d.data.footage.rendered import Store
 from geodiff4d.video.objective import channels_last
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
@@ -42,7 +42,7 @@ def train_codec(
 
     The same call resumes an interrupted run, to the same result.
     """
-    folder = RunFolder(run, config)
+    folder = RunFolder(run, config, frozenset({"steps"}))
     torch.manual_seed(config.seed)
     codec = PatchCodec(config.codec)
     saved = folder.load()

@@ -1,4 +1,4 @@
-"""A warm start of the expression encoder on motion that the open world knows (ours; the paper has none).
+"""A warm start of the expression encoder on motion that is known (ours; the paper has none).
 
 Denoising alone teaches a small encoder little in hours: mouths and lids are a few cells of a loss that hair dominates.
 So the encoder first regresses how the face moves, through a readout that is thrown away. What it regresses matters:
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from geodiff4d.data.sampling import Samples
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.viewpoints import openhead
-from geodiff4d.video.batches import Batches
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.sample import autocast
 
@@ -105,52 +105,51 @@ def _gaze(motion: HeadParams) -> Float[Tensor, "n 4"]:
 
 
 @torch.no_grad()
-def fit_motion_readout(encoder: ExpressionEncoder, batches: Batches, crops: int = 12_000, ridge: float = 1e-3) -> None:
+def fit_motion_readout(encoder: ExpressionEncoder, samples: Samples, crops: int = 12_000, ridge: float = 1e-3) -> None:
     """Set the encoder's linear readout of head coefficients by ridge regression over augmented driving crops.
 
     A linear guess of the coefficients moves the surface as a linear guess of the surface would, wherever the surface
     is linear in them: that coefficients hide one another does not matter here.
     """
-    motion = batches.store.motion()
-    known = torch.cat([motion.expr, motion.jaw_pose], 1)
+    instants = len(samples.motion(crops).expr)
     device = encoder.to_motion.weight.device
-    latents, rows = [], []
-    for i in range(max(1, min(crops, 8 * len(known)) // 96)):
-        images, index = batches.drivers(i, 96)
+    latents, known = [], []
+    for i in range(max(1, min(crops, 8 * instants) // 96)):
+        images, motion = samples.drivers(i, 96)
         latents.append(encoder(images.to(device)).float().cpu())
-        rows.append(index)
+        known.append(torch.cat([motion.expr, motion.jaw_pose], 1))
     x = nn.functional.pad(torch.cat(latents), (0, 1), value=1.0).double()
     penalty = torch.eye(x.shape[1], dtype=x.dtype) * ridge * len(x)
     penalty[-1, -1] = 0  # The mean is not shrunk.
-    weight = torch.linalg.solve(x.mT @ x + penalty, x.mT @ known[torch.cat(rows)].double()).to(device)
+    weight = torch.linalg.solve(x.mT @ x + penalty, x.mT @ torch.cat(known).double()).to(device)
     encoder.to_motion.weight.copy_(weight[:-1].mT)
     encoder.to_motion.bias.copy_(weight[-1])
 
 
 def warm_start(
-    encoder: ExpressionEncoder, batches: Batches, steps: int, mixed: bool = True,
+    encoder: ExpressionEncoder, samples: Samples, steps: int, mixed: bool = True,
     progress: Progress = lambda *a: None, lr: float = 1e-3, crops: int = 128,
 ) -> None:  # fmt: skip
-    """Let the encoder regress the motion of a store's people, seen in augmented driving crops.
+    """Let the encoder regress the motion of people, seen in augmented driving crops.
 
     Args:
-        batches: whose store knows its motion (`Batches.drivers`).
+        samples: some of whose takes know their motion (`Samples.drivers`).
         steps: of `crops` crops each.
     """
     device = next(encoder.parameters()).device
-    head, motion = openhead(), batches.store.motion()
-    targets = fit_motion_code(head, motion)(head, motion).to(device)
-    readout = nn.Linear(encoder.config.latent, targets.shape[1]).to(device)
+    head, known = openhead(), samples.motion()
+    code = fit_motion_code(head, known)
+    readout = nn.Linear(encoder.config.latent, code(head, known[:1]).shape[1]).to(device)
     nn.init.zeros_(readout.weight)
     nn.init.zeros_(readout.bias)
     optimiser = torch.optim.AdamW([*encoder.parameters(), *readout.parameters()], betas=(0.9, 0.98), weight_decay=0.02)
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        images, index = batches.drivers(step, crops)
+        images, motion = samples.drivers(step, crops)
         with autocast(device, mixed):
             guess = readout(encoder(images.to(device)))
-        loss = (guess.float() - targets[index]).square().mean()
+        loss = (guess.float() - code(head, motion).to(device)).square().mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)

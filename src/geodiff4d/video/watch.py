@@ -11,7 +11,6 @@ from geodiff4d.core.rundir import RunFolder
 from geodiff4d.video.batches import Batches
 from geodiff4d.video.curves import write_curves
 from geodiff4d.video.flicker import measure_flicker
-from geodiff4d.video.mixed import MixedBatches
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.preview import sheet
 from geodiff4d.video.sample import SampleConfig
@@ -38,7 +37,7 @@ class Watch:
                     self.board.add_scalar(name, value, record["step"])
             self.board.flush()
 
-    def look(self, model: VideoModel, val: Batches | MixedBatches, step: int) -> dict[str, float]:
+    def look(self, model: VideoModel, val: Batches, step: int) -> dict[str, float]:
         """Draw the validation sheet and the curves; return what was measured on the way (flicker, of a video model)."""
         found: dict[str, float] = {}
         if model.temporal:

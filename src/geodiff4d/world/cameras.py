@@ -27,3 +27,11 @@ def random_cameras(n: int, seed: int, size: int = 256, radius_m: float = 1.0) ->
     K[:, 1, 1] *= zoom
     K[:, :2, 2] += torch.stack([uniform(0.02 * size), uniform(0.02 * size)], -1)
     return Camera(T, K, size, size)
+
+
+def portrait_and_other_cameras(views: int, seed: int, size: int) -> Camera:
+    """Return view 0 near the front, as portraits are, and others from anywhere (`random_cameras`)."""
+    azimuth, elevation = np.random.default_rng(seed).uniform(-1, 1, 2) * (25.0, 10.0)
+    front = orbit(torch.tensor([azimuth]).float(), torch.tensor([elevation]).float(), size)
+    others = random_cameras(views - 1, seed, size)
+    return Camera.stack([front[0], *(others[k] for k in range(views - 1))])

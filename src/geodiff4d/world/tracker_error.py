@@ -1,9 +1,12 @@
-"""The error of a tracker, drawn at random: it stands in for tracking pictures of the open world from their pixels."""
+"""Errors drawn at random: a tracker's, which stands in for tracking images of the open world from their pixels, and
+that of the motion which is read off the expression latent.
+"""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.world.seeds import generator
@@ -25,11 +28,37 @@ def disturbed(params: HeadParams, seed: int) -> HeadParams:
     changed = {}
     for name, sigma in DISTURBANCE.items():
         value = getattr(params, name)
-        rng = generator("disturbed", seed, name)
-        shocks = rng.normal(size=tuple(value.shape))
-        error = np.empty_like(shocks)
-        for t in range(len(shocks)):
-            error[t] = shocks[t] if t == 0 else MEMORY * error[t - 1] + (1 - MEMORY**2) ** 0.5 * shocks[t]
-        noisy = value + torch.from_numpy(sigma * error).to(value)
+        noisy = value + torch.from_numpy(sigma * _drift(tuple(value.shape), generator("disturbed", seed, name))).to(
+            value
+        )
         changed[name] = noisy.clamp(0, 1) if name == "expr" else noisy
     return replace(params, **changed)
+
+
+def as_read(tracked: HeadParams, motion: HeadParams, seed: int, temporal: bool = False) -> HeadParams:
+    """Give tracked heads the motion that a readout of the expression latent would: shrunk, noisy, gaze at rest.
+
+    The shares are what a regression explains on held-out people (docs/LOG.md). Where instants follow each other
+    (`temporal`), the gain is one for all and the error drifts, and jitters a bit.
+    """
+    rng = generator("readout", "track", seed) if temporal else generator("readout", seed)
+
+    def noisy(x: Tensor, sigma: float) -> Tensor:
+        shape = tuple(x.shape)
+        if temporal:
+            error = sigma * (_drift(shape, rng) + 0.4 * rng.normal(size=shape))
+            return x * rng.uniform(0.7, 1.0) + torch.from_numpy(error).to(x)
+        gain = rng.uniform(0.7, 1.0, (len(x), 1))
+        return x * torch.from_numpy(gain).to(x) + torch.from_numpy(rng.normal(0, sigma, shape)).to(x)
+
+    expr = noisy(motion.expr, 0.04).clamp(0, 1)
+    return replace(tracked.without_expression(), expr=expr, jaw_pose=noisy(motion.jaw_pose, np.deg2rad(0.7)))
+
+
+def _drift(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Draw an AR(1) process of unit deviation over the first axis, stationary from its start."""
+    shocks = rng.normal(size=shape)
+    error = np.empty_like(shocks)
+    for t in range(len(shocks)):
+        error[t] = shocks[t] if t == 0 else MEMORY * error[t - 1] + (1 - MEMORY**2) ** 0.5 * shocks[t]
+    return error

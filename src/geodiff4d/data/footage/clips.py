@@ -1,4 +1,4 @@
-"""Clips as training footage: a folder of clips, whatever made them.
+"""Clips as training footage: captures from several views, films and single photographs, whatever imported them.
 
 Clips may be uncut: their canonical crop (docs/CONVENTIONS.md), fixed per clip and camera, is found here; a clip that is
 cropped already stays as it is. Driving crops are cut around the 68 landmarks of the tracked mesh at zero expression.
@@ -6,9 +6,10 @@ Only the clips' indices are held.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.clip import Clip, ClipFrame, not_a_clip, read_header
-from geodiff4d.data.footage import ARKIT, Footage, FrameKey, Frames, StoreFootage, Take
-from geodiff4d.data.store import FOCUS_REGIONS
+from geodiff4d.data.estimated import as_estimated
+from geodiff4d.data.footage.take import FOCUS_REGIONS, CachedFrames, DecodedFrames, FrameKey, Take
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import lift_portrait
-from geodiff4d.world.tracker_error import disturbed
+from geodiff4d.world.seeds import generator
+from geodiff4d.world.tracker_error import as_read, disturbed
 
 REFERENCE_DEG = 60.0
 """A view this far from the face's front can still serve as the portrait."""
@@ -38,18 +40,8 @@ BOX_INSTANTS = 9
 CROPPED = 0.15
 """A square picture whose canonical crop is this close to it (share of the side) counts as cropped already."""
 OPEN_CLIPS = 32
-
-
-def open_footage(folder: Path, head: str | None = None) -> Footage:
-    """Open a rendered store, a clip, or a folder with clips anywhere below it.
-
-    `head` is the path of the head that clips on FLAME need.
-
-    Raises:
-        UserError: there is nothing to train on.
-    """
-    folder = Path(folder)
-    return StoreFootage(folder) if (folder / "store.json").exists() else ClipFootage(folder, head)
+HELD_OUT = "val"
+"""A folder of this name below one that is trained on is validated on, and never trained on."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +56,26 @@ class ClipFootage:
     """A clip, or a folder of clips, which share subjects by `subject` or `participant` in their `extra`.
 
     A clip whose `extra` says `"stills": true` holds another person at every timestep; each becomes a take of its own.
-    Frames without head parameters cannot serve and count as holes.
+    Frames without head parameters cannot serve and count as holes. What lies in a folder `val` below is
+    left out, or, with `held_out`, all there is.
+
+    Args:
+        head: path of the head that clips on FLAME need.
+        estimated: give exact synthetic normals, the open world's and SynthHuman's, as an estimator would see them.
 
     Raises:
         UserError: no clip, or none with head parameters.
     """
 
-    def __init__(self, folder: Path, head: str | None = None):
-        self.name, self.head_path = str(folder), head
+    def __init__(self, folder: Path, head: str | None = None, estimated: bool = False, held_out: bool = False):
+        self.name, self.head_path, self.estimated = str(folder), head, estimated
         self.takes: list[Take] = []
         self._where: list[_Where] = []
         self._clips: OrderedDict[Path, tuple[Clip, dict[tuple[int, int], int]]] = OrderedDict()
-        self._tracked: OrderedDict[int, HeadParams] = OrderedDict()
+        self._whole: OrderedDict[tuple[str, int], HeadParams] = OrderedDict()
         self._views: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._boxes: dict[tuple[int, int], tuple[float, float, float] | None] = {}
-        found = [folder] if (folder / "transforms.json").exists() else _clips_below(folder)
+        found = clips_below(folder, held_out)
         if not found:
             raise UserError(
                 f"{folder} has nothing to train on: expected a clip, a folder of clips (from import, synth or track) "
@@ -106,20 +103,21 @@ class ClipFootage:
         for t, c in pairs:
             present[row[t], column[c]] = True
         subject = str(header.extra.get("subject", header.extra.get("participant", path)))
-        if header.head_name != "openhead":
+        known = header.head_name == "openhead"
+        if not known:
             # A person tracked on two heads is two: no head can pose the other's parameters.
             subject += f" on {header.head_name}"
         where = _Where(path, tuple(cameras))
         if header.extra.get("stills"):
             for i, t in enumerate(steps):
-                self.takes.append(Take(f"{path}:{t}", np.array([t]), present[i : i + 1], False, header.fps))
+                self.takes.append(Take(f"{path}:{t}", np.array([t]), present[i : i + 1], False, header.fps, known))
                 self._where.append(where)
         else:
-            self.takes.append(Take(subject, np.array(steps), present, len(steps) > 1, header.fps))
+            self.takes.append(Take(subject, np.array(steps), present, len(steps) > 1, header.fps, known))
             self._where.append(where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_clips": OrderedDict(), "_tracked": OrderedDict()}
+        return self.__dict__ | {"_clips": OrderedDict(), "_whole": OrderedDict()}
 
     def _opened(self, take: int) -> tuple[Clip, dict[tuple[int, int], int]]:
         path = self._where[take].folder
@@ -142,15 +140,27 @@ class ClipFootage:
         return [at[int(self.takes[take].timesteps[i]), camera] for i in instants]
 
     def _params(self, take: int, instants: Sequence[int]) -> HeadParams:
+        """Return what a tracker found: of clips with true parameters, what it would have found."""
+        if self._clip(take).extra.get("params") == "truth":
+            return self._of_all("tracked", take)[torch.tensor(list(instants))]
+        return self._told(take, instants)
+
+    def _told(self, take: int, instants: Sequence[int]) -> HeadParams:
         clip, steps = self._clip(take), self.takes[take].timesteps
-        if clip.extra.get("params") != "truth":
-            return HeadParams.stack([clip.params(int(steps[i])) for i in instants])
-        # Models are trained on what a tracker would have found, not on the truth; its error drifts over the clip.
-        if take not in self._tracked:
-            whole = HeadParams.stack([clip.params(int(t)) for t in steps])
-            self._tracked[take] = disturbed(whole, int(clip.extra.get("subject_seed", 0)))
-            _forget(self._tracked)
-        return self._tracked[take][torch.tensor(list(instants))]
+        return HeadParams.stack([clip.params(int(steps[i])) for i in instants])
+
+    def _of_all(self, what: str, take: int) -> HeadParams:
+        """Return parameters of a whole take as `tracked`, or `read` off the latents: errors drift over a clip."""
+        if (what, take) not in self._whole:
+            every, clip = range(len(self.takes[take].timesteps)), self._clip(take)
+            if what == "tracked":
+                found = disturbed(self._told(take, every), int(clip.extra.get("subject_seed", 0)))
+            else:
+                seed = int(generator("clip", clip.folder.name, take).integers(1 << 31))
+                found = as_read(self._params(take, every), self._told(take, every), seed, self.takes[take].temporal)
+            self._whole[what, take] = found
+            _forget(self._whole)
+        return self._whole[what, take]
 
     def _seen(self, take: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the views that can be a reference and those that can drive, by their angle to the face's front."""
@@ -206,48 +216,82 @@ class ClipFootage:
         box = self._box(take, view) or (0.0, 0.0, float(read[0].camera.width))
         return read, box, Camera.stack([f.camera.cropped(*box, size) for f in read])
 
-    def frames(self, take: int, view: int, instants: Sequence[int], size: int) -> Frames:
+    def frames(self, keys: Sequence[FrameKey], size: int) -> DecodedFrames:
+        parts = [self._decoded(*run, size) for run in _runs(keys)]
+        return DecodedFrames(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(DecodedFrames)))
+
+    def _decoded(self, take: int, view: int, instants: list[int], size: int) -> DecodedFrames:
         head, params = self._head(take), self._params(take, instants)
         read, box, cameras = self._cut(take, view, instants, size)
         rgb = torch.stack([_sampled(composite(f.image, f.mask), box, size, 0.5) for f in read])
         mask = torch.stack([_sampled(f.mask, box, size, 0.0) for f in read])
-        has_normal = all(f.normal is not None for f in read)
-        normal = torch.full_like(rgb, 0.5)
-        if has_normal:
-            cut = torch.stack([_sampled(f.normal, box, size, 0.0) for f in read if f.normal is not None])
-            # torch's norm over a strided axis is slow on a CPU.
-            square = cut.square().sum(1, keepdim=True)
-            normal = encode_normals(cut * square.clamp(min=1e-6).rsqrt(), mask * (square > 1e-2))
+        has_normal = torch.tensor([f.normal is not None for f in read])
+        cut = [torch.zeros_like(x) if f.normal is None else _sampled(f.normal, box, size, 0.0)
+               for f, x in zip(read, rgb, strict=True)]  # fmt: skip
+        normal = torch.stack(cut)
+        # torch's norm over a strided axis is slow on a CPU.
+        square = normal.square().sum(1, keepdim=True)
+        normal = encode_normals(normal * square.clamp(min=1e-6).rsqrt(), mask * (square > 1e-2))
+        extra = self._clip(take).extra
+        if self.estimated and (extra.get("params") == "truth" or extra.get("dataset") == "SynthHuman"):
+            seeds = [int(generator("estimated", take, i, view).integers(1 << 31)) for i in instants]
+            normal = torch.cat([as_estimated(n[None], seed) for n, seed in zip(normal, seeds, strict=True)])
         still = head.pose(params.without_expression())
         fragments = rasterize(still.vertices, still.faces, cameras)
         pose = encode_normals(*render_normals(still, cameras, fragments))
         focus = interpolate(fragments, head.faces, _focus(head)).clamp(0, 1)
-        expr = params.expr if head.name == "openhead" else torch.full((len(instants), ARKIT), torch.nan)
-        return Frames(rgb, mask, normal, has_normal, pose, focus, expr)
+        return DecodedFrames(rgb, mask, normal, has_normal, pose, focus)
 
-    def driving(self, take: int, view: int, instants: Sequence[int], size: int) -> Float[Tensor, "n 3 size size"]:
-        head, clip = self._head(take), self._clip(take)
-        # At zero expression, as when driving: an open mouth must not widen the cut that shows it.
-        still = head.pose(self._params(take, instants).without_expression())
-        xy, _ = self._cameras(take, view, instants).project(head.landmarks68.on(still.vertices, head.faces))
-        read = (clip.frame(r) for r in self._records(take, view, instants))
-        cut = [crop_image(composite(f.image, f.mask), face_crop_box(p), size) for f, p in zip(read, xy, strict=True)]
-        return torch.stack(cut)
+    def cached(self, keys: Sequence[FrameKey]) -> CachedFrames | None:
+        return None
+
+    def driving(self, keys: Sequence[FrameKey], size: int) -> Float[Tensor, "n 3 size size"]:
+        out = []
+        for take, view, instants in _runs(keys):
+            head, clip = self._head(take), self._clip(take)
+            # At zero expression, as when driving: an open mouth must not widen the cut that shows it.
+            still = head.pose(self._params(take, instants).without_expression())
+            xy, _ = self._cameras(take, view, instants).project(head.landmarks68.on(still.vertices, head.faces))
+            for record, points in zip(self._records(take, view, instants), xy, strict=True):
+                f = clip.frame(record)
+                out.append(crop_image(composite(f.image, f.mask), face_crop_box(points), size))
+        return torch.stack(out)
 
     def warped(
-        self, reference: FrameKey, take: int, view: int, instants: Sequence[int], size: int, surroundings: bool = False
-    ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:
-        head = self._head(take)
+        self, reference: FrameKey, keys: Sequence[FrameKey], size: int, surroundings: bool = False,
+        moved: np.ndarray | None = None,
+    ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:  # fmt: skip
+        own = self._head(reference.take)
         (frame,), box, camera = self._cut(reference.take, reference.view, [reference.instant], size)
         image = _sampled(composite(frame.image, frame.mask), box, size, 0.5)
         mask = _sampled(frame.mask, box, size, 0.0)
-        mesh = head.pose(self._params(reference.take, [reference.instant])[0])
-        portrait = lift_portrait(head, image, mask, mesh, camera[0], size, surroundings)
-        box = self._box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
-        cameras = self._cameras(take, view, instants).cropped(*box, size)
-        still = head.pose(self._params(take, instants).without_expression())
-        fragments = rasterize(still.vertices, still.faces, cameras)
-        return portrait.shown(fragments, still.T_world_joint, cameras)
+        mesh = own.pose(self._params(reference.take, [reference.instant])[0])
+        portrait, shown, first = lift_portrait(own, image, mask, mesh, camera[0], size, surroundings), [], 0
+        for take, view, instants in _runs(keys):
+            box = self._box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
+            cameras = self._cameras(take, view, instants).cropped(*box, size)
+            still = own.pose(self._params(take, instants).without_expression())
+            vertices = still.vertices
+            if moved is not None and moved[first : first + len(instants)].any():
+                here = torch.from_numpy(moved[first : first + len(instants)])[:, None, None]
+                read = self._of_all("read", take)[torch.tensor(instants)]
+                vertices = torch.where(here, own.pose(read).vertices, vertices)
+            shown.append(portrait.shown(rasterize(vertices, still.faces, cameras), still.T_world_joint, cameras))
+            first += len(instants)
+        return torch.cat([x[0] for x in shown]), torch.cat([x[1] for x in shown])
+
+    def motion(self, keys: Sequence[FrameKey]) -> HeadParams | None:
+        if not all(self.takes[k.take].motion for k in keys):
+            return None
+        told = HeadParams.stack([self._told(k.take, [k.instant])[0] for k in keys])
+        still = load_head("openhead").neutral(len(keys))
+        return replace(still, expr=told.expr, jaw_pose=told.jaw_pose, eyes_pose=told.eyes_pose)
+
+
+def _runs(keys: Sequence[FrameKey]) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield (take, view, instants) of frames that follow each other in one view: they are decoded at once."""
+    for (take, view), run in groupby(keys, lambda k: (k.take, k.view)):
+        yield take, view, [k.instant for k in run]
 
 
 def _sampled(
@@ -258,12 +302,35 @@ def _sampled(
     return crop_image(image, box, size, fill)
 
 
-def _clips_below(folder: Path) -> list[Path]:
+def clips_below(folder: Path, held_out: bool = False) -> list[Path]:
+    """Return the clips in a folder: itself, or anywhere below it, through links too, each once and in order.
+
+    Those in a folder `val` below, or linked from there, are left out; with `held_out`, they alone are returned.
+
+    Raises:
+        UserError: it is not a folder.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: expected clips (from import, synth or track) or a rendered store")
-    found = (p.parent for p in folder.rglob("transforms.json"))
-    # What is being written has a hidden name, and may still vanish.
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    found: dict[bool, dict[tuple[int, int], Path]] = {False: {}, True: {}}
+    seen: set[tuple[int, int, bool]] = set()
+
+    def walk(here: Path, held: bool) -> None:
+        status = here.stat()
+        place = status.st_dev, status.st_ino
+        if (*place, held) in seen:  # Links may lead back up, or twice to one place.
+            return
+        seen.add((*place, held))
+        if (here / "transforms.json").exists():
+            found[held][place] = here
+            return
+        # What is being written has a hidden name, and may still vanish.
+        for path in sorted(path for path in here.iterdir() if not path.name.startswith(".")):
+            if path.is_dir():
+                walk(path, held or path.name == HELD_OUT)
+
+    walk(folder, False)
+    return sorted(path for place, path in found[held_out].items() if held_out or place not in found[True])
 
 
 def _forget(cache: OrderedDict[Any, Any]) -> None:

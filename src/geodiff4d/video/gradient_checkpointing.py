@@ -10,13 +10,13 @@ from geodiff4d.video.model import VideoModel
 from geodiff4d.video.temporal import TemporalModule
 from geodiff4d.video.unet import Resnet
 
-RECOMPUTED = (Resnet, Transformer2D, ExpressionAttention, TemporalModule)
+CHECKPOINTED = (Resnet, Transformer2D, ExpressionAttention, TemporalModule)
 
 
-def recompute_activations(model: VideoModel) -> None:
+def checkpoint_gradients(model: VideoModel) -> None:
     """Let every layer of both networks recompute its activations; results and gradients stay what they are."""
     for network in (model.unet, model.reference):
         for module in network.modules():
-            if isinstance(module, RECOMPUTED):
+            if isinstance(module, CHECKPOINTED):
                 # On the instance: parameters keep their names, and nothing changes in a saved model.
                 module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""Mixtures as training batches: padding counts nothing, unknown normals count nothing, stage 2 starts as stage 1."""
+"""Batches of any footage: samples by themselves, padding and unknown normals count nothing, caches change nothing."""
 
 from dataclasses import replace
 
@@ -8,15 +8,15 @@ import torch
 from torch.testing import assert_close
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.footage import Footage, Frames, Take
-from geodiff4d.data.mixture import Mixture, MixtureConfig
-from geodiff4d.video.batches import WeightConfig
-from geodiff4d.video.mixed import MixedBatches
+from geodiff4d.data.footage.rendered import RenderedFootage
+from geodiff4d.data.footage.take import DecodedFrames, Footage, FrameKey, Take
+from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples
+from geodiff4d.video.batches import Batches, WeightConfig, encode_store
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.train import train_video_model
 from geodiff4d.video.vae import StableCodec
-from test_video_model import EMBEDDED, PAPER, SIZE, TRAINING, UNET, build, tiny_codec
+from tiny import EMBEDDED, PAPER, SIZE, TRAINING, UNET, TinyStore, build, tiny_codec
 
 
 class Film(Footage):
@@ -31,43 +31,80 @@ class Film(Footage):
 
     driving_views = reference_views
 
-    def _pictures(self, view, instants, size):
+    def _pictures(self, keys, size):
         ramp = torch.linspace(0, 1, size).expand(3, size, size)
-        return torch.stack([0.5 + 0.4 * torch.cos(3 * ramp + 0.3 * t + view) for t in instants])
+        return torch.stack([0.5 + 0.4 * torch.cos(3 * ramp + 0.3 * k.instant + k.view) for k in keys])
 
-    def frames(self, take, view, instants, size):
-        rgb = self._pictures(view, instants, size)
+    def frames(self, keys, size):
+        rgb = self._pictures(keys, size)
         mask = torch.zeros(len(rgb), 1, size, size)
         mask[..., : size // 2] = 1
-        return Frames(rgb, mask, rgb.flip(1), self.normals, rgb.flip(2), mask, torch.zeros(len(rgb), 52))
+        known = torch.full((len(rgb),), self.normals)
+        return DecodedFrames(rgb, mask, rgb.flip(1), known, rgb.flip(2), mask)
 
-    def driving(self, take, view, instants, size):
-        return self._pictures(view, instants, size)
+    def cached(self, keys):
+        return None
 
-    def warped(self, reference, take, view, instants, size, surroundings=False):
-        return self._pictures(view, instants, size), torch.ones(len(instants), 2, size, size)
+    def driving(self, keys, size):
+        return self._pictures(keys, size)
+
+    def warped(self, reference, keys, size, surroundings=False, moved=None):
+        return self._pictures(keys, size), torch.ones(len(keys), 2, size, size)
 
 
-CLIP = MixtureConfig(targets="clip", frames=4, size=SIZE, crop=16, warp=True, augment=None)
+CLIP = PairConfig(references=2, targets=4, clips=True)
+READ = ReadConfig(SIZE, 16, warp=True, augment=None)
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
 WEIGHTS = WeightConfig(background=0.5, foreground=1.0, focus=0.0)
 
 
-def batches(instants: int = 3, normals: bool = True, **options) -> MixedBatches:
-    mixture = Mixture([Film(instants, normals)], CLIP)
-    return MixedBatches(mixture, tiny_codec(), 2, **{"weights": WEIGHTS, "encoded_pose": True, **options})
+def batches(instants: int = 3, normals: bool = True, **options) -> Batches:
+    samples = Samples([Film(instants, normals)], CLIP, READ)
+    return Batches(samples, tiny_codec(), **{"weights": WEIGHTS, **options})
 
 
 def test_batches_are_ranges_of_samples():
     all_in_all = batches()
-    batch, x = all_in_all[3], all_in_all.mixture[7]
-    assert all_in_all.targets == 8
-    assert_close(batch.crops[1], x.driving)
-    assert_close(batch.target[1, 0], all_in_all.codec.encode(x.rgb).movedim(0, 1))
-    assert_close(batch.pose[1], all_in_all.codec.encode(x.pose).movedim(0, 1))
-    assert_close(batch.reference[1], all_in_all.codec.encode(x.reference[None])[0])
+    batch, x, codec = all_in_all[3], all_in_all.samples[7], all_in_all.codec
+    assert all_in_all.targets == 8 and batch.index.tolist() == [6, 7] and x.padding == 1
+    assert_close(batch.crops[1, :3], x.driving)
+    assert_close(batch.target[1, 0, :, :3], codec.encode(x.frames.rgb[1:]).movedim(0, 1))
+    assert_close(batch.pose[1, :, :3], codec.encode(x.frames.pose[1:]).movedim(0, 1))
+    assert_close(batch.reference[1], codec.encode(x.frames.rgb[:1])[0])
+    for v in (batch.target, batch.pose, batch.warp, batch.crops.movedim(1, 2)):
+        frames = v.movedim(3 if v.ndim == 6 else 2, 0)
+        assert torch.equal(frames[3], frames[2]), "what is missing repeats the last frame"
     resized = batches(encoded_pose=False)[3]
     assert resized.pose.shape == (2, 3, 4, 8, 8) and resized.reference_pose.shape == (2, 3, 8, 8)
+
+
+def test_a_cache_and_encoding_on_the_fly_agree(tmp_path):
+    """Of one store: latents within half precision, and everything else alike."""
+    pairs, codec = PairConfig(references=2, targets=3, moved=0.5), tiny_codec()
+    made = []
+    for cached in (False, True):
+        footage = RenderedFootage(TinyStore())
+        if cached:
+            assert encode_store(footage, codec, tmp_path / "latents.npy")
+            assert footage.cached([FrameKey(0, 0, 0)]).planes.shape == (1, 18, 8, 8)
+        made.append(Batches(Samples([footage], pairs, READ), codec, WeightConfig(1.0, 0.0, 0.0))[4])
+    for k, v in vars(made[0]).items():
+        assert_close(getattr(made[1], k), v, atol=4e-3, rtol=2e-3, msg=k)
+
+
+def test_cached_and_decoded_samples_share_a_batch(tmp_path):
+    footage, codec = RenderedFootage(TinyStore()), tiny_codec()
+    encode_store(footage, codec, tmp_path / "latents.npy")
+    pairs = PairConfig(references=4, targets=2, least_share=0.5)
+    samples = Samples([footage, Film(3, normals=False)], pairs, READ)
+    given, sources = Batches(samples, codec), [samples.draw(i).source for i in range(4)]
+    assert set(sources) == {0, 1}
+    batch = given[0]
+    for row, source in enumerate(sources):
+        assert (batch.weight[row, 1].max() == 0) == (source == 1) and batch.weight[row, 0].max() > 0
+        assert batch.weight[row, 0].mean().item() == pytest.approx(1, abs=1e-5), "each by itself"
+        alone = Batches(Samples(samples.sources, replace(pairs, references=1), READ), codec)[row]
+        assert_close(alone.target[0], batch.target[row])
 
 
 def test_examples_follow_the_codec_to_its_device(monkeypatch):
@@ -75,10 +112,10 @@ def test_examples_follow_the_codec_to_its_device(monkeypatch):
     with torch.device("meta"):
         codec = StableCodec(None)
     seen: list[str] = []
-    monkeypatch.setattr(codec, "encode", lambda x: seen.append(x.device.type) or x[:, :, ::8, ::8])
-    given = MixedBatches(Mixture([Film(3)], CLIP), codec, 2)
-    monkeypatch.setattr(given, "_weight", lambda e, side: e.mask.new_ones(2, 1, 1, 4, side, side))
-    assert given[0].crops.device.type == "meta" and set(seen) == {"meta"}
+    small = lambda x: x[:, :, ::8, ::8].repeat(1, 2, 1, 1)[:, :4]  # noqa: E731
+    monkeypatch.setattr(codec, "encode", lambda x: seen.append(x.device.type) or small(x))
+    batch = Batches(Samples([Film(3)], CLIP, READ), codec)[0]
+    assert batch.crops.device.type == "meta" and batch.target.device.type == "meta" and set(seen) == {"meta"}
 
 
 def test_padding_and_unknown_normals_count_nothing():

@@ -1,0 +1,1 @@
+"""Training footage: what is filmed, imported or rendered, behind one interface (`take.Footage`)."""

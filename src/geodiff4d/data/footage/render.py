@@ -1,0 +1,209 @@
+"""Render people of the open world into stores (`rendered`): single images, and tracks for stage 2 (Sec. 4.1).
+
+One subject is the unit of work: several processes render, and an interrupted build goes on with the next person.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.images import composite, encode_normals
+from geodiff4d.core.progress import Progress, silent
+from geodiff4d.data.footage.rendered import Store, StoreConfig, TrackStoreConfig
+from geodiff4d.data.footage.take import FOCUS_REGIONS, on_grid
+from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows
+from geodiff4d.data.world_clips import random_motion, track_motion
+from geodiff4d.heads.rig import HeadParams, PosedHead
+from geodiff4d.render.crops import canonical_crop, crop_image, face_crop_box
+from geodiff4d.render.meshes import interpolate, rasterize, render_normals
+from geodiff4d.render.relief import lift
+from geodiff4d.render.viewpoints import openhead, world_region
+from geodiff4d.render.warp import complete
+from geodiff4d.world.cameras import portrait_and_other_cameras
+from geodiff4d.world.subject import SyntheticSubject
+from geodiff4d.world.tracker_error import as_read, disturbed
+
+MOST_BYTES = 1e12
+"""No larger store is begun."""
+
+
+def build_store(
+    folder: Path, config: StoreConfig, workers: int = 2, progress: Progress = silent,
+    render: Callable[[Path, int], None] | None = None,
+) -> Store:  # fmt: skip
+    """Render a store, or finish one that was interrupted; subjects that are done are kept.
+
+    `render` fills a subject's rows of the store in a folder; the default draws independent instants.
+
+    Raises:
+        UserError: the folder holds a store of another configuration, or the store would fill terabytes.
+    """
+    folder, head = Path(folder), openhead()
+    refuse_terabytes(folder, config)
+    topology = {"faces": head.faces.numpy(), "uv": head.uv.numpy(), "uv_faces": head.uv_faces.numpy()}
+    create_rows(folder / "store.json", config, config.arrays(len(head.template)), topology)
+    fill_rows(folder, render or render_subject, workers, progress)
+    return Store(folder)
+
+
+def refuse_terabytes(folder: Path, config: StoreConfig) -> None:
+    """Do not begin a store that no disk at hand holds.
+
+    Raises:
+        UserError: it would hold more than a terabyte.
+    """
+    arrays = config.arrays(len(openhead().template)).values()
+    size = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in arrays)
+    if size > MOST_BYTES and not (folder / "store.json").exists():
+        raise UserError(
+            f"{folder} would hold {math.prod(config.shape) / 1e6:.1f} million rendered images in {size / 1e12:.1f} TB: "
+            "expected at most 1 TB; give --data your own clips, imported data sets, or stores rendered by a smaller "
+            "preset (each is a folder with store.json or transforms.json)"
+        )
+
+
+def build_tracks(
+    folder: Path, config: TrackStoreConfig, like: StoreConfig, workers: int = 2,
+    progress: Progress = silent,
+) -> Store:  # fmt: skip
+    """Render tracks in the sizes of another store, or finish what was interrupted.
+
+    Raises:
+        UserError: the folder holds something else, or the store would fill terabytes.
+    """
+    folder = Path(folder)
+    note = folder / "track.json"
+    if note.exists() and read_json(note) != asdict(config):
+        raise UserError(f"{folder} holds tracks of another configuration: name another folder or remove it")
+    if (folder / "store.json").exists() and not note.exists():
+        raise UserError(f"{folder} holds single images: name another folder for tracks")
+    whole = config.store(like)
+    refuse_terabytes(folder, whole)
+    write_json(note, config)
+    return build_store(folder, whole, workers, progress, render_track)
+
+
+def render_subject(folder: Path, s: int) -> None:
+    """Render one person's independent instants into the rows of a store."""
+    torch.set_num_threads(1)
+    store = Store(folder, writable=True)
+    c = store.config
+    head = openhead()
+    subject = SyntheticSubject(c.seed * 100_000 + s, c.split)
+    m = random_motion(c.split, s, c.instants, c.seed)
+    truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
+    # Independent instants: every one gets its own draw of the tracker's error.
+    tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
+    posed = head.pose(tracked)
+    moved = head.pose(as_read(tracked, m, c.seed * 100_000 + s))
+    still = head.pose(tracked.without_expression())
+    store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
+    for i in range(c.instants):
+        cameras = _cropped(c, (c.seed * 100_000 + s) * 100 + i, still.vertices[i])
+        render_instant(store, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved.vertices[i], cameras)
+    store.done[s] = 1
+
+
+def one_of(heads: PosedHead, i: int) -> PosedHead:
+    """Take one head out of a batch."""
+    return replace(heads, vertices=heads.vertices[i], T_world_joint=heads.T_world_joint[i])
+
+
+def render_instant(
+    store: Store, s: int, i: int, subject: SyntheticSubject, truth: HeadParams,
+    posed: PosedHead, standing: PosedHead, moved: Float[Tensor, "verts 3"], cameras: Camera,
+) -> None:  # fmt: skip
+    """Render one instant from all its views and write the rows of the store."""
+    c = store.config
+    frames = subject.render(truth.map(lambda x: x.expand(c.views, *x.shape)), cameras, c.supersample)
+    rgb = composite(frames.rgb, frames.mask)
+    store.rgb[s, i] = as_bytes(rgb)
+    store.normal[s, i] = as_bytes(encode_normals(frames.normal, frames.mask))
+    write_conditions(store, s, i, rgb, frames.mask, [posed] * c.reference_views, standing, moved, cameras)
+
+
+def write_conditions(
+    store: Store, s: int, i: int, rgb: Float[Tensor, "views 3 size size"], mask: Float[Tensor, "views 1 size size"],
+    posed: Sequence[PosedHead], standing: PosedHead, moved: Float[Tensor, "verts 3"], cameras: Camera,
+) -> None:  # fmt: skip
+    """Write what an instant's tracked head says of its pictures.
+
+    Args:
+        posed: the head as tracked in each view that can be a portrait.
+        standing: the head without expression; all views see it where it is.
+        moved: its vertices, moved as an expression latent would.
+    """
+    head, c, still = openhead(), store.config, standing.vertices
+    v = c.views
+    store.T_world_joint[s, i] = standing.T_world_joint[:2].numpy()
+    store.T_cam_world[s, i], store.K[s, i] = cameras.T_cam_world.numpy(), cameras.K.numpy()
+    fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
+    mesh = head.pose(head.neutral(v))
+    normals, shown = render_normals(
+        type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments
+    )
+    focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
+    focus = interpolate(fragments, head.faces, focus)
+    points = head.landmarks68.on(still, head.faces)
+    store.pose[s, i] = as_bytes(encode_normals(normals, shown))
+    for prefix, vertices in (("", still), ("moved_", moved)):
+        small = rasterize(vertices.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
+        getattr(store, f"{prefix}face")[s, i] = small.face_index.to(torch.int16).numpy()
+        getattr(store, f"{prefix}bary")[s, i] = as_bytes(small.bary[..., :2].movedim(-1, 1))
+    store.cover[s, i], store.focus[s, i] = (as_bytes(x) for x in on_grid(mask, focus, c.grid))
+    for k in range(v):
+        box = face_crop_box(cameras[k].project(points)[0])
+        store.crop[s, i, k] = as_bytes(crop_image(rgb[k], box, c.crop))
+    for k, own in enumerate(posed):
+        portrait = complete(head, rgb[k], own.vertices, cameras[k], mask[k], c.texels)
+        seen = torch.cat([portrait.carried.grid, portrait.carried.visibility[:, None]], -1)
+        store.carried[s, i, k] = seen.half().numpy()
+        store.texture[s, i, k] = as_bytes(portrait.texture)
+        sheet = lift(head, own, cameras[k], (mask[k] > 0.5).float())
+        store.relief[s, i, k], store.follows[s, i, k] = sheet.points.half().numpy(), sheet.follows.half().numpy()
+
+
+def render_track(folder: Path, s: int) -> None:
+    """Render one person's track and portraits into the rows of a store."""
+    torch.set_num_threads(1)
+    store = Store(folder, writable=True)
+    assert store.tracks is not None
+    c, n = store.config, store.tracks.frames
+    who = c.seed * 100_000 + s
+    subject = SyntheticSubject(who, c.split)
+    track = track_motion(c.split, s, n, c.seed, store.tracks.fps)
+    portraits = random_motion(c.split, s, store.tracks.portraits, c.seed + 1)
+    m = HeadParams.stack([*(track[i] for i in range(n)), *(portraits[i] for i in range(store.tracks.portraits))])
+    truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
+    # A tracker's error drifts along the track, and is drawn anew for every portrait.
+    alone = [disturbed(truth[i : i + 1], seed=who * 1000 + i)[0] for i in range(n, c.instants)]
+    drifting = disturbed(truth[:n], seed=who)
+    if not track.rotation.any():  # A head that is held still is posed by us, not found by a tracker.
+        first = {k: getattr(drifting, k)[:1].expand(n, -1) for k in ("rotation", "translation")}
+        drifting = replace(drifting, **first)
+    tracked = HeadParams.stack([*(drifting[i] for i in range(n)), *alone])
+    head = openhead()
+    posed, still = head.pose(tracked), head.pose(tracked.without_expression())
+    moved = head.pose(as_read(tracked, m, who, temporal=True)).vertices
+    store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
+    standing = _cropped(c, who * 100, still.vertices[:n])
+    bare = Store(folder, writable=True)
+    bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
+    for i in range(c.instants):
+        rows, cameras = (bare, standing) if i < n else (store, _cropped(c, who * 100 + i, still.vertices[i]))
+        render_instant(rows, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved[i], cameras)
+    store.done[s] = 1
+
+
+def _cropped(config: StoreConfig, seed: int, still: Float[Tensor, "*frames verts 3"]) -> Camera:
+    cameras = portrait_and_other_cameras(config.views, seed, config.size)
+    return canonical_crop(cameras, still[..., world_region(), :])

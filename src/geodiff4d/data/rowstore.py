@@ -1,0 +1,68 @@
+"""Training data as rows on disk: memory-mapped arrays that several processes fill, one person at a time.
+
+A store is a folder with one `.npy` file an array, a JSON note of the configuration it was made by, and `done.npy`, one
+flag a person: those who are done are kept when an interrupted call is repeated.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import write_json
+from geodiff4d.core.progress import Progress
+from geodiff4d.core.workers import in_workers
+
+Arrays = Mapping[str, tuple[tuple[int, ...], str]]
+"""Shape and type of every array, by name."""
+
+
+def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str, np.ndarray]) -> None:
+    """Make a store's files beside its note, the arrays all zero, unless they are there.
+
+    Raises:
+        UserError: the note is another configuration's.
+    """
+    folder = note.parent
+    if note.exists():
+        default = asdict(type(config)())  # What a field that is younger than the store was then.
+        if default | json.loads(note.read_text()) != json.loads(json.dumps(asdict(config))):
+            raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (shape, kind) in arrays.items():
+        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
+    for name, array in constants.items():
+        np.save(folder / f"{name}.npy", array)
+    write_json(note, config)
+
+
+def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dict[str, np.ndarray]:
+    """Map a store's arrays into memory, by name; nothing is read before it is indexed."""
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r+" if writable else "r") for name in names}
+
+
+def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, progress: Progress) -> None:
+    """Call `render(folder, s)` for every person whose flag is not set; it fills the rows and then sets the flag."""
+    done = open_rows(folder, ["done"])["done"]
+    todo = np.nonzero(np.array(done) == 0)[0].tolist()
+    work = in_workers(render, ((folder, s) for s in todo), workers)
+    for _ in progress(work, f"rendering {folder.name} people", len(todo)):
+        pass
+
+
+def as_bytes(x: Float[Tensor, "*shape"]) -> np.ndarray:
+    """Round values in [0, 1] to bytes."""
+    return (x.clamp(0, 1) * 255).round().byte().numpy()
+
+
+def take(array: np.ndarray, index: tuple, scale: float = 1.0) -> Float[Tensor, "*rows"]:
+    """Copy rows of a memory-mapped array as float32, divided by `scale`."""
+    return torch.from_numpy(np.array(array[index])).float().div_(scale)

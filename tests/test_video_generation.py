@@ -1,0 +1,106 @@
+"""From a portrait and driving crops to frames, at toy size."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.geometry import look_at
+from geodiff4d.core.images import encode_normals
+from geodiff4d.heads import load_head
+from geodiff4d.video.conditions import condition_images, lifted, moved_by
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import Driving, Portrait
+from geodiff4d.video.sample import sample
+from geodiff4d.video.vae import PatchCodec
+from tiny import EMBEDDED, FAST, PAPER, SIZE, VARIANTS, build, tiny_codec
+
+
+@pytest.fixture(scope="module")
+def codec() -> PatchCodec:
+    return tiny_codec()
+
+
+def cameras(head, *yaw: float) -> Camera:
+    a = torch.tensor(yaw)
+    middle = head.landmarks68.on(head.template, head.faces).mean(0).expand(len(yaw), -1)
+    eye = middle + torch.stack([a.sin(), torch.zeros_like(a), a.cos()], -1)
+    T = look_at(eye, middle, torch.tensor([0.0, 1, 0]).expand_as(eye))
+    return Camera(T, pinhole(SIZE * 3.0, SIZE, SIZE).expand(len(yaw), 3, 3), SIZE, SIZE)
+
+
+@pytest.mark.parametrize("name", ["embedded", "paper", "without normals"])
+def test_a_portrait_is_driven(codec, name):
+    head, model = load_head("openhead"), build(VARIANTS[name], codec)
+    view, g = cameras(head, 0.0)[0], torch.Generator().manual_seed(0)
+    portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), view, head.neutral())
+    request = GenerationRequest(portrait, Driving(head.neutral(2), torch.rand(2, 3, 16, 16, generator=g)), head)
+    generator, views = DiffusionGenerator(model, FAST), cameras(head, -0.3, 0.4)
+    made = generator.generate(request, views)
+    assert made.rgb.shape == made.normal.shape == (2, 3, SIZE, SIZE) and made.mask.shape == (2, 1, SIZE, SIZE)
+    assert made.rgb.min() >= 0 and made.rgb.max() <= 1 and made.tokens.shape == (2, 4, 4)
+    length = made.normal.norm(dim=1)
+    assert ((length < 1e-3) | ((length - 1).abs() < 1e-2)).all()
+    if name == "embedded":
+        normal = torch.nn.functional.normalize(torch.randn(3, SIZE, SIZE, generator=g), dim=0)
+        own = generator.generate(replace(request, portrait=replace(portrait, normal=normal)), views)
+        assert not torch.equal(own.rgb, made.rgb)
+
+
+@pytest.mark.parametrize("name", ["embedded", "without normals"])
+def test_a_black_and_white_portrait_stays_so(codec, name):
+    head, model = load_head("openhead"), build(VARIANTS[name], codec)
+    picture = torch.rand(1, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    portrait = Portrait(picture, torch.ones(1, SIZE, SIZE), cameras(head, 0.0)[0], head.neutral())
+    request = GenerationRequest(portrait, Driving(head.neutral(1), torch.rand(1, 3, 16, 16)), head)
+    made = DiffusionGenerator(model, FAST).generate(request, cameras(head, 0.4))
+    assert (made.rgb.amax(1) - made.rgb.amin(1)).max() < 1e-5
+
+
+@torch.no_grad()
+def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
+    head, model, g = load_head("openhead"), build(PAPER, codec), torch.Generator().manual_seed(0)
+    normal = torch.nn.functional.normalize(torch.randn(3, SIZE, SIZE, generator=g), dim=0)
+    picture, mask = torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE)
+    portrait = Portrait(picture, mask, cameras(head, 0.0)[0], head.neutral(), normal)
+    starts = []
+
+    def spy(model, conditions, latents, reference, start, *rest, **more):
+        starts.append(start)
+        return sample(model, conditions, latents, reference, start, *rest, **more)
+
+    monkeypatch.setattr("geodiff4d.video.generate.sample", spy)
+    crops = torch.rand(2, 3, 16, 16, generator=g)
+    request = GenerationRequest(portrait, Driving(head.neutral(2), crops), head)
+    generator, views = DiffusionGenerator(model, FAST), cameras(head, -0.3, 0.4)
+    generator.generate(request, views)
+    own = [codec.encode(x[None])[0] for x in (portrait.on_grey, encode_normals(normal, mask))]
+    torch.testing.assert_close(starts.pop(), torch.stack(own)[None])
+    # Without an estimator's, the normals are the model's own: sampled from noise.
+    generator.generate(replace(request, portrait=replace(portrait, normal=None)), views)
+    assert starts[0] is None and torch.equal(starts[1][:, 0], codec.encode(picture[None]))
+    DiffusionGenerator(model, replace(FAST, start="noise")).generate(request, views)
+    assert starts[2] is None
+
+
+@torch.no_grad()
+def test_the_warped_portrait_moves_as_the_latents_say(codec):
+    head = load_head("openhead")
+    n = len(head.expression_names)
+    model = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=n + 3)), codec)
+    readout = model.expression.to_motion
+    readout.weight.zero_()
+    readout.bias.zero_()[head.expression_names.index("jawOpen")] = 1.0
+    views, neutral, latents = cameras(head, -0.3, 0.4), head.neutral(2), torch.ones(1, 2, 8)
+    moved, null = (moved_by(model, head, neutral, x) for x in (latents, torch.zeros_like(latents)))
+    assert moved.expr.sum() == 2 and moved.expr.argmax(1).tolist() == [readout.bias.argmax()] * 2
+    assert null.expr.abs().max() == 0 == null.jaw_pose.abs().max()
+    g = torch.Generator().manual_seed(0)
+    portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), views[0], head.neutral())
+    texture = lifted(head, portrait, surroundings=False)
+    still, open_mouth, same = (condition_images(head, texture, neutral, views, m) for m in (None, moved, null))
+    assert torch.equal(still.pose, open_mouth.pose) and torch.equal(still.warp, same.warp)
+    assert (still.warp - open_mouth.warp).abs().max() > 0.05
+    other = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=7)), codec)
+    assert moved_by(other, head, neutral, latents) is None, "read out for a head of other expressions"
