@@ -21,7 +21,7 @@ from geodiff4d.video.model import (
     load_video_model,
 )
 from geodiff4d.video.objective import Draws, Objective
-from geodiff4d.video.train import _check_finite, draw, train_video_model
+from geodiff4d.video.train import check_finite, draw, train_video_model
 from geodiff4d.video.vae import PatchCodec
 from tiny import CHANNELS, EMBEDDED, SIZE, TRAINING, build, tiny_batches, tiny_codec
 
@@ -131,16 +131,16 @@ def test_between_checks_a_bad_gradient_touches_no_weight(codec, batches, tmp_pat
     """As on a GPU, which is not asked at every step: the next one that is asked tells."""
     told: list[float] = []
     monkeypatch.setattr(
-        "geodiff4d.video.train._check_finite", lambda loss, norm, bad, step, folder: told.append(bad.item())
+        "geodiff4d.video.train.check_finite", lambda loss, norm, bad, step, folder: told.append(bad.item())
     )
     poisoned = Poisoned(batches.samples, batches.codec)
     whole = train_video_model(tmp_path, EMBEDDED, codec, poisoned, replace(TRAINING, steps=4))
     assert told == [0, 0, 1, 1] and all(p.isfinite().all() for p in whole.parameters())
     monkeypatch.undo()
     fine = torch.ones(())
-    _check_finite(fine, fine, torch.zeros(()), 3, tmp_path)
+    check_finite(fine, fine, torch.zeros(()), 3, tmp_path)
     with pytest.raises(UserError, match="since the last line"):
-        _check_finite(fine, fine, torch.ones(()), 3, tmp_path)
+        check_finite(fine, fine, torch.ones(()), 3, tmp_path)
 
 
 def test_accumulated_parts_are_the_batch(codec, batches, tmp_path):

@@ -263,7 +263,7 @@ def test_uncut_clips_are_cropped_as_cut_ones(tmp_path):
     x = footage.frames(keys(0, 1, [0, 1]), SIZE)
     head = openhead()
     clip = Clip(tmp_path / "wide")
-    box = footage._box(0, 1)
+    box = footage.crop_box(0, 1)
     assert box is not None
     camera: Camera = clip.records[1].camera.cropped(*box, SIZE)
     seen = rasterize(head.pose(clip.params(0)).vertices, head.faces, camera).mask
@@ -388,10 +388,10 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, monkeypatch):
 def test_truth_is_disturbed_as_a_tracker_would(tmp_path):
     write(tmp_path / "synthetic", 4, extra={"params": "truth", "subject_seed": 5})
     footage = ClipFootage(tmp_path / "synthetic")
-    found, truth = footage._params(0, [2, 1]), Clip(tmp_path / "synthetic").params(2)
+    found, truth = footage.params(0, [2, 1]), Clip(tmp_path / "synthetic").params(2)
     turned = axis_angle_to_matrix(found.rotation[0]) @ axis_angle_to_matrix(truth.rotation).mT
     assert 0.001 < (turned - torch.eye(3)).abs().max() < 0.1
-    assert torch.equal(footage._params(0, [0, 2]).rotation[1], found.rotation[0]), "one error for each frame"
+    assert torch.equal(footage.params(0, [0, 2]).rotation[1], found.rotation[0]), "one error for each frame"
 
 
 @pytest.mark.parametrize("damage", ["nothing", "a file", "no params", "another head", "broken json", "broken image"])
@@ -425,4 +425,4 @@ def test_a_person_on_two_heads_is_two_subjects(tmp_path):
 
 def test_params_of_one_clip_stack(data):
     """Heads without eyelids and with none of the options still stack."""
-    assert isinstance(open_footage(data / "video")._params(0, [0, 1]), HeadParams)
+    assert isinstance(open_footage(data / "video").params(0, [0, 1]), HeadParams)

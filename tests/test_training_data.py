@@ -23,7 +23,7 @@ from geodiff4d.video.batches import UNIFORM, Batches
 from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.recode import continued, start_from_stable_diffusion
 from geodiff4d.video.sample import SampleConfig
-from geodiff4d.video.train import _rate, train_video_model
+from geodiff4d.video.train import rate_factor, train_video_model
 from geodiff4d.video.vae import PatchCodec, StableCodec
 from geodiff4d.video.warm_start import warm_start
 from geodiff4d.video.watch import Watch
@@ -141,7 +141,7 @@ def test_terabytes_are_not_rendered(tmp_path):
 
 def test_the_presets_batch_is_shared_out(monkeypatch):
     """Over processes and parts: a step sees 32 references, whatever holds them."""
-    monkeypatch.setattr(_training, "_processes", lambda: SimpleNamespace(num_processes=4))
+    monkeypatch.setattr(_training, "process_state", lambda: SimpleNamespace(num_processes=4))
     config = _training.training_config(Args("image", Path(), accumulate=2), preset("paper").image)
     assert config.pairs.references == 4 and config.accumulate == 2
     with pytest.raises(UserError, match="their product divides 32"):
@@ -157,7 +157,7 @@ def test_the_paper_preset_is_the_papers():
             stage.lr == 1e-5 and stage.accumulate == 1 and stage.drop_expression == 0.1 and stage.gradient_checkpointing
         )
         assert stage.temporal_loss == stage.sampled_starts == stage.warm_start == 0 and stage.weights == UNIFORM
-        assert {_rate(step, stage) for step in (stage.warmup, steps // 2, steps - 1, steps)} == {1.0}
+        assert {rate_factor(step, stage) for step in (stage.warmup, steps // 2, steps - 1, steps)} == {1.0}
         assert stage.preview.guidance == 2.5 and stage.preview.steps > 1
     assert (p.sample.steps, p.sample.guidance, p.sample.start, p.sample.window) == (25, 2.5, "reference", 16)
     assert p.model.size == 512 and p.model.diffusion.prediction == "epsilon" and not p.model.warp

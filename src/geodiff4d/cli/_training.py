@@ -82,7 +82,8 @@ def video(args: Args) -> None:
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 
-def _processes() -> "PartialState":
+def process_state() -> "PartialState":
+    """Return which of how many processes this is (`accelerate launch`)."""
     import torch
     from accelerate import PartialState
 
@@ -91,7 +92,7 @@ def _processes() -> "PartialState":
 
 def _one_first() -> AbstractContextManager[None]:
     """Let one of several processes (`accelerate launch`) make files that the others then find."""
-    return _processes().main_process_first()
+    return process_state().main_process_first()
 
 
 def training_config(args: Args, config: VideoTraining) -> VideoTraining:
@@ -100,7 +101,7 @@ def training_config(args: Args, config: VideoTraining) -> VideoTraining:
     Raises:
         UserError: it cannot be shared evenly.
     """
-    whole, processes = config.pairs.references, _processes().num_processes
+    whole, processes = config.pairs.references, process_state().num_processes
     if whole % (processes * args.accumulate):
         raise UserError(
             f"a batch of {whole} references cannot be shared by {processes} process(es) in {args.accumulate} part(s): "

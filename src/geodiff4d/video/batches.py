@@ -1,6 +1,5 @@
 """Training batches of the video model: ranges of consecutive samples, read, encoded by the codec and weighted."""
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,6 +16,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
 from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, on_grid
 from geodiff4d.data.sampling import Example, Samples
@@ -185,7 +185,7 @@ def encode_store(
     if side != config.grid:
         return False
     built = (store.folder / "store.json").stat().st_mtime_ns if hasattr(store, "folder") else 0
-    made_of = {"store": asdict(config), "built": built, "codec": _fingerprint(codec), "encoded pose": encoded_pose,
+    made_of = {"store": asdict(config), "built": built, "codec": codec_fingerprint(codec), "encoded pose": encoded_pose,
                "normals": "as estimated" if footage.estimated else "exact"}  # fmt: skip
     note = path.with_suffix(".json")
     known = read_json(note) if path.exists() and note.exists() else {}
@@ -218,10 +218,10 @@ def encode_store(
     return True
 
 
-def _fingerprint(codec: Codec) -> str:
+def codec_fingerprint(codec: Codec) -> str:
     """Tell codecs apart by what they make of an image."""
     side = 8 * codec.factor
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         z = codec.encode(image.to(next(chain(codec.parameters(), codec.buffers())).device))
-    return hashlib.sha256(z.half().cpu().numpy().tobytes()).hexdigest()
+    return fingerprint(z.half())

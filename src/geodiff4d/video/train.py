@@ -153,7 +153,7 @@ def train_video_model(
     batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * group["factor"] * _rate(step, config)
+            group["lr"] = config.lr * group["factor"] * rate_factor(step, config)
         per_domain = torch.zeros(len(model_config.domains), device=accelerator.device)
         for part in range(config.accumulate):
             index = (step * config.accumulate + part) * ranks + rank
@@ -175,7 +175,7 @@ def train_video_model(
         torch.maximum(bad, 1 - torch.isfinite(norm).to(bad), out=bad)
         # A GPU is asked only where it must answer anyway.
         if accelerator.device.type == "cpu" or logs or saves:
-            _check_finite(loss, norm, bad, step, folder.path)
+            check_finite(loss, norm, bad, step, folder.path)
         prepared.step()
         prepared.zero_grad(set_to_none=True)
         _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
@@ -254,7 +254,7 @@ def _restore(
     restore_optimiser(optimiser, tensors)
 
 
-def _check_finite(loss: Tensor, norm: Tensor, bad: Tensor, step: int, folder: Path) -> None:
+def check_finite(loss: Tensor, norm: Tensor, bad: Tensor, step: int, folder: Path) -> None:
     """Stop before a bad gradient reaches the weights.
 
     Raises:
@@ -298,7 +298,8 @@ def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
     torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - decay)
 
 
-def _rate(step: int, config: VideoTraining) -> float:
+def rate_factor(step: int, config: VideoTraining) -> float:
+    """Return what learning rates are multiplied by in a step: it rises over the warm-up, holds, and falls to 0.02."""
     progress = step / config.steps
     if progress < config.hold or config.hold >= 1:
         return min(1.0, (step + 1) / config.warmup)

@@ -25,6 +25,7 @@ from geodiff4d.data.clip import Clip, ClipFrame, not_a_clip, read_header
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.footage.take import FOCUS_REGIONS, CachedFrames, DecodedFrames, FrameKey, Take
 from geodiff4d.heads import Head, HeadParams, load_head
+from geodiff4d.heads.rig import SKULL_JOINT
 from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import lift_portrait
@@ -139,7 +140,7 @@ class ClipFootage:
         camera, (_, at) = self._where[take].cameras[view], self._opened(take)
         return [at[int(self.takes[take].timesteps[i]), camera] for i in instants]
 
-    def _params(self, take: int, instants: Sequence[int]) -> HeadParams:
+    def params(self, take: int, instants: Sequence[int]) -> HeadParams:
         """Return what a tracker found: of clips with true parameters, what it would have found."""
         if self._clip(take).extra.get("params") == "truth":
             return self._of_all("tracked", take)[torch.tensor(list(instants))]
@@ -157,7 +158,7 @@ class ClipFootage:
                 found = disturbed(self._told(take, every), int(clip.extra.get("subject_seed", 0)))
             else:
                 seed = int(generator("clip", clip.folder.name, take).integers(1 << 31))
-                found = as_read(self._params(take, every), self._told(take, every), seed, self.takes[take].temporal)
+                found = as_read(self.params(take, every), self._told(take, every), seed, self.takes[take].temporal)
             self._whole[what, take] = found
             _forget(self._whole)
         return self._whole[what, take]
@@ -167,10 +168,10 @@ class ClipFootage:
         if take not in self._views:
             present = self.takes[take].present
             first = present.argmax(0)
-            mesh = self._head(take).pose(self._params(take, [int(i) for i in first]))
+            mesh = self._head(take).pose(self.params(take, [int(i) for i in first]))
             records = [self._records(take, v, [int(i)])[0] for v, i in enumerate(first)]
             eyes = torch.stack([self._clip(take).records[r].camera.position for r in records])
-            front = mesh.T_world_joint[:, 1, :3, 2]
+            front = mesh.T_world_joint[:, SKULL_JOINT, :3, 2]
             toward = torch.nn.functional.normalize(eyes - mesh.vertices.mean(1), dim=-1)
             degrees = torch.rad2deg((front * toward).sum(-1).clamp(-1, 1).acos()).numpy()
             order = np.argsort(degrees, kind="stable")
@@ -184,13 +185,13 @@ class ClipFootage:
     def driving_views(self, take: int) -> Sequence[int]:
         return self._seen(take)[1]
 
-    def _box(self, take: int, view: int) -> tuple[float, float, float] | None:
+    def crop_box(self, take: int, view: int) -> tuple[float, float, float] | None:
         """Return the canonical crop of a view, None if its pictures are that already."""
         if (take, view) not in self._boxes:
             there = np.nonzero(self.takes[take].present[:, view])[0]
             picked = there[np.unique(np.linspace(0, len(there) - 1, BOX_INSTANTS).round().astype(int))].tolist()
             head = self._head(take)
-            vertices = head.pose(self._params(take, picked)).vertices[:, head_region(head)]
+            vertices = head.pose(self.params(take, picked)).vertices[:, head_region(head)]
             cameras = self._cameras(take, view, picked)
             left, top, side = box = canonical_crop_box(cameras, vertices)
             if not np.isfinite(box).all() or side < 1:
@@ -213,7 +214,7 @@ class ClipFootage:
         """Read frames; return them with the canonical crop and its cameras."""
         clip = self._clip(take)
         read = [clip.frame(r) for r in self._records(take, view, instants)]
-        box = self._box(take, view) or (0.0, 0.0, float(read[0].camera.width))
+        box = self.crop_box(take, view) or (0.0, 0.0, float(read[0].camera.width))
         return read, box, Camera.stack([f.camera.cropped(*box, size) for f in read])
 
     def frames(self, keys: Sequence[FrameKey], size: int) -> DecodedFrames:
@@ -221,7 +222,7 @@ class ClipFootage:
         return DecodedFrames(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(DecodedFrames)))
 
     def _decoded(self, take: int, view: int, instants: list[int], size: int) -> DecodedFrames:
-        head, params = self._head(take), self._params(take, instants)
+        head, params = self._head(take), self.params(take, instants)
         read, box, cameras = self._cut(take, view, instants, size)
         rgb = torch.stack([_sampled(composite(f.image, f.mask), box, size, 0.5) for f in read])
         mask = torch.stack([_sampled(f.mask, box, size, 0.0) for f in read])
@@ -250,7 +251,7 @@ class ClipFootage:
         for take, view, instants in _runs(keys):
             head, clip = self._head(take), self._clip(take)
             # At zero expression, as when driving: an open mouth must not widen the cut that shows it.
-            still = head.pose(self._params(take, instants).without_expression())
+            still = head.pose(self.params(take, instants).without_expression())
             xy, _ = self._cameras(take, view, instants).project(head.landmarks68.on(still.vertices, head.faces))
             for record, points in zip(self._records(take, view, instants), xy, strict=True):
                 f = clip.frame(record)
@@ -265,12 +266,12 @@ class ClipFootage:
         (frame,), box, camera = self._cut(reference.take, reference.view, [reference.instant], size)
         image = _sampled(composite(frame.image, frame.mask), box, size, 0.5)
         mask = _sampled(frame.mask, box, size, 0.0)
-        mesh = own.pose(self._params(reference.take, [reference.instant])[0])
+        mesh = own.pose(self.params(reference.take, [reference.instant])[0])
         portrait, shown, first = lift_portrait(own, image, mask, mesh, camera[0], size, surroundings), [], 0
         for take, view, instants in _runs(keys):
-            box = self._box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
+            box = self.crop_box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
             cameras = self._cameras(take, view, instants).cropped(*box, size)
-            still = own.pose(self._params(take, instants).without_expression())
+            still = own.pose(self.params(take, instants).without_expression())
             vertices = still.vertices
             if moved is not None and moved[first : first + len(instants)].any():
                 here = torch.from_numpy(moved[first : first + len(instants)])[:, None, None]
