@@ -180,7 +180,11 @@ def test_a_reconstruction_that_needs_a_gpu_says_so_first(monkeypatch, tracked_cl
     [
         ("self", {"detectors": ("mediapipe",)}, "--detectors is for evaluate tracking: leave it out of evaluate self"),
         ("cross", {"count": 3}, "--count is for evaluate tracking, video"),
-        ("cross-view", {"protocol": ProtocolArgs(methods=("mesh_warp",))}, "--methods is for evaluate self, cross:"),
+        (
+            "cross-view",
+            {"protocol": ProtocolArgs(methods=("mesh_warp",))},
+            "--methods is for evaluate self, cross",
+        ),
         ("tracking", {"preset": "debug"}, "--preset is for"),
         ("video", {"protocol": ProtocolArgs(bf16=False)}, "--bf16 is for evaluate self, cross, cross-view"),
     ],

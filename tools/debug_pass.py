@@ -54,6 +54,15 @@ def photograph(folder: Path) -> None:
     write_image(folder / "me.png", make_case(1, "val", size=256).image)
 
 
+def photographs(folder: Path) -> None:
+    """Two people, of whom one has two photographs."""
+    from geodiff4d.core.images import write_image
+    from geodiff4d.evaluate.tracking import make_case
+
+    for name, seed in (("anna_1", 1), ("anna_2", 1), ("left_1", 2)):
+        write_image(folder / f"photographs/{name}.png", make_case(seed, "val", size=256).image)
+
+
 def film(folder: Path) -> None:
     """The photograph ten times over, in a container that can be read while it is written."""
     import av
@@ -186,6 +195,29 @@ RECIPES = [
         ("runs/tracking/metrics.json", "runs/tracking/embedded.png"),
         says="rotation_deg",
     ),
+    Recipe(
+        "evaluate tracking --sequences 1 --count 1 --frames 3 --split val --size 128 --out runs/tracking_videos",
+        ("runs/tracking_videos/metrics.json", "runs/tracking_videos/table.md", "runs/tracking_videos/videos/*.mp4"),
+        says="jitter at rest",
+    ),
+    Recipe(
+        f"evaluate pairs photographs {MODEL} --methods video_model mesh_warp avatar --out runs/pairs",
+        tuple(f"runs/pairs/{name}" for name in ("metrics.json", "table.md", "sheet.png", "frames/anna_avatar.png")),
+        says="left: number of photographs: 1, expected 2",
+        prepare=photographs,
+    ),
+    Recipe(
+        f"evaluate driving --portraits me.png --drivers world/train_1 {MODEL} --methods video_model mesh_warp avatar "
+        "--frames 3 --out runs/driving",
+        ("runs/driving/metrics.json", "runs/driving/table.md", "runs/driving/videos/me_by_train_1_avatar.mp4"),
+        says="1 portraits, each driven by 1 videos",
+    ),
+    bad("evaluate pairs world/train_0/flame_param --preset debug", says="no person with two"),
+    bad(
+        f"evaluate driving --portraits me.png --drivers nobody.mp4 {MODEL}",
+        says="--drivers nobody.mp4 does not exist",
+    ),
+    bad("evaluate pairs photographs --judges nowhere", says="expected bin/python"),
     Recipe(
         f"evaluate video {MODEL} --count 1 --out runs/video_figures",
         ("runs/video_figures/metrics.json",),

@@ -1,6 +1,6 @@
-"""Measure: the paper's protocols (self, cross, cross-view), tracking, or what the video model generates."""
+"""Measure: the paper's protocols (self, cross, cross-view), pairs, driving, tracking, or what the model generates."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +10,7 @@ from geodiff4d.cli._device import DeviceName, chosen_device
 
 if TYPE_CHECKING:
     from geodiff4d.evaluate.protocol import Settings
+    from geodiff4d.tracking.detect import Detector
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,12 @@ class ProtocolArgs:
     subjects: int | None = None
     """By default 10; 2 with --preset debug."""
     sequences: int | None = None
-    """Of each subject; by default 2."""
+    """Of each subject; by default 2. Of tracking: measure H.264 videos of people who perform, instead of single
+    images: 1, a performance a person."""
     cameras: int | None = None
     """That drive and are compared; by default 4."""
     frames: int | None = None
-    """Of each clip; by default 16."""
+    """Of each clip, by default 16; of driving, at most so many, by default 96; of tracking's videos, by default 48."""
     people: Literal["plain", "randomised"] = "plain"
     """Of the open world: people one could meet, or those with colours that nobody has."""
     tracking: Literal["pixels", "clip"] | None = None
@@ -54,17 +56,38 @@ class ProtocolArgs:
 
 
 @dataclass(frozen=True)
+class FootageArgs:
+    """Options of pairs and driving: photographs and videos of yours (docs/EVALUATION.md)."""
+
+    portraits: tuple[Path, ...] = ()
+    """Of driving: pictures of one face, or tracked folders."""
+    drivers: tuple[Path, ...] = ()
+    """Of driving: videos of one face, or tracked folders."""
+    judges: Path | None = None
+    """Folder of a Python environment with independent networks that read expressions and identities; by default
+    $GEODIFF4D_JUDGES, or this environment if the extra `judges` is installed in it."""
+    training_video: Path | None = None
+    """Whose performance avatars are trained with: a video or a tracked folder. By default a made-up person's in pairs,
+    and in driving the driver's own."""
+
+
+@dataclass(frozen=True)
 class Args:
     """Options of `geodiff4d evaluate`."""
 
-    what: Annotated[Literal["self", "cross", "cross-view", "tracking", "video"], tyro.conf.Positional]
+    what: Annotated[
+        Literal["self", "cross", "cross-view", "pairs", "driving", "tracking", "video"], tyro.conf.Positional
+    ]
     """self: a person's reference driven by the same person's film from another camera. cross: by another person's.
-    cross-view: one performance, seen by twelve cameras, must drive to one film. tracking: pictures of people that
-    nothing was trained on, tracked by each detector (docs/TRACKING.md). video: is a generated frame nearest to its own
-    person and expression, and how much does it flicker."""
+    cross-view: one performance, seen by twelve cameras, must drive to one film. pairs: two photographs a person, of
+    which the second drives the first and is the truth. driving: portraits driven by videos. tracking: images, or with
+    --sequences videos, of people that nothing was trained on, tracked by each detector (docs/TRACKING.md). video: is a
+    generated frame nearest to its own person and expression, and how much does it flicker."""
     out: Path
-    """Folder for metrics.json; of protocols also table.md, report.html and frames. The same command goes on where it
-    was."""
+    """Folder for metrics.json; also table.md, report.html, frames or videos, where there are any. The same command goes
+    on where it was."""
+    folder: Annotated[Path | None, tyro.conf.Positional] = None
+    """Of pairs: images named PERSON_….jpg, two for each person; by name, the first is the portrait."""
     detectors: tuple[Literal["embedded", "mediapipe"], ...] = ("embedded",)
     """Of tracking: who finds the landmarks; figures stand side by side."""
     model: Path | None = None
@@ -73,14 +96,15 @@ class Args:
     """How the video model samples, by default as it was trained; debug's pictures are too small to be tracked and take
     the disturbed truth."""
     count: int | None = None
-    """People of tracking and video; by default 100 pictures for tracking, 10 people for video."""
+    """People of tracking and video; by default 100 images for tracking, 10 people for its videos and for video."""
     split: Literal["val", "test"] = "test"
     """Of the open world's people."""
     size: int = 256
-    """Of tracking: side of the canonical crop [px]."""
+    """Of tracking: side of the canonical crop, and of the videos with --sequences [px]."""
     device: DeviceName = "auto"
     """Of protocols and video: where the model computes; auto: on CUDA if there is any, protocols on all its GPUs."""
     protocol: Annotated[ProtocolArgs, tyro.conf.arg(name="")] = field(default_factory=ProtocolArgs)
+    footage: Annotated[FootageArgs, tyro.conf.arg(name="")] = field(default_factory=FootageArgs)
 
 
 _CROSS_VIEW = {
@@ -88,11 +112,14 @@ _CROSS_VIEW = {
     "bf16", "seed",
 }  # fmt: skip
 _PROTOCOL = _CROSS_VIEW | {"results", "methods", "sequences", "cameras", "lpips", "arcface", "keep"}
+_FOOTAGE = {"model", "preset", "device", "head", "methods", "bf16", "seed", "judges", "training_video"}
 READS = {
     "self": _PROTOCOL,
     "cross": _PROTOCOL,
     "cross-view": _CROSS_VIEW,
-    "tracking": {"detectors", "model", "count", "split", "size"},
+    "pairs": _FOOTAGE | {"folder"},
+    "driving": _FOOTAGE | {"portraits", "drivers", "frames"},
+    "tracking": {"detectors", "model", "count", "split", "size", "sequences", "frames"},
     "video": {"model", "preset", "count", "split", "device"},
 }
 """Options that each measurement looks at, beside `out`."""
@@ -106,11 +133,12 @@ def _require_read(args: Args) -> None:
     """
     from geodiff4d.core.errors import UserError
 
-    for given, default in ((args, Args(args.what, args.out)), (args.protocol, ProtocolArgs())):
+    groups = ((args, Args(args.what, args.out)), (args.protocol, ProtocolArgs()), (args.footage, FootageArgs()))
+    for given, default in groups:
         for name, value in vars(given).items():
             known = [what for what, read in READS.items() if name in read]
             if known and args.what not in known and value != getattr(default, name):
-                option = f"--{name.replace('_', '-')}"
+                option = "FOLDER" if name == "folder" else f"--{name.replace('_', '-')}"
                 raise UserError(f"{option} is for evaluate {', '.join(known)}: leave it out of evaluate {args.what}")
 
 
@@ -120,8 +148,12 @@ def run(args: Args) -> None:
     _require_read(args)
     if args.count is not None and args.count < 1:
         raise UserError(f"--count is {args.count}: expected at least one person")
-    if args.what == "tracking":
+    if args.what == "tracking" and args.protocol.sequences is not None:
+        _tracking_videos(args, args.count or 10)
+    elif args.what == "tracking":
         _tracking(args, args.count or 100)
+    elif args.what in ("pairs", "driving"):
+        _footage(args)
     elif args.what == "video":
         _video(args, args.count or 10)
     else:
@@ -221,23 +253,78 @@ def _video(args: Args, count: int) -> None:
     print(f"{args.out / 'metrics.json'}: all figures")
 
 
-def _tracking(args: Args, count: int) -> None:
+def _footage(args: Args) -> None:
+    """Measure on photographs and videos of the user's."""
     from geodiff4d.cli import progress
-    from geodiff4d.evaluate.tracking import evaluate_tracking
-    from geodiff4d.heads import load_head
+    from geodiff4d.core.errors import UserError
+
+    p, footage = args.protocol, args.footage
+    settings = settings_of(args, devices_named(args.device))
+    settings = replace(settings, methods=p.methods or ("video_model", "mesh_warp"))
+    if args.what == "pairs":
+        from geodiff4d.evaluate.image_pairs import run_pairs
+
+        if args.folder is None:
+            raise UserError("evaluate pairs needs a folder: expected images named PERSON_….jpg, two for each person")
+        run_pairs(args.folder, settings, footage.judges, footage.training_video, progress.bar)
+    else:
+        from geodiff4d.evaluate.driving import run_driving
+
+        frames = 96 if p.frames is None else p.frames
+        if frames < 3:
+            raise UserError(f"--frames is {frames}: expected at least 3, a change of expression is over time")
+        run_driving(footage.portraits, footage.drivers, settings, frames, footage.judges, footage.training_video,
+                    progress.bar)  # fmt: skip
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    print(f"{args.out / 'metrics.json'}: all figures")
+
+
+def _detectors(args: Args) -> "dict[str, Detector]":
     from geodiff4d.tracking.detect import Detector, MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
     from geodiff4d.tracking.network import SHIPPED, load_perception
-    from geodiff4d.tracking.track import TrackingConfig
 
     known: dict[str, Detector] = {}
     for name in args.detectors:
         embedded = name == "embedded"
         known[name] = EmbeddedDetector(load_perception(args.model or SHIPPED)) if embedded else MediaPipeDetector()
+    return known
+
+
+def _tracking_videos(args: Args, count: int) -> None:
+    from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.evaluate.tracking_videos import evaluate_videos, performances
+    from geodiff4d.heads import load_head
+    from geodiff4d.tracking.track import TrackingConfig
+
+    p = args.protocol
+    frames = 48 if p.frames is None else p.frames
+    if p.sequences != 1 or frames < 3:
+        raise UserError(f"--sequences {p.sequences} --frames {frames}: expected one sequence of at least 3 frames")
+    videos = performances(count, args.split, frames, args.size)
+    evaluate_videos(args.out, load_head(), _detectors(args), videos, TrackingConfig(size=args.size), progress.bar)
+    print((args.out / "table.md").read_text(encoding="utf-8"))
+    print(f"{args.out / 'metrics.json'}: all figures")
+
+
+def _tracking(args: Args, count: int) -> None:
+    from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.evaluate.tracking import evaluate_tracking
+    from geodiff4d.heads import load_head
+    from geodiff4d.tracking.track import TrackingConfig
+
+    if args.protocol.frames is not None:
+        raise UserError("--frames is for videos: add --sequences 1, or leave it out of evaluate tracking")
+    known = _detectors(args)
     result = evaluate_tracking(
         args.out, load_head(), known, count, args.split, TrackingConfig(size=args.size), progress.bar
     )
     for name in known:
         r = result[name]
         print(f"{name}: " + "  ".join(f"{k} {v}" for k, v in r.items() if not isinstance(v, dict)))
+        found = {k: v for k, v in r["expression"].items() if v["gain"]}
+        gains = [f"{k} {v['gain']['mean']:.2f} / {v['corr']['mean']:.2f}" for k, v in found.items()]
+        print(f"{name}, gain / corr: " + ("  ".join(gains) or "needs three pictures with a face"))
     print(f"{args.out / 'metrics.json'}: all figures, by yaw too")

@@ -23,6 +23,7 @@ from geodiff4d.core.images import composite, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.cases import Case, Extent, Recording, WorldClip, found_clips, timesteps, world_seed
+from geodiff4d.evaluate.expression import expressed, face_region
 from geodiff4d.evaluate.inputs import (
     face_mask,
     head_yaw,
@@ -32,10 +33,9 @@ from geodiff4d.evaluate.inputs import (
 )
 from geodiff4d.evaluate.judges import MIN_SIZE, quantised
 from geodiff4d.evaluate.metrics import PairScores, bootstrap, psnr
-from geodiff4d.evaluate.observe import expressed, observe_frames
+from geodiff4d.evaluate.observe import observe_frames
 from geodiff4d.evaluate.protocol import WORLD_SIZE, Settings, in_processes, maker_of, render_clip, settled
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
-from geodiff4d.evaluate.tracking import face_region
 from geodiff4d.heads import HeadParams
 from geodiff4d.pipeline import load_model
 from geodiff4d.render.crops import crop_image

@@ -25,6 +25,7 @@ from geodiff4d.evaluate.metrics import Truth
 from geodiff4d.evaluate.observe import (
     Observed,
     expression_distance,
+    expression_products,
     keypoint_distance,
     observe_frames,
     perceived_normals,
@@ -59,6 +60,8 @@ MEASURES: dict[str, Measure] = {
     "csim_open": Measure("CSIM, open", "high", 3),
     "akd": Measure("AKD [px]", "low"),
     "aed": Measure("AED [mm]", "low"),
+    "expression_gain": Measure("expression gain", ""),
+    "expression_corr": Measure("expression corr", "high"),
     "normal_deg": Measure("normals off by [°]", "low"),
     "sharpness": Measure("sharpness", "", 2),
     "flicker": Measure("flicker [levels]", "low"),
@@ -199,6 +202,8 @@ class Trial:
         if observed is None or self.target is None:
             return {}
         out: Scores = {"aed": expression_distance(self.judges.head, observed, self.target).tolist()}
+        moved = expression_products(self.judges.head, self.target, observed)
+        out |= {"expression_gain": moved.gain, "expression_corr": moved.cos}
         if self.truth is not None:
             out["akd"] = keypoint_distance(observed, self.target).tolist()
         vectors, own = self._vectors(rgb, observed), self._identities

@@ -5,17 +5,21 @@ The paper names no networks for AKD and AED. Ours, the same for every method and
 - `akd`: mean distance of the 192 points of the embedded perception network between a frame and the truth [px].
 - `aed`: mean distance of the face's vertices between the expressions (with the jaw) that tracking finds in a frame and
   in the truth, both on the average head without pose [mm].
+- `expression_gain`, `expression_corr`: how much of the truth's change of expression over the video there is, of those
+  vertices; a face that stands still scores 0 (`expression_gain.py`).
 - `perception`: the normals that the same network gives on generated RGB, the rival of generated normals.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.evaluate.tracking import face_region
+from geodiff4d.evaluate.expression import expressed, face_displacements, face_region
+from geodiff4d.evaluate.expression_gain import Products, video_products
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.crops import crop_image
 from geodiff4d.tracking.detect import Detection, FollowingDetector
@@ -85,10 +89,19 @@ def expression_distance(head: Head, a: Observed, b: Observed) -> Float[Tensor, "
     return torch.where(seen, 1000 * (va - vb).norm(dim=-1).mean(-1), torch.nan)
 
 
-def expressed(head: Head, params: HeadParams) -> Float[Tensor, "frames verts 3"]:
-    """The average head, upright, with an expression and jaw [m]."""
-    still = head.neutral(params.batch[0])
-    return head.pose(replace(still, expr=params.expr, jaw_pose=params.jaw_pose, eyelids=params.eyelids)).vertices
+def expression_products(head: Head, truth: Observed, made: Observed) -> Products:
+    """Compare how the face's vertices move over a video with how they should (`expression_gain`), both as tracked.
+
+    Frames in which one of the two shows no face do not count; without three that do, gain and cos are NaN.
+    """
+    if truth.params is None or made.params is None:
+        return Products(0.0, 0.0, 0.0)
+    rows = []
+    for observed, params in ((truth, truth.params), (made, made.params)):
+        moved = face_displacements(head, params)
+        moved[[d is None for d in observed.detections]] = np.nan
+        rows.append(moved)
+    return video_products(*rows)
 
 
 def perceived_normals(observed: Observed, size: int) -> Float[Tensor, "frames 3 size size"] | None:

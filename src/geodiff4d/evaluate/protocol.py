@@ -47,7 +47,7 @@ from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.tracking.network import SHIPPED as PERCEPTION
 from geodiff4d.video.inputs import Portrait, load_portrait
 
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same frames would get other figures: those of another version are made again."""
 WORLD_SIZE = 256
 KEPT = 4

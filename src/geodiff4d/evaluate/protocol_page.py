@@ -14,7 +14,7 @@ from geodiff4d.evaluate.tables import bins, estimates, metrics_of, ranked, table
 
 SHOWN = 4
 """Clips from either end of the order."""
-PLOTTED = ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")
+PLOTTED = ("psnr_fg", "ssim", "csim_open", "aed", "expression_gain", "normal_deg")
 WHOLE = ("psnr", "ssim_full")
 """Come last: over the whole picture a plain background hides the head."""
 HEADINGS = {"self": "Self-reenactment", "cross": "Cross-reenactment"}

@@ -20,15 +20,16 @@ BEYOND = 30.0
 """Degrees; everything beyond is a bin of its own."""
 YAW_KEYS = ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg", "sharpness")
 COMPARISONS = (
-    ("video_model", "mesh_warp", ("psnr_fg", "psnr_face", "ssim", "csim_open", "akd", "aed", "normal_deg", "sharpness",
-                                  "flicker", "lpips", "jod", "jod_color", "csim")),
+    ("video_model", "mesh_warp", ("psnr_fg", "psnr_face", "ssim", "csim_open", "akd", "aed", "expression_gain",
+                                  "expression_corr", "normal_deg", "sharpness", "flicker",
+                                  "lpips", "jod", "jod_color", "csim")),
     ("video_model", "copy_reference", ("psnr_fg", "csim_open", "aed")),
     ("video_model", "shuffled_reference", ("psnr_fg", "csim_open", "csim")),
     ("video_model", "dropped_expression", ("psnr_face", "aed")),
     ("video_model", "perception", ("normal_deg",)),
     ("video_model", "pose_map", ("normal_deg",)),
-    ("avatar", "video_model", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
-    ("avatar", "mesh_warp", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
+    ("avatar", "video_model", ("psnr_fg", "ssim", "csim_open", "aed", "expression_gain", "normal_deg")),
+    ("avatar", "mesh_warp", ("psnr_fg", "ssim", "csim_open", "aed", "expression_gain", "normal_deg")),
     ("avatar", "avatar_true", ("psnr_fg", "ssim", "csim_open", "aed", "normal_deg")),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
@@ -21,6 +21,8 @@ from geodiff4d.core.files import write_json
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Progress, silent
+from geodiff4d.evaluate.expression import compared, face_region
+from geodiff4d.evaluate.expression_gain import change_products, pooled
 from geodiff4d.evaluate.metrics import normal_deg
 from geodiff4d.heads.rig import SKULL_JOINT, Head, HeadParams
 from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_region
@@ -33,8 +35,6 @@ from geodiff4d.world.seeds import Split, generator
 YAW_BINS = (0.0, 15.0, 30.0, 45.0, 75.0)
 CHUNK, SHOWN = 20, 24
 """Pictures that are in memory at once, and overlays of each detector on its sheet."""
-FACE_RADIUS_M = 0.095
-"""The face is the skin so near to the tip of the nose."""
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,6 @@ def score(case: Case, tracked: Tracked, head: Head) -> Score:
     )
 
 
-def face_region(head: Head) -> Bool[Tensor, " verts"]:
-    """Skin near the tip of the nose."""
-    tip = head.landmarks68.on(head.template, head.faces)[30]
-    return head.regions["skin"] & ((head.template - tip).norm(dim=1) < FACE_RADIUS_M)
-
-
 def aligned_error(points: Float[Tensor, "points 3"], truth: Float[Tensor, "points 3"], turn: bool = True) -> float:
     """Mean distance after the best similarity transform (Umeyama 1991), in the unit of the points.
 
@@ -175,6 +169,7 @@ def evaluate_tracking(
     """Track `count` subjects' pictures with each detector; writes `metrics.json` and a sheet of overlays each."""
     scores: dict[str, list[Score | None]] = {name: [] for name in detectors}
     looks: dict[str, list[Tensor]] = {name: [] for name in detectors}
+    expressions: dict[str, list[tuple[HeadParams, HeadParams]]] = {name: [] for name in detectors}
     bar = iter(progress(range(count), "tracking", count))
     for first in range(0, count, CHUNK):
         cases = [make_case(seed, split) for seed in range(first, min(first + CHUNK, count))]
@@ -187,6 +182,7 @@ def evaluate_tracking(
                     continue
                 tracked = track_frames([case.image], head, _Answer(found[i]), config, video=False)
                 scores[name].append(score(case, tracked, head))
+                expressions[name].append((case.params[0], tracked.params[0]))
                 if len(looks[name]) < SHOWN:
                     normal = None if tracked.normals is None else tracked.normals[0]
                     looks[name].append(overlay(Cut(tracked.images[0], tracked.masks[0], normal), tracked.located, 0))
@@ -194,7 +190,7 @@ def evaluate_tracking(
     next(bar, None)
     result = {
         "split": split, "count": count,
-        **{name: summary(s) for name, s in scores.items()},
+        **{name: {**summary(s), "expression": expression_gains(head, expressions[name])} for name, s in scores.items()},
         "cases": {name: [None if s is None else asdict(s) for s in values] for name, values in scores.items()},
     }  # fmt: skip
     write_json(out / "metrics.json", result)
@@ -203,6 +199,21 @@ def evaluate_tracking(
             rows = [torch.cat(pictures[i : i + 2], -1) for i in range(0, len(pictures) - 1, 2)] or pictures
             write_image(out / f"{name}.png", torch.cat(rows, -2))
     return result
+
+
+def expression_gains(head: Head, found: list[tuple[HeadParams, HeadParams]]) -> dict[str, Any]:
+    """Return gain and corr of (true, tracked) expressions over pictures, by `expression.GROUPS`, with 95 % intervals.
+
+    Both are taken from their own mean over the pictures (`expression_gain`); empty for fewer than three.
+    """
+    if len(found) < 3:
+        return {}
+    truth, tracked = (HeadParams.stack([pair[k] for pair in found]) for k in range(2))
+    out = {}
+    for group, (x, y) in compared(head, truth, tracked).items():
+        row = pooled([change_products(a, b) for a, b in zip(x - x.mean(0), y - y.mean(0), strict=True)])
+        out[group] = {"gain": row["gain"], "corr": row["cos"]}
+    return out
 
 
 @dataclass(frozen=True)
