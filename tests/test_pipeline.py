@@ -290,7 +290,7 @@ def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monke
         pipeline.reconstruct(out=out, **plain | options)
 
     go()
-    go(generator=DiffusionGenerator(network, replace(sampling, offload=True, together=False, chunk=1)))
+    go(generator=DiffusionGenerator(network, replace(sampling, offload=True, batched_cfg=False, chunk=1)))
     dimmed = replace(pair.portrait, image=pair.portrait.image * 0.9)
     others: list[dict] = [
         {"request": asked(pair, head, portrait=dimmed)},
@@ -303,6 +303,8 @@ def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monke
         {"generator": WarpGenerator()},
         {"generator": DiffusionGenerator(other_network, sampling)},
         {"generator": DiffusionGenerator(network, replace(sampling, steps=3))},
+        {"generator": DiffusionGenerator(network, replace(sampling, finish=sampling.finish[:1]))},
+        {"generator": DiffusionGenerator(network, replace(sampling, finish=sampling.finish[::-1]))},
         {"generator": DiffusionGenerator(network, sampling, drop_expression=True)},
     ]
     for other in others:

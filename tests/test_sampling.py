@@ -146,7 +146,7 @@ def test_seeds_reproduce_any_number_of_views(video, sampler):
 def test_branches_one_after_the_other_equal_both_together(video):
     given = known(video, 5)
     both = sample(video, **given, config=FAST)
-    assert_close(sample(video, **given, config=replace(FAST, together=False)), both, atol=1e-4, rtol=1e-4)
+    assert_close(sample(video, **given, config=replace(FAST, batched_cfg=False)), both, atol=1e-4, rtol=1e-4)
     assert (sample(video, **given, config=replace(FAST, guidance=1.0)) - both).abs().max() > 1e-3
 
 

@@ -2,14 +2,14 @@
 
 Usage: `.venv/bin/python tools/sampling_steps.py --out runs/sampling_steps --threads 1`. The demo's pairs: portraits of
 the test split driven by others, with a tracker's error. Sampled as the preset does, and as the paper does (guidance 2.5
-on the expression, a new noise for every frame, no detail taken from the conditions). The paper also starts from the
-noised reference; a schedule that ends in plain noise, as the shipped model's, shows nothing of its start.
+on the expression, a new noise for every frame, no detail taken from the conditions; outlines and tones are finished as
+in the preset). The paper also starts from the noised reference; a schedule that ends in plain noise, as the shipped
+model's, shows nothing of its start.
 Finished rows are kept. Prints a Markdown table.
 """
 
-import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ from geodiff4d.presets import preset
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import with_identity_of
 from geodiff4d.video.model import VideoModel
+from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.tone import KeepTone
 
 MEASURES = {"psnr_fg": 2, "psnr_face": 2, "ssim": 3, "normal_deg": 2, "sharpness": 2}
 """Digits that the table shows."""
-WAYS = {"preset": preset("embedded").sample, "paper": SampleConfig()}
+WAYS = {"preset": preset("embedded").sample, "paper": SampleConfig(finish=(FreeOutline(), KeepTone()))}
 Shots = tuple[GenerationRequest, Camera, Truth]
 
 
@@ -75,7 +77,7 @@ def shots_of(args: Args, head: Head, model: VideoModel, index: int) -> Shots:
 
 def result(args: Args, name: str, config: SampleConfig, model: VideoModel, pairs: list[Shots]) -> dict[str, Any]:
     """Generate and score all pairs, unless their figures are there: one number a pair, and CPU seconds a frame."""
-    path, described = args.out / "results" / f"{name}.json", json.loads(json.dumps(asdict(config)))
+    path, described = args.out / "results" / f"{name}.json", config.described()
     if path.exists() and read_json(path).get("config") == described:
         return read_json(path)
     scores: dict[str, list[float]] = {}

@@ -23,10 +23,13 @@ from geodiff4d.tracking.reader import ReaderConfig
 from geodiff4d.tracking.reader_data import FacesConfig
 from geodiff4d.tracking.reader_training import ReaderTraining
 from geodiff4d.video.batches import WeightConfig
+from geodiff4d.video.detail import RestoreDetail
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import VideoModelConfig
+from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
+from geodiff4d.video.tone import KeepTone
 from geodiff4d.video.train import VideoTraining
 from geodiff4d.video.train_codec import CodecTraining
 from geodiff4d.video.unet import UNetConfig
@@ -146,7 +149,7 @@ _ROWS = (
         val_store=StoreConfig(
             "val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1
         ),
-        sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim"),
+        sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim", finish=(RestoreDetail(), FreeOutline(), KeepTone())),
         views=3, frames=4,
         video=VideoTraining(
             steps=4, pairs=PairConfig(references=1, targets=4, clips=True, moved=1.0), lr=1e-3, parts="temporal",
@@ -191,7 +194,10 @@ _ROWS = (
         store=StoreConfig(subjects=600, instants=10, views=3),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
-        sample=SampleConfig(steps=1, guidance=1.0, still_noise=True, draws=1, detail=0.08),
+        sample=SampleConfig(
+            steps=1, guidance=1.0, still_noise=True, draws=1,
+            finish=(RestoreDetail(tolerance=0.08), FreeOutline(), KeepTone()),
+        ),
         views=8, frames=96,
         video=VideoTraining(
             steps=500, pairs=PairConfig(references=2, targets=16, clips=True, moved=1.0), lr=1e-3, warmup=30, ema=0.99,

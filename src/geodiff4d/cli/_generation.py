@@ -102,7 +102,7 @@ def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Se
     model = placed_on(load_model(args.model), device)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
     if args.memory == "offload":
-        wanted |= {"offload": True, "together": False, "chunk": 1}
+        wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}
     p = preset(args.preset) if args.preset else default_preset(model)
     generator = DiffusionGenerator(model, replace(p.sample, seed=args.seed, **wanted))
     return Setup(p, head, generator, model.config.size, model.config.expression.size)

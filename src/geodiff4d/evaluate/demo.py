@@ -145,7 +145,7 @@ def _described(config: DemoConfig, generator: DiffusionGenerator) -> dict[str, A
     return {
         **vars(config),
         "preset": config.preset.name,
-        "sample": vars(generator.sample),
+        "sample": generator.sample.described(),
         "size": generator.model.config.size,
     }
 

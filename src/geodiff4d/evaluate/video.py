@@ -61,7 +61,7 @@ def evaluate_video(
     }  # fmt: skip
     clips = [_flicker(pair, head, generator, config.window) for pair in progress(pairs, "flicker")]
     result |= {k: sum(c[k] for c in clips) / len(clips) for k in clips[0]}
-    result["config"] = {**vars(config), "sample": vars(sample), "seconds": round(time.monotonic() - began, 1)}
+    result["config"] = {**vars(config), "sample": sample.described(), "seconds": round(time.monotonic() - began, 1)}
     write_json(out / "metrics.json", result)
     return result
 

@@ -2,23 +2,58 @@
 
 A denoiser that saw little says well how light falls and where hair ends, and paints faces soft. The portrait's own
 pixels, carried to the target, are known at full size. Where both agree once their detail is blurred away, the frame
-keeps its coarse picture and takes the carried one's detail, band by band: down to 2 px where the portrait itself shows
-the place (that lowers the error), and what is finer also where the carried picture only continues it (texture that lies
+keeps its coarse image and takes the carried one's detail, band by band: down to 2 px where the portrait itself shows
+the place (that lowers the error), and what is finer also where the carried image only continues it (texture that lies
 anywhere; it costs decibels and looks right). Where the two do not agree (an open mouth, hair that was not carried), or
 nothing is known, the frame stays as it is.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
+from geodiff4d.core.errors import UserError
+from geodiff4d.video.finish import DecodedFrames, FinishContext
+
 COARSE, WINDOW = 64, 9
-"""Side at which pictures are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""
+"""Side at which images are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""
 FINE = 128
 """Side that shows all but the finest band: with a window of 3 a blur of 2 px at 256 px."""
 HOLE = 2
 """Half the width, at `COARSE`, of what counts as a hole in what the portrait shows: a mouth or an eye, made up."""
+
+
+@dataclass(frozen=True)
+class RestoreDetail:
+    """Exchange the frames' fine detail for the warped portrait's, where both agree (`restore_detail`).
+
+    Normals stay as they are: the tracked head's own detail brings them no nearer to the truth (docs/LOG.md). So do
+    frames of a model that is not conditioned on the warped portrait.
+    """
+
+    tolerance: float = 0.08
+    """How far a frame may be from the warped portrait and still take its detail, as a mean absolute difference in
+    [0, 1] of both once blurred."""
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise UserError(f"the tolerance of RestoreDetail is {self.tolerance}: expected more than 0")
+
+    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+        """Return the frames with their detail restored."""
+        if context.warp is None:
+            return frames
+        known = context.warp()
+        assert known.warp is not None
+        assert known.visibility is not None
+        carried, visibility = (rearrange(x, "1 c t h w -> t c h w") for x in (known.warp, known.visibility))
+        seen, inside = visibility.split(1, 1)
+        rgb = restore_detail(frames.rgb, carried, seen, torch.maximum(seen, inside), self.tolerance)
+        return replace(frames, rgb=rgb)
 
 
 def restore_detail(
@@ -34,7 +69,7 @@ def restore_detail(
         carried: the portrait warped to the frame.
         seen: where the portrait itself shows the place, 0 to 1.
         shown: where the warp shows anything, 0 to 1; at least `seen`.
-        tolerance: mean absolute difference [0, 1] of the coarse pictures at which nothing of the detail is taken; up
+        tolerance: mean absolute difference [0, 1] of the coarse images at which nothing of the detail is taken; up
             to half of it all is.
     """
     apart = _mean(carried - decoded, seen, COARSE, WINDOW, 3)
@@ -68,7 +103,7 @@ def _trust(apart: Float[Tensor, "n 3 h w"], tolerance: float, window: int) -> Fl
 
 
 def _fine(x: Float[Tensor, "n 3 height width"], where: Float[Tensor, "n 1 height width"]) -> Tensor:
-    """Return the finest band of a picture that is known in places."""
+    """Return the finest band of an image that is known in places."""
     return x - _enlarged(_mean(x, where, FINE), x)
 
 

@@ -19,13 +19,11 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.video.conditions import Targets, condition_images, lifted, moved_by
-from geodiff4d.video.detail import restore_detail
+from geodiff4d.video.finish import DecodedFrames, FinishContext, surface_mask
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
-from geodiff4d.video.outline import coverage, freed
 from geodiff4d.video.sample import SampleConfig, sample
-from geodiff4d.video.tone import tone_of
 from geodiff4d.video.windows import runs_of
 
 
@@ -99,7 +97,7 @@ class WarpGenerator:
         return {"generator": "warp"}
 
 
-MEMORY_OPTIONS = ("offload", "together", "chunk")
+MEMORY_OPTIONS = ("offload", "batched_cfg", "chunk")
 """Of `SampleConfig`: they change how much memory sampling takes, and no frame."""
 
 
@@ -133,36 +131,25 @@ class DiffusionGenerator:
             model, conditions, latents, reading.reference, reading.start(config), config, progress, runs_of(cameras),
             reading.words,
         )  # fmt: skip
+        made = []
         with alone(model, "codec", offload=config.offload):
-            images = self._decoded(z, targets)
-        rgb = rearrange(images[:, 0], "1 c t h w -> t c h w")
-        tone = tone_of(portrait.image, portrait.mask)
-        if not model.config.normals:
-            rgb = (tone.kept(rgb) if tone else rgb).cpu()
-            return Generated(rgb, torch.zeros_like(rgb), torch.ones_like(rgb[:, :1]), tokens)
-        encoded = rearrange(images[:, 1], "1 c t h w -> t c h w")
-        rgb, mask = freed(rgb, coverage(encoded))
-        rgb = tone.kept(rgb) if tone else rgb
-        normal = decode_normals(encoded) * (mask > 0)
-        return Generated(composite(rgb, mask).cpu(), normal.cpu(), mask.cpu(), tokens)
+            for part, here in targets.chunks(config.chunk):
+                context = FinishContext(portrait, here.images if model.config.warp else None)
+                made.append(self._finished(z[:, :, :, part], context))
+        rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
+        return Generated(rgb, normal, mask, tokens)
 
-    def _decoded(self, z: Tensor, targets: Targets) -> Float[Tensor, "1 d 3 t height width"]:
-        """Decode chunk by chunk and take over the warped portrait's detail, if asked for."""
-        out = []
-        for part, here in targets.chunks(self.sample.chunk):
-            images = self.model.decode_latents(z[:, :, :, part])
-            if self.sample.detail > 0 and self.model.config.warp:
-                known = here.images()
-                assert known.warp is not None
-                assert known.visibility is not None
-                # Normals stay as they are: the tracked head's own detail brings them no nearer to the truth.
-                seen, inside = known.visibility.split(1, 1)
-                planes = (images[:, 0], known.warp, seen, torch.maximum(seen, inside))
-                decoded, carried, seen, shown = (rearrange(x, "1 c t h w -> t c h w") for x in planes)
-                frames = restore_detail(decoded, carried, seen, shown, self.sample.detail)
-                images[:, 0] = rearrange(frames, "t c h w -> 1 c t h w")
-            out.append(images)
-        return torch.cat(out, 3)
+    def _finished(self, z: Float[Tensor, "1 d c t h w"], context: FinishContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode latents and finish the frames; returns (rgb, normals, mask) as `Generated` has them."""
+        images = rearrange(self.model.decode_latents(z), "1 d c t h w -> d t c h w")
+        if self.model.config.normals:
+            frames = DecodedFrames(images[0], images[1], surface_mask(images[1]))
+        else:
+            frames = DecodedFrames(images[0], None, torch.ones_like(images[0, :, :1]))
+        for finish in self.sample.finish:
+            frames = finish(frames, context)
+        normals = torch.zeros_like(frames.rgb) if frames.normals is None else decode_normals(frames.normals)
+        return composite(frames.rgb, frames.mask).cpu(), (normals * (frames.mask > 0)).cpu(), frames.mask.cpu()
 
     def without_expression(self) -> "DiffusionGenerator":
         """Return the control that is driven by the null expression, without guidance: there is none to guide by."""

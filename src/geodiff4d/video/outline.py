@@ -4,10 +4,14 @@ How much of a pixel is surface stands in the generated normals, whose background
 mask with a line for an edge, and the grey is taken out of the colours inside it.
 """
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import max_pool2d
+
+from geodiff4d.video.finish import DecodedFrames, FinishContext
 
 BARE, SOLID = 0.25, 0.5
 """Coverage at which a pixel is background, and foreground: an outline that the model is unsure of becomes a line."""
@@ -17,10 +21,30 @@ LEAST = 0.55
 """Below this coverage no more grey is taken out, for what is left is noise."""
 
 
+@dataclass(frozen=True)
+class FreeOutline:
+    """Make the mask from how much the generated normals cover, and take the grey out of the colours inside it.
+
+    Frames without normals stay as they are.
+    """
+
+    gap: float = 0.03
+    """Gaps in the coverage up to this share of the image's side are closed."""
+    reach: float = 0.016
+    """Colours stay between what they were and those of a full surface within this share of the image's side."""
+
+    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+        """Return the frames with other colours at their outlines, and with a mask that is soft there."""
+        if frames.normals is None:
+            return frames
+        rgb, mask = freed(frames.rgb, coverage(frames.normals, self.gap), self.reach)
+        return replace(frames, rgb=rgb, mask=mask)
+
+
 def coverage(normals: Float[Tensor, "t 3 height width"], gap: float = 0.03) -> Float[Tensor, "t 1 height width"]:
     """Read off encoded normals how much of a pixel a surface covers: grey is "no surface", so a normal's length tells.
 
-    Where the model wavers between two surfaces, their mean is short: gaps up to `gap` of the picture's side are closed.
+    Where the model wavers between two surfaces, their mean is short: gaps up to `gap` of the image's side are closed.
     """
     length = (normals * 2 - 1).square().sum(1, keepdim=True).sqrt().clamp(max=1)
     grown = _highest(length, round(gap * normals.shape[-1]))
@@ -33,7 +57,7 @@ def freed(
     """Take the grey background out of decoded frames in [0, 1]: (colours, mask in [0, 1]).
 
     A colour that was not mixed after all would come out too strong, a dark or glaring line: within `reach` of the
-    picture's side of a full surface, colours stay between that surface's and what they were.
+    image's side of a full surface, colours stay between that surface's and what they were.
     """
     pure = (rgb - 0.5) / (cover / FULL).clamp(LEAST, 1) + 0.5
     radius = round(reach * rgb.shape[-1])

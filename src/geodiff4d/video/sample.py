@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.diffusion import SamplerName, make_sampler
+from geodiff4d.video.finish import Finish
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
 from geodiff4d.video.temporal import MAX_FRAMES
@@ -29,7 +30,7 @@ class SampleConfig:
     guidance_from: float = 0.0
     guidance_until: float = 1.0
     """Guide only in this share of the steps, counted from the first (a shortcut: Kynkäänniemi et al. 2024)."""
-    together: bool = True
+    batched_cfg: bool = True
     """Run both guidance branches in one batch; off halves what a step needs of memory."""
     sampler: SamplerName = "ddim"
     start: Literal["reference", "blurred", "noise"] = "reference"
@@ -47,9 +48,9 @@ class SampleConfig:
     """Frames that temporal modules see at once, as in training (Sec. 4.1)."""
     overlap: int = 4
     """Frames that neighbouring windows share; their predictions are averaged."""
-    detail: float = 0.0
-    """How far a frame may be from the warped portrait and still take its detail, as a mean absolute difference in
-    [0, 1] of both once blurred; 0 leaves frames as decoded. Needs a warp-conditioned model."""
+    finish: tuple[Finish, ...] = ()
+    """What is done to decoded frames, in this order (ours; `video/finish.py`). Without `FreeOutline`, a frame's mask is
+    where its generated normals are at least half a unit long (`surface_mask`)."""
     autocast: bool = True
     """bf16 where the machine has it."""
     compiled: bool = False
@@ -69,6 +70,10 @@ class SampleConfig:
             )
         if self.chunk < 1 or self.draws < 1:
             raise UserError(f"chunk and draws must be 1 or more, got {self.chunk} and {self.draws}")
+
+    def described(self) -> dict[str, Any]:
+        """Return all fields as JSON holds them; finishing touches as they are written in Python."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"finish": [repr(x) for x in self.finish]}
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -203,7 +208,7 @@ def _denoise(
             for part in windows:
                 predicted[:, :, :, part] += _guided(
                     model, z[:, :, :, part], steps[i], given.part(part), config.guidance if guided else 1.0,
-                    config.together,
+                    config.batched_cfg,
                 )  # fmt: skip
                 report.window()
             # The solver is told the time on the host: a number fetched from the device would make every step wait.
@@ -211,11 +216,11 @@ def _denoise(
     return z
 
 
-def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: float, together: bool) -> Tensor:
+def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: float, batched: bool) -> Tensor:
     """Predict the clean latents by null + g·(driven - null), on both domains at once (S-A.1)."""
     if guidance == 1:
         return _predict(model, z, t, given)
-    if together:
+    if batched:
         driven, undriven = _predict(model, z.expand(2, *z.shape[1:]), t, given.twice()).chunk(2)
     else:
         driven, undriven = _predict(model, z, t, given), _predict(model, z, t, given.undriven())

@@ -4,16 +4,28 @@ The model has learnt that lips and tongues are red and shirts have colours, and 
 show them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.video.finish import DecodedFrames, FinishContext
+
 LEAST = 200
-"""Pixels of a surface that tell a tone."""
+"""Fewest pixels of a surface that tell a tone."""
 AWAY = 0.02
 """Nine in ten pixels of a portrait of one tone lie nearer to a line of colours; in colour they are 0.06 to 0.2 off."""
+
+
+@dataclass(frozen=True)
+class KeepTone:
+    """Move the colours of frames to the portrait's tone, if it has a single one; in colour they stay as they are."""
+
+    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+        """Return the frames in the portrait's tone."""
+        tone = tone_of(context.portrait.image, context.portrait.mask)
+        return frames if tone is None else replace(frames, rgb=tone.kept(frames.rgb))
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Tone:
 
 
 def tone_of(image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"]) -> Tone | None:
-    """Return the line on which the colours of a portrait's surface lie, or None: it is a picture in colour."""
+    """Return the line on which the colours of a portrait's surface lie, or None: it is in colour."""
     colours = image[:, mask[0] > 0.95].T
     if len(colours) < LEAST:
         return None

@@ -1,0 +1,53 @@
+"""Finishing touches: what is done to decoded frames before they are handed out (ours, beyond the paper).
+
+`SampleConfig.finish` lists them in order, each a frozen dataclass of one signature: `RestoreDetail`
+(`video/detail.py`), `FreeOutline` (`video/outline.py`), `KeepTone` (`video/tone.py`). The paper has none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float
+from torch import Tensor
+
+from geodiff4d.video.inputs import Portrait
+from geodiff4d.video.model import ConditionImages
+
+
+@dataclass(frozen=True)
+class DecodedFrames:
+    """Consecutive frames of a clip, as decoded or after some finishing touches."""
+
+    rgb: Float[Tensor, "t 3 height width"]
+    """In [0, 1]."""
+    normals: Float[Tensor, "t 3 height width"] | None
+    """As images (`encode_normals`); None if the model generates none."""
+    mask: Float[Tensor, "t 1 height width"]
+    """Foreground in [0, 1], at first `surface_mask`; 1 everywhere if there are no normals."""
+
+
+@dataclass(frozen=True)
+class FinishContext:
+    """What is known of the frames beside what was decoded."""
+
+    portrait: Portrait
+    warp: Callable[[], ConditionImages] | None
+    """Draws the frames' condition images; None for a model that is not conditioned on the warped portrait."""
+
+
+@runtime_checkable
+class Finish(Protocol):
+    """A finishing touch; implementations are frozen dataclasses, so that a configuration says all about them."""
+
+    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+        """Return the finished frames. Every frame is finished alone: which others come along must not matter."""
+        ...
+
+
+def surface_mask(normals: Float[Tensor, "t 3 height width"]) -> Float[Tensor, "t 1 height width"]:
+    """Return 1 where the normal that an image encodes is at least half a unit long, else 0.
+
+    A surface's normals have unit length, and the background's grey encodes the zero vector.
+    """
+    return ((normals * 2 - 1).square().sum(1, keepdim=True) >= 0.25).float()
