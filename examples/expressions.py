@@ -20,10 +20,10 @@ from geodiff4d.video.sample import SampleConfig, sample
 
 @torch.no_grad()
 def main(out: Path, model: Path | None = None, between: int = 5, steps: int = 1) -> None:
-    """Write one picture: frames above, normals below.
+    """Write one image: frames above, normals below.
 
     Args:
-        out: picture to write.
+        out: image to write.
         model: model folder; by default the one that ships.
         between: how many frames, both ends included.
         steps: sampling steps.
@@ -40,12 +40,13 @@ def main(out: Path, model: Path | None = None, between: int = 5, steps: int = 1)
     params, cameras = HeadParams.stack([portrait.params] * between), Camera.stack([portrait.camera] * between)
     known = condition_images(head, lifted(head, portrait, video_model.config.surroundings), params, cameras)
     pose = video_model.pose_planes(known.pose)
-    face, words = video_model.codec.encode(portrait.on_grey[None]), video_model.words(portrait.on_grey[None])
-    reference = video_model.reference_kv(face, pose[:, :, 0], words)  # once, for all frames and steps
+    shown = portrait.on_grey[None]
+    face, context = video_model.codec.encode(shown), video_model.image_context(shown)
+    reference = video_model.reference_kv(face, pose[:, :, 0], context)  # once, for all frames and steps
 
     config = SampleConfig(steps=steps, guidance=1.0, still_noise=True)
     conditions = video_model.conditions(known, pose_planes=pose)
-    latents = sample(video_model, conditions, expressions, reference, None, config, words=words)
+    latents = sample(video_model, conditions, expressions, reference, None, config, image_context=context)
     images = video_model.decode_latents(latents)  # [1, domains, 3, frames, height, width]
     write_image(out, rearrange(images[0], "d c t h w -> c (d h) (t w)"))
     print(f"{out}: {between} frames between two expressions, {ends.shape[-1]} numbers each")

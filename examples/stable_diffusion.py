@@ -25,7 +25,7 @@ def main(weights: Path, frames: int = 20, steps: int = 25, size: int = 512) -> N
         weights: Stable Diffusion 1.5 folder.
         frames: length of the clip; the model sees 16 at a time.
         steps: sampling steps (Sec. 4.2).
-        size: side of the pictures [px].
+        size: side of the images [px].
     """
     paper = VideoModelConfig(size=size)
     paper = replace(paper, unet=replace(paper.unet, temporal_layers=2))  # stage 2
@@ -38,15 +38,14 @@ def main(weights: Path, frames: int = 20, steps: int = 25, size: int = 512) -> N
     portrait, pose_maps = torch.rand(1, 3, size, size), torch.rand(1, 3, frames, size, size)
     portrait, pose_maps = portrait.to(device), pose_maps.to(device)
 
-    face, words = model.codec.encode(portrait), model.words(portrait)
-    reference = model.reference_kv(face, model.pose_planes(pose_maps[:, :, :1])[:, :, 0], words)
+    face, image_context = model.codec.encode(portrait), model.image_context(portrait)
+    reference = model.reference_kv(face, model.pose_planes(pose_maps[:, :, :1])[:, :, 0], image_context)
     crop = model.config.expression.size
     expressions = model.encode_expressions(torch.rand(frames, 3, crop, crop, device=device))
     start = face[:, None].expand(-1, 2, -1, -1, -1)  # the reference image; its normals stand beside it (A.1)
     config = SampleConfig(steps=steps, guidance=2.5, window=16, overlap=4)
-    latents = sample(
-        model, model.conditions(ConditionImages(pose_maps)), expressions, reference, start, config, words=words
-    )
+    conditions = model.conditions(ConditionImages(pose_maps))
+    latents = sample(model, conditions, expressions, reference, start, config, image_context=image_context)
     images = model.decode_latents(latents)
     print(f"frames and normals: {tuple(images.shape)}, from {images.min():.2f} to {images.max():.2f}")
 

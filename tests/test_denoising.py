@@ -30,7 +30,7 @@ def codec() -> PatchCodec:
 class Oracle(VideoModel):
     """Predict a known function of the expression latents, and note what is asked."""
 
-    def predict_clean(self, z_t, t, conditions: Conditions, latent, reference, words=None):
+    def predict_clean(self, z_t, t, conditions: Conditions, latent, reference, image_context=None):
         self.asked.append((t[0].item(), latent.clone(), z_t.clone()))
         return latent.mean(-1)[:, None, None, :, None, None].expand_as(z_t)
 
@@ -116,7 +116,7 @@ class Counting(Oracle):
 
     temporal = True
 
-    def predict_clean(self, z_t, t, conditions: Conditions, latent, reference, words=None):
+    def predict_clean(self, z_t, t, conditions: Conditions, latent, reference, image_context=None):
         self.asked.append((t[0].item(), latent.clone(), z_t.clone()))
         return torch.full_like(z_t, float(len(self.asked)))
 

@@ -56,11 +56,12 @@ def known(model: VideoModel, frames: int) -> dict:
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         pose = torch.rand(1, 3, frames, 32, 32, generator=g)
-        words = torch.randn(1, 1, 8, generator=g)
+        image_context = torch.randn(1, 1, 8, generator=g)
         portrait = torch.randn(1, 6, 8, 8, generator=g), torch.rand(1, 3, 8, 8, generator=g)
         return dict(
             conditions=model.conditions(ConditionImages(pose)), latents=torch.randn(1, frames, 8, generator=g),
-            reference=model.reference_kv(*portrait, words), start=torch.randn(1, 2, 6, 8, 8, generator=g), words=words,
+            reference=model.reference_kv(*portrait, image_context), start=torch.randn(1, 2, 6, 8, 8, generator=g),
+            image_context=image_context,
         )  # fmt: skip
 
 
@@ -79,12 +80,14 @@ def test_a_fresh_stage_2_model_samples_what_stage_1_does(image):
 class Recomputing(VideoModel):
     """Run the reference network anew whenever it is read, as a plain implementation does."""
 
-    def predict_clean(self, z_t, t, conditions, latent, reference, valid=None, words=None):
+    def predict_clean(self, z_t, t, conditions, latent, reference, valid=None, image_context=None):
         g = torch.Generator().manual_seed(1)
         torch.rand(1, 3, 3, 32, 32, generator=g), torch.randn(1, 1, 8, generator=g)
         portrait = torch.randn(1, 6, 8, 8, generator=g), torch.rand(1, 3, 8, 8, generator=g)
         anew = (torch.cat([x] * len(z_t)) for x in portrait)
-        return super().predict_clean(z_t, t, conditions, latent, self.reference_kv(*anew, words), valid, words)
+        return super().predict_clean(
+            z_t, t, conditions, latent, self.reference_kv(*anew, image_context), valid, image_context
+        )
 
 
 def test_the_reference_cache_equals_recomputation(image):

@@ -94,7 +94,7 @@ def test_stable_diffusion_weights_compute_what_diffusers_does(stable, dtype, tol
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     expected = theirs(x, t, text).sample
     theirs.float()
-    got, bank = ours(x[:, None, :, None], t.float(), text=text, domain_ids=(0,), joint=False)
+    got, bank = ours(x[:, None, :, None], t.float(), image_context=text, domain_ids=(0,), joint=False)
     assert_close(got[:, 0, :, 0], expected, atol=tolerance * expected.abs().max().item(), rtol=0)
     assert len(bank) == len(ours.sites()) == 2 * 2 + 1 + 2 * 3
 
@@ -223,11 +223,11 @@ def test_a_stable_diffusion_folder_becomes_the_papers_model(folders, name):
     assert reports["reference"].missing == ("class_embedding.weight",)
     assert {k.split(".")[0] for k in reports["reference"].unexpected} == {"conv_norm_out", "conv_out"}
     portrait = torch.rand(1, 3, 16, 16)
-    words = model.words(portrait)
-    assert words is not None and words.shape == (1, 1, 24) and (words.abs().max() > 0) == (name == "variations")
+    context = model.image_context(portrait)
+    assert context is not None and context.shape == (1, 1, 24) and (context.abs().max() > 0) == (name == "variations")
     z, pose = model.codec.encode(portrait), torch.zeros(1, 3, 8, 8)
-    with_words, without = (model.reference_kv(z, pose, w)[-1][0] for w in (words, None))
-    assert (with_words - without).abs().max().gt(1e-3) == (name == "variations")
+    with_context, without = (model.reference_kv(z, pose, w)[-1][0] for w in (context, None))
+    assert (with_context - without).abs().max().gt(1e-3) == (name == "variations")
 
 
 def test_training_says_that_it_drops_the_image_token(folders, capsys):
@@ -304,11 +304,11 @@ def test_attention_to_one_token_needs_no_questions(stable):
     ours = UNet(unet_config(stable[1])).eval()
     load_unet(ours, stable[1])
     x, t, word = torch.randn(1, 2, 4, 1, 8, 8), torch.tensor([40.0]), torch.randn(1, 1, 24)
-    short = ours(x, t, text=word)[0]
+    short = ours(x, t, image_context=word)[0]
     with torch.enable_grad():
-        whole = ours(x, t, text=word)[0].detach()
+        whole = ours(x, t, image_context=word)[0].detach()
     assert_close(short, whole, atol=1e-5, rtol=1e-4)
-    assert (short - ours(x, t, text=word + 1)[0]).abs().max() > 1e-3
+    assert (short - ours(x, t, image_context=word + 1)[0]).abs().max() > 1e-3
 
 
 # Domains, frames and references

@@ -73,9 +73,9 @@ def tracked(
 def following(portrait: Portrait, driving: Driving, head: Head) -> tuple[Driving, Camera]:
     """Put the portrait's head where the driver's is seen, as large as it is, before the driver's camera.
 
-    Only here does a head follow somebody else's camera: `synthesize` and `reconstruct` hold it still before cameras
-    that are set up around it, at its own tracked size. Returns (driving in the portrait's shape, the driver's camera
-    at the portrait's size).
+    Only here does a head follow another camera than its own: `synthesize` and `reconstruct` hold it still before
+    cameras that are set up around it, at its own tracked size. Returns (driving in the portrait's shape, the driver's
+    camera at the portrait's size).
 
     Raises:
         UserError: several cameras saw the driver, or its frames are no square crops.

@@ -58,12 +58,12 @@ def performance(avatar: "Avatar", args: DrivingArgs, pose: "Pose" = "fixed") -> 
     elif source.suffix.lower() in STREAM_SUFFIXES and not source.is_dir():
         lines = read_stream_file(source, names)
     else:
-        return _filmed(avatar, source, args, pose)
+        return _followed(avatar, source, args, pose)
     made = held(avatar, torch.stack([line.weights for line in lines]), avatar.fps)
     return made.turned(torch.stack([line.neck for line in lines]))
 
 
-def _filmed(avatar: "Avatar", source: Path, args: DrivingArgs, pose: "Pose") -> "Performance":
+def _followed(avatar: "Avatar", source: Path, args: DrivingArgs, pose: "Pose") -> "Performance":
     """Follow a clip, or a video that is tracked first."""
     from geodiff4d.avatar.drive import performed, wants_tokens
     from geodiff4d.avatar.frames import read_sequence

@@ -61,7 +61,7 @@ class Extent:
     frames: int = 16
     split: Split = "test"
     people: Literal["plain", "randomised"] = "plain"
-    """Of the open world: those one could meet, or those with colours that nobody has."""
+    """Of the open world: those with colours that people have, or with randomised ones."""
 
     def __post_init__(self) -> None:
         for name, least in (("subjects", 1), ("sequences", 1), ("cameras", 1), ("frames", 2)):

@@ -46,7 +46,7 @@ class DemoConfig:
     frames_per_pair: int = 4
     """Frames that are scored."""
     driver_frames: int = 24
-    """Frames of a driver's film, of which the scored ones are taken; the shown pair's is as long as the clip."""
+    """Frames of a driver's video, of which the scored ones are taken; the shown pair's is as long as the clip."""
     tracking: Literal["pixels", "truth"] = "pixels"
     """Whether portrait and driver are tracked from their files, or the truth is disturbed as a tracker would."""
     orbit_views: int = 9

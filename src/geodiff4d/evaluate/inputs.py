@@ -1,9 +1,9 @@
 """What every method of a protocol gets, and what it is scored against: tracked reference and driver, and the truth.
 
-Reference and driver are tracked from their pixels, as a user's are, and written as clips; nobody sees true parameters.
-In self-reenactment the truth is the driver's own frames, cut where the tracker cut them. In cross-reenactment the open
-world's own person performs what the driver performed, seen where the tracked head is: a picture does not tell how large
-a head is, so position and scale are aligned, one for all frames, and rotations are not.
+Reference and driver are tracked from their pixels, as a user's are, and written as clips; no method sees true
+parameters. In self-reenactment the truth is the driver's own frames, cut where the tracker cut them. In
+cross-reenactment the open world's own person performs what the driver performed, seen where the tracked head is: an
+image does not tell how large a head is, so position and scale are aligned, one for all frames, and rotations are not.
 """
 
 from collections.abc import Sequence
@@ -46,11 +46,11 @@ class Inputs:
     portrait: Portrait
     driving: Clip
     params: HeadParams
-    """The driver's motion in the portrait's shape, [frames, …]; as large in the picture as the driver."""
+    """The driver's motion in the portrait's shape, [frames, …]; as large in the image as the driver."""
     camera: Camera
     """The driver's, one for all frames."""
     truth: Truth | None
-    """None where nobody knows how the reference's person performs what another did (real cross-reenactment)."""
+    """None where it is not known how the reference's person performs what another did (real cross-reenactment)."""
     yaw_difference_deg: Float[Tensor, " frames"]
     """Between how the head stands to the camera in the reference and in each frame."""
 
@@ -75,8 +75,8 @@ def stamp(*sources: Recording) -> str:
         clip = Clip(source.clip)
         chosen = [r for r in clip.records if r.camera_index == source.camera and r.timestep in source.timesteps]
         parts += [source.clip.name, clip.fps, source.timesteps]
-        pictures = [r.image_path for r in chosen]
-        parts += [r.camera for r in chosen] + [(p.name, p.stat().st_size if p.exists() else 0) for p in pictures]
+        images = [r.image_path for r in chosen]
+        parts += [r.camera for r in chosen] + [(p.name, p.stat().st_size if p.exists() else 0) for p in images]
     return fingerprint(*parts)
 
 

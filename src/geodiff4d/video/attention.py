@@ -34,7 +34,7 @@ class Layout:
 class GroupNorm(nn.GroupNorm):
     """Group norm that hands back the memory format it was given.
 
-    In bf16 torch's own is slow on channels-last pictures (CPU: 4.9 ms against 0.35 ms for a 3×3 convolution's 1.7 ms,
+    In bf16 torch's own is slow on channels-last images (CPU: 4.9 ms against 0.35 ms for a 3×3 convolution's 1.7 ms,
     at 32 × 96 × 16²) or answers in the other format (CUDA): two copies around it cost less.
     """
 
@@ -146,16 +146,19 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels, ff_factor)
 
     def forward(
-        self, x: Float[Tensor, "n tokens c"], layout: Layout, reference: ReferenceKV | None, text: Tensor | None
-    ) -> tuple[Float[Tensor, "n tokens c"], Float[Tensor, "n tokens c"]]:
+        self, x: Float[Tensor, "n tokens c"], layout: Layout, reference: ReferenceKV | None,
+        image_context: Tensor | None,
+    ) -> tuple[Float[Tensor, "n tokens c"], Float[Tensor, "n tokens c"]]:  # fmt: skip
         """Return (output, the normed hidden states before self-attention, what a reference network hands over)."""
         hidden = self.norm1(x)
         x = x + self.attn1(hidden, layout, reference)
-        if text is not None and hasattr(self, "attn2"):
+        if image_context is not None and hasattr(self, "attn2"):
             # With one token to look at, attention is that token's value whoever asks. Training runs it in full, so
             # that every weight has a gradient (distributed runs insist).
-            alone = text.shape[1] == 1 and not torch.is_grad_enabled()
-            x = x + (self.attn2.out(self.attn2.to_v(text)) if alone else self.attn2(self.norm2(x), text))
+            if image_context.shape[1] == 1 and not torch.is_grad_enabled():
+                x = x + self.attn2.out(self.attn2.to_v(image_context))
+            else:
+                x = x + self.attn2(self.norm2(x), image_context)
         return x + self.ff(self.norm3(x)), hidden
 
 
@@ -174,12 +177,12 @@ class Transformer2D(nn.Module):
         return cast(TransformerBlock, self.transformer_blocks[0])
 
     def forward(
-        self, x: Float[Tensor, "n c h w"], layout: Layout, reference: ReferenceKV | None, text: Tensor | None
+        self, x: Float[Tensor, "n c h w"], layout: Layout, reference: ReferenceKV | None, image_context: Tensor | None
     ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n tokens c"]]:
         """Return (output, hidden states for a reader)."""
         h = x.shape[-2]
         y = rearrange(self.proj_in(self.norm(x)), "n c h w -> n (h w) c")
-        y, hidden = self.block(y, layout, reference, text)
+        y, hidden = self.block(y, layout, reference, image_context)
         return x + self.proj_out(rearrange(y, "n (h w) c -> n c h w", h=h)), hidden
 
 

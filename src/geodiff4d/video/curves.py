@@ -1,4 +1,4 @@
-"""Curves of a run's log as one picture, for those without TensorBoard."""
+"""Curves of a run's log as one image, for those without TensorBoard."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ def flicker(
 ) -> float:
     """Return the mean |change from frame to frame that the truth does not have|, in levels of 255.
 
-    Where both frames are foreground. A constant error costs nothing; a frozen film pays for the motion it misses.
+    Where both frames are foreground. A constant error costs nothing; a frozen video pays for the motion it misses.
     Frames are consecutive, of one view.
     """
     change = (frames[1:] - frames[:-1]) - (truth[1:] - truth[:-1])

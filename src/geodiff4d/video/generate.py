@@ -129,7 +129,7 @@ class DiffusionGenerator:
         conditions = Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
         z = sample(
             model, conditions, latents, reading.reference, reading.start(config), config, progress, runs_of(cameras),
-            reading.words,
+            reading.image_context,
         )  # fmt: skip
         made = []
         with alone(model, "codec", offload=config.offload):
@@ -175,8 +175,8 @@ class _Reading:
         self.images = condition_images(head, self.texture, params, camera)
         self.pose = model.pose_planes(self.images.pose)
         self.latent = model.codec.encode(portrait.on_grey[None])
-        self.words = model.words(portrait.on_grey[None])
-        self.reference = model.reference_kv(self.latent, self.pose[:, :, 0], self.words)
+        self.image_context = model.image_context(portrait.on_grey[None])
+        self.reference = model.reference_kv(self.latent, self.pose[:, :, 0], self.image_context)
 
     def start(self, config: SampleConfig) -> Float[Tensor, "1 d c h w"] | None:
         """Return latents of the reference image and its normals, the clean part of the first noisy latent (S-A.1).
@@ -191,7 +191,7 @@ class _Reading:
         return torch.stack([self.latent, self._normal_latent(config)], 1)
 
     def _normal_latent(self, config: SampleConfig) -> Float[Tensor, "1 c h w"]:
-        """Encode the portrait's normals; where nobody estimated any, sample them from noise."""
+        """Encode the portrait's normals; where no estimator gave any, sample them from noise."""
         model, portrait = self.model, self.portrait
         if portrait.normal is not None:
             return model.codec.encode(encode_normals(portrait.normal, portrait.mask)[None].to(self.latent))
@@ -199,4 +199,5 @@ class _Reading:
         crop = driving_crop(portrait.on_grey, self.head, portrait.params, portrait.camera, size)
         conditions = model.conditions(self.images, pose_planes=self.pose)
         latents, plain = model.encode_expressions(crop[None]), replace(config, start="noise")
-        return sample(model, conditions, latents, self.reference, None, plain, words=self.words)[:, 1, :, 0]
+        z = sample(model, conditions, latents, self.reference, None, plain, image_context=self.image_context)
+        return z[:, 1, :, 0]

@@ -20,7 +20,7 @@ from geodiff4d.core.files import load_model, save_model
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""What CLIP's pictures are normalised by."""
+"""What CLIP normalises images by."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _VisionModel(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures to CLIP's embedding, as one token each.
+    """Images to CLIP's embedding, as one token each.
 
     Example:
         >>> encoder = load_image_encoder(folder / "image_encoder")  # doctest: +SKIP
@@ -120,7 +120,7 @@ class ImageEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 1 x"]:
-        """Encode square pictures in [0, 1] of any size."""
+        """Encode square images in [0, 1] of any size."""
         side = self.config.image_size
         if images.shape[-2:] != (side, side):
             images = interpolate(images, size=(side, side), mode="bicubic", antialias=True, align_corners=False)

@@ -137,8 +137,9 @@ class VideoModel(nn.Module):
         """Encode a driving clip's face crops in [0, 1] to expression latents, frame by frame (Sec. 3.1)."""
         return torch.cat([self.expression(part) for part in crops.split(64)])[None]
 
-    def words(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 1 x"] | None:
-        """Encode portraits in [0, 1] to SD's context: CLIP's token, or a zero one; None if no network reads any."""
+    def image_context(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 1 x"] | None:
+        """Encode portraits in [0, 1] to what SD's text attention reads: CLIP's token, or a zero one where there is no
+        image encoder; None if the networks have no such attention."""
         width = self.config.unet.cross_dim
         if width is None:
             return None
@@ -197,17 +198,17 @@ class VideoModel(nn.Module):
         self,
         image_latent: Float[Tensor, "b c h w"],
         pose_planes: Float[Tensor, "b p h w"],
-        words: Float[Tensor, "b m x"] | None = None,
+        image_context: Float[Tensor, "b m x"] | None = None,
     ) -> list[ReferenceKV]:
         """Run the reference network once, at t = 0 on the portrait and its pose map, and keep its keys and values.
 
-        `words` are the portrait's (`VideoModel.words`); None means a zero token.
+        `image_context` is the portrait's (`VideoModel.image_context`); None means a zero token.
         """
         x = torch.cat([image_latent, pose_planes], 1)[:, None, :, None]
-        words = self._no_words(x) if words is None else words
+        image_context = self._zero_context(x) if image_context is None else image_context
         if self.reference.dtype == torch.bfloat16:
-            x, words = x.bfloat16(), None if words is None else words.bfloat16()
-        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), text=words, domain_ids=(0,))
+            x, image_context = x.bfloat16(), None if image_context is None else image_context.bfloat16()
+        _, bank = self.reference(x, torch.zeros(len(x), device=x.device), image_context=image_context, domain_ids=(0,))
         return self.unet.reference_kv(bank)
 
     def predict_clean(
@@ -218,32 +219,32 @@ class VideoModel(nn.Module):
         latent: Float[Tensor, "b t f"],
         reference: list[ReferenceKV],
         valid: Bool[Tensor, "b t"] | None = None,
-        words: Float[Tensor, "b m x"] | None = None,
+        image_context: Float[Tensor, "b m x"] | None = None,
     ) -> Float[Tensor, "b d c t h w"]:
         """Predict the clean latents of both domains from noisy ones and expression latents.
 
         Args:
             valid: frames that are not padding, for temporal modules.
-            words: as the reference network's.
+            image_context: the same as the reference network's.
         """
         x = self.diffusion.scale_input(z_t, conditions.base, t)
         planes = conditions.planes[:, None].expand(-1, x.shape[1], -1, -1, -1, -1)
-        words = self._no_words(x) if words is None else words
+        image_context = self._zero_context(x) if image_context is None else image_context
         y, tokens = torch.cat([x, planes.to(x.dtype)], 2), self.expression.tokens(latent)
         if self.unet.dtype == torch.bfloat16:
             y, tokens, latent = (x.bfloat16() for x in (y, tokens, latent))
-            words = None if words is None else words.bfloat16()
+            image_context = None if image_context is None else image_context.bfloat16()
             reference = [(k.bfloat16(), v.bfloat16()) for k, v in reference]
         out, _ = self.unet(
-            y, t.float(), tokens, latent, reference, text=words, domain_ids=self.config.domains,
+            y, t.float(), tokens, latent, reference, image_context=image_context, domain_ids=self.config.domains,
             joint=self.config.joint_attention, valid=valid,
         )  # fmt: skip
         clean = self.diffusion.to_clean(out.float(), z_t, conditions.base, t)
-        for steady in self.unet.temporals:
-            clean = steady(clean, self.codec.visibility, valid)
+        for clip_filter in self.unet.temporals:
+            clean = clip_filter(clean, self.codec.visibility, valid)
         return clean
 
-    def _no_words(self, x: Tensor) -> Tensor | None:
+    def _zero_context(self, x: Tensor) -> Tensor | None:
         """One zero token for SD's text attention, where the network has it (X-NeMo's unconditional CLIP token)."""
         width = self.config.unet.cross_dim
         return None if width is None else x.new_zeros(len(x), 1, width)

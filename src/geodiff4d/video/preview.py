@@ -1,4 +1,4 @@
-"""Pictures of a training batch as the model would generate them."""
+"""Images of a training batch as the model would generate them."""
 
 import torch
 from einops import rearrange
@@ -11,7 +11,7 @@ from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig, sample
 
 TILE = 128
-"""Side of a picture on the validation sheet [px]."""
+"""Side of an image on the validation sheet [px]."""
 GAP = 4
 
 

@@ -43,7 +43,7 @@ class SampleConfig:
     """Average so many samples' latents. Only sensible with one or two steps, which estimate a mean anyway."""
     seed: int = 0
     chunk: int = 16
-    """Frames denoised together by a model without temporal modules: bounds the memory, not the result."""
+    """Frames denoised at once by a model without temporal modules: bounds the memory, not the result."""
     window: int = 16
     """Frames that temporal modules see at once, as in training (Sec. 4.1)."""
     overlap: int = 4
@@ -100,7 +100,7 @@ def sample(
     config: SampleConfig,
     progress: Progress = silent,
     runs: Sequence[int] | None = None,
-    words: Float[Tensor, "1 m x"] | None = None,
+    image_context: Float[Tensor, "1 m x"] | None = None,
 ) -> Float[Tensor, "1 d c t h w"]:
     """Generate the latents of a clip. Equal seeds give equal clips.
 
@@ -110,7 +110,7 @@ def sample(
         progress: shown the number of frames finished.
         runs: lengths of the consecutive stretches of frames that belong together in time (the views of a clip); by
             default all of it. Temporal modules see windows inside them.
-        words: the portrait's (`VideoModel.words`).
+        image_context: what SD's text attention reads of the portrait (`VideoModel.image_context`).
 
     Raises:
         UserError: there are no frames, or the views' lengths do not add up to them.
@@ -123,7 +123,7 @@ def sample(
     else:
         windows = plan_windows([frames], config.chunk)
     total = torch.zeros_like(conditions.base)
-    given = _Given(conditions, latents, reference, words)
+    given = _Given(conditions, latents, reference, image_context)
     if config.compiled:
         model.compile_steps()
     with advancing(progress, "generating", frames) as advance:
@@ -159,7 +159,7 @@ class _Given:
     conditions: Conditions
     latents: Float[Tensor, "b t f"]
     reference: list[ReferenceKV]
-    words: Float[Tensor, "b m x"] | None
+    image_context: Float[Tensor, "b m x"] | None
 
     def part(self, frames: slice) -> "_Given":
         planes, base = self.conditions.planes[:, :, frames], self.conditions.base[:, :, :, frames]
@@ -178,7 +178,8 @@ class _Given:
         return _Given(
             Conditions(both(self.conditions.planes), both(self.conditions.base)),
             torch.cat([self.latents, torch.zeros_like(self.latents)]),
-            [(both(k), both(v)) for k, v in self.reference], None if self.words is None else both(self.words),
+            [(both(k), both(v)) for k, v in self.reference],
+            None if self.image_context is None else both(self.image_context),
         )  # fmt: skip
 
     def undriven(self) -> "_Given":
@@ -229,7 +230,7 @@ def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: fl
 
 def _predict(model: VideoModel, z: Tensor, t: Tensor, given: _Given) -> Tensor:
     return model.predict_clean(
-        z, t.expand(len(z)), given.conditions, given.latents, given.reference, words=given.words
+        z, t.expand(len(z)), given.conditions, given.latents, given.reference, image_context=given.image_context
     ).float()
 
 

@@ -218,7 +218,7 @@ class UNet(nn.Module):
         tokens: Float[Tensor, "b t n e"] | None = None,
         latent: Float[Tensor, "b t f"] | None = None,
         reference: list[ReferenceKV] | None = None,
-        text: Float[Tensor, "b m x"] | None = None,
+        image_context: Float[Tensor, "b m x"] | None = None,
         domain_ids: tuple[int, ...] = (0, 1),
         joint: bool = True,
         valid: Bool[Tensor, "b t"] | None = None,
@@ -240,14 +240,14 @@ class UNet(nn.Module):
         layout = Layout(b, d, t, joint, valid)
         emb = self._embed(timestep, latent, domain_ids, t, x.dtype)
         context = None if tokens is None else repeat(tokens, "b t n e -> (b d t) n e", d=d)
-        words = None if text is None else repeat(text, "b m x -> (b d t) m x", d=d, t=t)
+        image_context = None if image_context is None else repeat(image_context, "b m x -> (b d t) m x", d=d, t=t)
         bank: list[Tensor] = []
         kv = iter(reference) if reference is not None else None
 
         def layer(block: Block, j: int, h: Tensor) -> Tensor:
             h = block.resnets[j](h, emb)
             if j < block.attending:
-                h, hidden = block.attentions[j](h, layout, next(kv) if kv else None, words)
+                h, hidden = block.attentions[j](h, layout, next(kv) if kv else None, image_context)
                 if reference is None:
                     bank.append(hidden)
             if context is not None and j < len(block.expressions):

@@ -35,7 +35,7 @@ def plan_windows(runs: Sequence[int], size: int, overlap: int = 0) -> list[slice
 
 
 def runs_of(cameras: Camera) -> list[int]:
-    """Split a clip where its camera changes: each view is a film of its own."""
+    """Split a clip where its camera changes: each view is a video of its own."""
     T, K = cameras.T_cam_world, cameras.K
     same = (T[1:] == T[:-1]).flatten(1).all(1) & (K[1:] == K[:-1]).flatten(1).all(1)
     cuts = [0, *(torch.nonzero(~same)[:, 0] + 1).tolist(), len(T)]
