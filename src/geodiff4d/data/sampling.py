@@ -16,6 +16,7 @@ image, and no source falls below `least_share`, so that small synthetic sets sta
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,6 @@ class _Shots:
         usable = [k for s, k in self.of_subject.items() if s in self.portraits]
         self.all = np.sort(np.concatenate(usable)) if usable else np.zeros(0, np.int64)
         self.ends = np.cumsum(self.weight[self.all])
-        moving = np.array([takes[i].motion for i in self.take.tolist()], bool)
-        self.moving = np.nonzero(moving)[0]
-        """Those whose motion is known."""
-        self.moving_ends = np.cumsum(self.weight[self.moving])
 
     @property
     def samples(self) -> int:
@@ -162,12 +159,6 @@ class _Shots:
     def draw(self, rng: np.random.Generator, among: np.ndarray | None = None) -> tuple[int, int]:
         """Draw (take, view), every sample equally often; among some only, if they are given."""
         chosen, ends = (self.all, self.ends) if among is None else (among, np.cumsum(self.weight[among]))
-        return self._at(chosen, ends, rng)
-
-    def draw_moving(self, rng: np.random.Generator) -> tuple[int, int]:
-        return self._at(self.moving, self.moving_ends, rng)
-
-    def _at(self, chosen: np.ndarray, ends: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
         k = chosen[int(np.searchsorted(ends, rng.integers(ends[-1]), "right"))]
         return int(self.take[k]), int(self.view[k])
 
@@ -239,44 +230,35 @@ class Samples(Dataset):
 
     @property
     def knows_motion(self) -> bool:
-        """Whether the motion of any take is known (`drivers`)."""
-        return any(len(s.moving) for s in self._shots)
+        """Whether the motion of any take is known."""
+        return any(t.motion for s in self.sources for t in s.takes)
 
     def drivers(self, index: int, n: int) -> tuple[Float[Tensor, "n 3 crop crop"], HeadParams]:
-        """Draw driving crops alone whose motion is known, from any view that shows it: (augmented crops, motion)."""
-        rng = generator("drivers", self.seed, index)
-        known = self.shares * [len(s.moving) > 0 for s in self._shots]
+        """Read the driving crops of samples from `index · n` on, as far as their motion is known: (crops, motion)."""
         keys: list[list[FrameKey]] = [[] for _ in self.sources]
-        for _ in range(n):
-            source = _pick_share(known / known.sum(), rng)
-            keys[source].append(self._driver(source, rng))
-        there = [(self.sources[i], k) for i, k in enumerate(keys) if k]
+        i, left = index * n, n
+        while left:
+            s, i = self.draw(i), i + 1
+            known = [k for k in s.driving if self.sources[s.source].takes[k.take].motion][:left]
+            keys[s.source] += known
+            left -= len(known)
+        there = [(footage, k) for footage, k in zip(self.sources, keys, strict=True) if k]
         crops = torch.cat([footage.driving(k, self.read.crop) for footage, k in there])
         if self.read.augment is not None:
             crops = augment_crops(crops, self.read.augment, torch_generator("drivers", self.seed, index))
         return crops, _joined([footage.motion(k) for footage, k in there])
 
-    def _driver(self, source: int, rng: np.random.Generator) -> FrameKey:
-        """Draw a frame whose motion is known; of a view that shows the expression, if its take has one."""
-        footage, shots = self.sources[source], self._shots[source]
-        for _ in range(TRIES):
-            take, view = shots.draw_moving(rng)
-            if view in footage.driving_views(take):
-                break
-        return FrameKey(take, _pick(np.nonzero(footage.takes[take].present[:, view])[0], rng), view)
-
     def motion(self, most: int = 6000) -> HeadParams:
         """Return the motion of every instant that is known, or of so many spread evenly over them."""
-        all_keys = [
+        known = [
             (source, FrameKey(i, int(t), int(take.present[t].argmax())))
             for source in self.sources
             for i, take in enumerate(source.takes)
             if take.motion
             for t in np.nonzero(take.present.any(1))[0]
         ]
-        chosen = all_keys[:: -(-len(all_keys) // most)]
-        owners = dict.fromkeys(owner for owner, _ in chosen)
-        return _joined([s.motion([k for owner, k in chosen if owner is s]) for s in owners])
+        runs = groupby(known[:: -(-len(known) // most)], lambda pair: pair[0])
+        return _joined([source.motion([key for _, key in run]) for source, run in runs])
 
 
 def torch_generator(purpose: str, seed: int, index: int) -> torch.Generator:
