@@ -162,6 +162,6 @@ def test_stage_two_moves_temporal_modules_alone(tmp_path):
 def test_the_papers_conditions_come_from_a_mixture_too(config, tmp_path):
     given = batches(normals=False, encoded_pose=False)
     losses: list[float] = []
-    progress = lambda step, total, record: losses.append(record["loss"])  # noqa: E731
-    train_video_model(tmp_path, config, tiny_codec(), given, replace(TRAINING, steps=2), progress=progress)
+    listen = lambda record: losses.append(record["loss"])  # noqa: E731
+    train_video_model(tmp_path, config, tiny_codec(), given, replace(TRAINING, steps=2), on_record=listen)
     assert len(losses) == 2 and all(np.isfinite(losses))

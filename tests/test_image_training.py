@@ -89,15 +89,15 @@ class Interrupted(Exception):
 def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
     whole = train_video_model(tmp_path / "whole", EMBEDDED, codec, batches, TRAINING)
 
-    def stop(step: int, total: int, record: dict) -> None:
-        if step == 2:
+    def stop(record: dict) -> None:
+        if record["step"] == 2:
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        train_video_model(tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=stop)
+        train_video_model(tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, on_record=stop)
     seen: list[int] = []
     resumed = train_video_model(
-        tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, progress=lambda step, *_: seen.append(step)
+        tmp_path / "parts", EMBEDDED, codec, batches, TRAINING, on_record=lambda record: seen.append(record["step"])
     )
     assert seen == [2, 3]
     for k, v in whole.state_dict().items():
@@ -151,8 +151,8 @@ def test_accumulated_parts_are_the_batch(codec, batches, tmp_path):
     models = []
     for name, given, accumulate in (("whole", whole, 1), ("parts", batches, 2)):
         config = replace(TRAINING, steps=3, accumulate=accumulate, pairs=given.samples.pairs, clip=1e9)
-        progress = lambda step, total, record, name=name: seen[name].append(record["loss"])  # noqa: E731
-        models.append(train_video_model(tmp_path / name, EMBEDDED, codec, given, config, progress=progress))
+        listen = lambda record, name=name: seen[name].append(record["loss"])  # noqa: E731
+        models.append(train_video_model(tmp_path / name, EMBEDDED, codec, given, config, on_record=listen))
     assert seen["whole"] == pytest.approx(seen["parts"], rel=1e-4)
     for k, v in models[0].state_dict().items():
         assert_close(models[1].state_dict()[k], v, atol=2e-4, rtol=1e-3, msg=k)
@@ -178,7 +178,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps(codec, batches, tmp_
     train_video_model(tmp_path, EMBEDDED, codec, batches, replace(TRAINING, pictures=0))
     seen: list[int] = []
     longer = replace(TRAINING, steps=6, pictures=0)
-    train_video_model(tmp_path, EMBEDDED, codec, batches, longer, progress=lambda step, *_: seen.append(step))
+    train_video_model(tmp_path, EMBEDDED, codec, batches, longer, on_record=lambda record: seen.append(record["step"]))
     assert seen == [4, 5]
     assert json.loads((tmp_path / "config.json").read_text())["config"]["training"]["steps"] == 6
 
@@ -188,7 +188,7 @@ def test_ten_steps_lose_what_they_lost_before(codec, batches, tmp_path):
     losses: list[float] = []
     config = replace(TRAINING, steps=10, save_every=100)
     train_video_model(
-        tmp_path, EMBEDDED, codec, batches, config, progress=lambda step, total, r: losses.append(r["loss"])
+        tmp_path, EMBEDDED, codec, batches, config, on_record=lambda r: losses.append(r["loss"])
     )  # fmt: skip
     if not GOLDEN.exists():
         GOLDEN.parent.mkdir(exist_ok=True)

@@ -213,12 +213,12 @@ def test_training_resumes_exactly(tmp_path):
     class Stop(Exception):
         pass
 
-    def interrupt(step: int, total: int, record: dict) -> None:
-        if step == 2:
+    def interrupt(record: dict) -> None:
+        if record["step"] == 2:
             raise Stop
 
     with pytest.raises(Stop):
-        train_perception(tmp_path / "b", Someone(), Someone(), config, progress=interrupt)
+        train_perception(tmp_path / "b", Someone(), Someone(), config, on_record=interrupt)
     resumed = train_perception(tmp_path / "b", Someone(), Someone(), config)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)

@@ -198,7 +198,7 @@ def test_training_resumes_exactly(tmp_path, faces):
             raise Stop
 
     with pytest.raises(Stop):
-        train_reader(tmp_path / "b", faces, faces, config, photographs=real, report=interrupt)
+        train_reader(tmp_path / "b", faces, faces, config, photographs=real, on_record=interrupt)
     resumed = train_reader(tmp_path / "b", faces, faces, config, photographs=real)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)

@@ -236,7 +236,7 @@ def test_twenty_steps_equal_ten_a_kill_and_ten(codec, pictures, tmp_path):
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert RunFolder(tmp_path / "parts", json_config(tmp_path / "parts")).load()[1] == 10
     seen: list[int] = []
-    train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, progress=lambda step, *_: seen.append(step))
+    train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, on_record=lambda r: seen.append(r["step"]))
     assert seen == list(range(10, 20))
     checkpoints = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")]
     assert checkpoints[0].keys() == checkpoints[1].keys()
@@ -279,7 +279,7 @@ def test_a_full_disk_loses_nothing(codec, pictures, tmp_path, monkeypatch, error
     assert not list(tmp_path.rglob(".*.part"))
     assert load_video_model(tmp_path / "model").config == EMBEDDED
     seen: list[int] = []
-    train_video_model(tmp_path, EMBEDDED, codec, pictures, config, progress=lambda step, *_: seen.append(step))
+    train_video_model(tmp_path, EMBEDDED, codec, pictures, config, on_record=lambda r: seen.append(r["step"]))
     assert seen == [2, 3], "it goes on from the checkpoint that was whole"
 
 
@@ -408,13 +408,13 @@ def _killed(out: Path, threads: int) -> None:
     """The child of `test_twenty_steps_equal_ten_a_kill_and_ten`."""
     torch.set_num_threads(threads)
 
-    def progress(step: int, total: int, record: dict) -> None:
-        if step == 12:
+    def kill(record: dict) -> None:
+        if record["step"] == 12:
             os.kill(os.getpid(), signal.SIGKILL)
 
     out.mkdir()
     vae = tiny_codec()
-    train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out), LONG, progress=progress)
+    train_video_model(out, EMBEDDED, vae, tiny_batches(vae, out), LONG, on_record=kill)
 
 
 if __name__ == "__main__":

@@ -70,5 +70,5 @@ def test_a_warm_encoder_knows_what_the_store_shows(batches):
     encoder = ExpressionEncoder(EMBEDDED.expression)
     losses: list[float] = []
     plain = Samples(batches.samples.sources, batches.samples.pairs, replace(batches.samples.read, augment=None))
-    warm_start(encoder, plain, 80, False, lambda step, total, r: losses.append(r["loss"]), lr=4e-3, crops=24)
+    warm_start(encoder, plain, 80, False, lambda r: losses.append(r["loss"]), lr=4e-3, crops=24)
     assert losses[-1] < 0.85 * losses[0], losses

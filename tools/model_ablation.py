@@ -171,11 +171,12 @@ def trained(args: Args, variant: str, store: Store, codec: PatchCodec) -> VideoM
     start = None if "no-warm-start" in variant.split() else warmed(args, batches.samples)
     folder = args.out / "trainings" / named(args, variant)
 
-    def report(step: int, total: int, record: dict[str, Any]) -> None:
+    def report(record: dict[str, Any]) -> None:
+        step, total = record["step"], training.steps
         if step % 100 == 0 or step == total - 1:
             print(f"  step {step + 1}/{total}  loss {record['loss']:.3f}", flush=True)
 
-    return train_video_model(folder, model, codec, batches, training, start=start, progress=report)
+    return train_video_model(folder, model, codec, batches, training, start=start, on_record=report)
 
 
 def warmed(args: Args, samples: Samples) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def train(
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
 
-    from geodiff4d.cli.progress import bar
+    from geodiff4d.cli.progress import bar, record_lines
     from geodiff4d.tracking.learn import train_perception
     from geodiff4d.tracking.network import load_perception
     from geodiff4d.tracking.people import build_people
@@ -28,10 +28,7 @@ def train(
     for name, config in (("train", stage.people), ("val", stage.val_people)):
         stores[name] = build_people(folder / name, config, workers, bar)
 
-    def report(step: int, total: int, record: dict) -> None:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
-
     training = replace(stage.training, steps=steps or stage.training.steps, seed=seed)
     begin = None if start is None else load_perception(start)
-    train_perception(out, stores["train"], stores["val"], training, begin, report)
+    train_perception(out, stores["train"], stores["val"], training, begin, record_lines(training.steps))
     print(f"{out / 'perception'}: the network, for src/geodiff4d/assets/perception")

@@ -14,7 +14,7 @@ def train(
     """Render the stores if they are missing, then train; the same call resumes."""
     from dataclasses import replace
 
-    from geodiff4d.cli.progress import bar
+    from geodiff4d.cli.progress import bar, record_lines
     from geodiff4d.tracking.reader import load_reader
     from geodiff4d.tracking.reader_data import build_faces
     from geodiff4d.tracking.reader_photographs import gather_photographs
@@ -24,10 +24,8 @@ def train(
     faces = build_faces(folder / "train", stage.faces, workers, bar)
     val = build_faces(folder / "val", stage.val_faces, workers, bar)
 
-    def report(record: dict) -> None:
-        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()), flush=True)
-
     training = replace(stage.training, steps=steps or stage.training.steps, seed=seed)
     real = None if photographs is None else gather_photographs(photographs, progress=bar)
-    train_reader(out, faces, val, training, None if start is None else load_reader(start), real, report)
+    begin = None if start is None else load_reader(start)
+    train_reader(out, faces, val, training, begin, real, record_lines(training.steps))
     print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

@@ -3,12 +3,12 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from geodiff4d.cli._training_args import Args
-from geodiff4d.cli.progress import bar
+from geodiff4d.cli.progress import bar, record_lines
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
@@ -33,21 +33,13 @@ Sources = dict[str, list[Footage]]
 """What is trained on (`train`) and validated on (`val`)."""
 
 
-def report(step: int, total: int, record: dict[str, Any]) -> None:
-    """Print one line of a run: where it is, its numbers, and how long it will take."""
-    shown = {k: v for k, v in record.items() if k not in ("step", "eta")}
-    words = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
-    left = [f"{record['eta'] // 60:.0f} min left"] if "eta" in record else []
-    print("  ".join([f"step {record.get('step', step) + 1}/{total}", *words, *left]), flush=True)
-
-
 def codec(args: Args) -> None:
     p = preset(args.preset)
     if args.preset == "paper":
         raise UserError("--preset paper uses Stable Diffusion's autoencoder: there is no codec to train")
     stores = rendered_images(args.data[0] if args.data else args.out / "data", p, args.workers)
     config = p.codec if args.steps is None else replace(p.codec, steps=args.steps)
-    train_codec(args.out, stores["train"], replace(config, seed=args.seed), report, stores["val"])
+    train_codec(args.out, stores["train"], replace(config, seed=args.seed), record_lines(config.steps), stores["val"])
     print(f"{args.out / 'vae'}: the codec")
 
 
@@ -63,7 +55,7 @@ def image(args: Args) -> None:
     if not train.samples.knows_motion:
         # Nothing to fit the readout to: warped portraits keep still.
         model = replace(model, expression=replace(model.expression, motion=0))
-    train_video_model(args.out, model, codec, train, config, val, start, report)
+    train_video_model(args.out, model, codec, train, config, val, start, record_lines(config.steps))
     print(f"{args.out / 'model'}: the model, for --model")
 
 
@@ -78,7 +70,7 @@ def video(args: Args) -> None:
     config = training_config(args, replace(p.video, pairs=pairs))
     train, val = batches(args, p, model, first.codec, config, p.clip_augment)
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
-    train_video_model(args.out, model, first.codec, train, config, val, start, report)
+    train_video_model(args.out, model, first.codec, train, config, val, start, record_lines(config.steps))
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 

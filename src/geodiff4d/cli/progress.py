@@ -3,11 +3,15 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from geodiff4d.core.progress import Description, Item
+
+if TYPE_CHECKING:
+    from geodiff4d.core.rundir import OnRecord
 
 LINE_SECONDS = 10.0
 
@@ -26,6 +30,18 @@ def bar(items: Iterable[Item], description: Description = "", total: int | None 
         total = len(items)
     console = Console(stderr=True)
     return _bar(items, description, total, console) if console.is_terminal else _lines(items, description, total)
+
+
+def record_lines(steps: int) -> "OnRecord":
+    """Return what prints a line for every record of a run of so many steps: where it is, its figures, the time left."""
+
+    def show(record: dict[str, Any]) -> None:
+        shown = {k: v for k, v in record.items() if k not in ("step", "eta")}
+        words = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+        left = [f"{record['eta'] // 60:.0f} min left"] if "eta" in record else []
+        print("  ".join([f"step {record.get('step', 0) + 1}/{steps}", *words, *left]), flush=True)
+
+    return show
 
 
 def _bar(items: Iterable[Item], description: Description, total: int | None, console: Console) -> Iterator[Item]:

@@ -20,6 +20,8 @@ from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
 """Newest first."""
+OnRecord = Callable[[dict[str, Any]], None]
+"""Told every record of a run as it is logged: its `step`, and whatever was measured there."""
 _HELD: dict[Path, int] = {}
 """Locks of this process, which last as long as it does."""
 
@@ -34,8 +36,11 @@ class RunFolder:
         UserError: the folder holds a run of another configuration, or another process writes to it.
     """
 
-    def __init__(self, path: Path, config: Any, free: frozenset[str] = frozenset(), writes: bool = True):
-        self.path = Path(path)
+    def __init__(
+        self, path: Path, config: Any, free: frozenset[str] = frozenset(), writes: bool = True,
+        on_record: OnRecord = lambda record: None,
+    ):  # fmt: skip
+        self.path, self.on_record = Path(path), on_record
         self.path.mkdir(parents=True, exist_ok=True)
         if writes:
             _lock(self.path.resolve())
@@ -55,12 +60,13 @@ class RunFolder:
         self.started = time.monotonic()
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append one line to `log.jsonl`."""
+        """Append one line to `log.jsonl`, and tell it."""
         with (self.path / "log.jsonl").open("ab+") as file:
             # A killed process may have left half a line.
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
             file.write((json.dumps({"seconds": round(time.monotonic() - self.started, 2), **record}) + "\n").encode())
+        self.on_record(record)
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
         """Write the newest checkpoint and keep the one before it."""

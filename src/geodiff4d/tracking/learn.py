@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import smooth_l1_loss
 
-from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.tracking.network import Look, Perception, PerceptionConfig, quick
 from geodiff4d.tracking.people import People
 from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
-
-Progress = Callable[[int, int, dict[str, Any]], None]
 
 SHARPNESS = 0.7
 """How much more a point counts that the network is surer of: the power of one over its standard deviation."""
@@ -52,13 +49,13 @@ class PerceptionTraining:
 
 def train_perception(
     run: Path, people: People, val: People, config: PerceptionTraining, start: Perception | None = None,
-    progress: Progress = lambda *a: None,
+    on_record: OnRecord = lambda record: None,
 ) -> Perception:  # fmt: skip
     """Train on `people`, report on `val`; writes `run/perception`, the averaged weights.
 
     `start` gives weights to go on from; a checkpoint in `run` goes before it.
     """
-    folder = RunFolder(run, config)
+    folder = RunFolder(run, config, on_record=on_record)
     torch.manual_seed(config.seed)
     model = Perception(config.model, people.markup)
     if start is not None:
@@ -99,7 +96,6 @@ def train_perception(
                 record |= validate(_averaged(config, people, average), checked, size)
             record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
             folder.log(record)
-            progress(step, config.steps, record)
         if (step + 1) % config.save_every == 0 or last:
             state = {f"model.{k}": v for k, v in model.state_dict().items()}
             state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)

@@ -5,7 +5,6 @@ as the motion of the skin that it means, so that what looks alike is not told ap
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
 from geodiff4d.tracking.reader_data import Faces, visible_skin
@@ -25,7 +24,6 @@ from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calib
 from geodiff4d.tracking.reader_photographs import Photographs, agreed, draw_looks, photograph_loss
 from geodiff4d.tracking.reader_scenes import FaceCrops, FaceScenes
 
-Report = Callable[[dict[str, Any]], None]
 LEAST_SPREAD = 0.04
 """Smallest spread of a target that its error is divided by [coefficient or rad]."""
 
@@ -58,13 +56,13 @@ class ReaderTraining:
 
 def train_reader(
     run: Path, faces: Faces, val: Faces, config: ReaderTraining, start: FaceReader | None = None,
-    photographs: Photographs | None = None, report: Report = lambda record: None,
+    photographs: Photographs | None = None, on_record: OnRecord = lambda record: None,
 ) -> FaceReader:  # fmt: skip
     """Train on `faces` and unlabelled `photographs`, report on `val`; writes `run/reader`, averaged and calibrated.
 
     `start` gives weights to go on from; a checkpoint in `run` goes before it.
     """
-    folder = RunFolder(run, config, free=frozenset({"steps"}))
+    folder = RunFolder(run, config, frozenset({"steps"}), on_record=on_record)
     torch.manual_seed(config.seed)
     model = FaceReader(config.model)
     if start is not None:
@@ -111,7 +109,6 @@ def train_reader(
                 record |= validate(averaged(config, average), checked, size, config.val_rows).rounded()
             record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
             folder.log(record)
-            report(record)
         if (step + 1) % config.save_every == 0 or last:
             state = {f"model.{k}": v for k, v in model.state_dict().items()}
             state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)

@@ -7,7 +7,6 @@ is what is saved for use.
 
 import math
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
@@ -28,8 +27,6 @@ from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import Codec
 from geodiff4d.video.warm_start import fit_motion_readout, warm_start
 from geodiff4d.video.watch import Watch
-
-Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ FREE = frozenset({
 def train_video_model(
     run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches,
     config: VideoTraining, val: Batches | None = None, start: dict[str, Tensor] | None = None,
-    progress: Progress = lambda *a: None,
+    on_record: OnRecord = lambda record: None,
 ) -> VideoModel:  # fmt: skip
     """Train the denoiser and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
 
@@ -111,6 +108,7 @@ def train_video_model(
 
     Args:
         start: weights to continue from (an EMA of an earlier run); the optimiser starts afresh.
+        on_record: told what is logged, and how the warm start goes.
 
     Raises:
         UserError: the run folder is another configuration's, processes disagree, or the loss is not finite.
@@ -122,11 +120,11 @@ def train_video_model(
     # Said aloud, because processes without a GPU would else train on their own, each unaware of the others.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[unused])
     if not accelerator.is_main_process:
-        progress = lambda *a: None  # noqa: E731
+        on_record = lambda record: None  # noqa: E731
     rank, ranks = accelerator.process_index, accelerator.num_processes
     known = _Run(config, model_config, config.pairs.references * config.accumulate * ranks)
     with accelerator.main_process_first():
-        folder = RunFolder(run, known, FREE, accelerator.is_main_process)
+        folder = RunFolder(run, known, FREE, accelerator.is_main_process, on_record)
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
@@ -135,10 +133,7 @@ def train_video_model(
         tensors, first = saved
         _restore(model, optimiser, ema, tensors)
     elif config.warm_start and batches.samples.knows_motion:
-        warm_start(
-            model.expression, batches.samples, config.warm_start, config.autocast,
-            lambda step, total, record: progress(0, config.steps, record),
-        )  # fmt: skip
+        warm_start(model.expression, batches.samples, config.warm_start, config.autocast, on_record)
         # Every process did the same, but no two cards to the last bit.
         broadcast(accelerator, model.expression)
         ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
@@ -187,7 +182,6 @@ def train_video_model(
             record |= {f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)}
             record |= clock.at(step)
             watch.log(record)
-            progress(step, config.steps, record)
         if saves:
             tensors = {f"model.{k}": v for k, v in trained_state(model).items()}
             folder.save(tensors | {f"ema.{k}": v for k, v in ema.items()} | optimiser_tensors(optimiser), step + 1)
@@ -197,7 +191,6 @@ def train_video_model(
             with averaged(model, ema):
                 record = {"step": step, **validate(model, val, config.autocast)} | watch.look(model, val, step)
             watch.log(record)
-            progress(step, config.steps, record)
     model.load_state_dict(ema, strict=False)
     if model_config.expression.motion and config.parts == "all" and batches.samples.knows_motion:
         fit_motion_readout(model.expression, batches.samples)
@@ -300,10 +293,10 @@ def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
 
 def rate_factor(step: int, config: VideoTraining) -> float:
     """Return what learning rates are multiplied by in a step: it rises over the warm-up, holds, and falls to 0.02."""
-    progress = step / config.steps
-    if progress < config.hold or config.hold >= 1:
+    done = step / config.steps
+    if done < config.hold or config.hold >= 1:
         return min(1.0, (step + 1) / config.warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - config.hold) / (1 - config.hold)))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - config.hold) / (1 - config.hold)))
 
 
 def draw(model: VideoModel, batch: Batch, config: VideoTraining) -> Draws:

@@ -1,23 +1,19 @@
 """Training of the embedded codec: a basis of patches by principal components, then a convolutional decoder."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
 from geodiff4d.data.footage.rendered import Store
 from geodiff4d.video.objective import channels_last
 from geodiff4d.video.sample import autocast
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
-
-Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -36,13 +32,13 @@ class CodecTraining:
 
 
 def train_codec(
-    run: Path, store: Store, config: CodecTraining, progress: Progress = lambda *a: None, val: Store | None = None
+    run: Path, store: Store, config: CodecTraining, on_record: OnRecord = lambda record: None, val: Store | None = None
 ) -> PatchCodec:
     """Fit the basis, then train the decoder on pictures, normals and pose maps; writes `run/vae`.
 
     The same call resumes an interrupted run, to the same result.
     """
-    folder = RunFolder(run, config, frozenset({"steps"}))
+    folder = RunFolder(run, config, frozenset({"steps"}), on_record=on_record)
     torch.manual_seed(config.seed)
     codec = PatchCodec(config.codec)
     saved = folder.load()
@@ -75,7 +71,6 @@ def train_codec(
             if val is not None and (step % 500 == 0 or step == config.steps - 1):
                 record |= _codec_psnr(codec, val)
             folder.log(record)
-            progress(step, config.steps, record)
         if (step + 1) % config.save_every == 0 or step == config.steps - 1:
             state = {f"model.{k}": v for k, v in codec.state_dict().items()}
             folder.save(state | optimiser_tensors(optimiser) | {"random": torch.get_rng_state()}, step + 1)

@@ -8,21 +8,18 @@ the surface does not. On 24 held-out people 300 steps of 128 crops explain 70 % 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from geodiff4d.core.rundir import OnRecord
 from geodiff4d.data.sampling import Samples
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.sample import autocast
-
-Progress = Callable[[int, int, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ def fit_motion_readout(encoder: ExpressionEncoder, samples: Samples, crops: int 
 
 def warm_start(
     encoder: ExpressionEncoder, samples: Samples, steps: int, mixed: bool = True,
-    progress: Progress = lambda *a: None, lr: float = 1e-3, crops: int = 128,
+    on_record: OnRecord = lambda record: None, lr: float = 1e-3, crops: int = 128,
 ) -> None:  # fmt: skip
     """Let the encoder regress the motion of people, seen in augmented driving crops.
 
@@ -155,4 +152,4 @@ def warm_start(
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimiser.step()
         if step % 50 == 0 or step == steps - 1:
-            progress(step, steps, {"warm_start": step, "loss": round(loss.item(), 5)})
+            on_record({"warm_start": step, "loss": round(loss.item(), 5)})
