@@ -129,7 +129,7 @@ def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
     records: list[dict] = []
     config = replace(STAGE2, steps=2, pictures=2)
-    train_video_model(tmp_path, VIDEO, codec, clips, config, clips, start, lambda step, total, r: records.append(r))
+    train_video_model(tmp_path, VIDEO, codec, clips, config, clips, start, records.append)
     seen = {k: v for r in records for k, v in r.items()}
     assert {"flicker_rgb", "flicker_rgb_alone", "flicker_normal", "clip_error", "eta", "val_rgb_999"} <= seen.keys()
     picture = read_image(tmp_path / "pictures/step_000002.png")

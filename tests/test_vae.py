@@ -173,8 +173,8 @@ def test_resumed_codec_training_equals_uninterrupted(tmp_path):
     class StopError(Exception):
         pass
 
-    def stop(step, total, record):
-        if step == 3:
+    def stop(record):
+        if record["step"] == 3:
             raise StopError
 
     config = CodecTraining(CONFIG, steps=4, batch=2, basis_images=4, save_every=2)
@@ -185,7 +185,7 @@ def test_resumed_codec_training_equals_uninterrupted(tmp_path):
     parts = train_codec(tmp_path / "parts", TinyStore(), config)
     assert all(torch.equal(v, parts.state_dict()[k]) for k, v in whole.state_dict().items())
     seen: list[int] = []
-    again = train_codec(tmp_path / "parts", TinyStore(), config, lambda step, *_: seen.append(step))
+    again = train_codec(tmp_path / "parts", TinyStore(), config, lambda record: seen.append(record["step"]))
     assert not seen and torch.equal(again.detail[3].weight, whole.detail[3].weight)
     with pytest.raises(UserError, match="another configuration"):
         train_codec(tmp_path / "parts", TinyStore(), replace(config, steps=5))
