@@ -188,4 +188,4 @@ def test_resumed_codec_training_equals_uninterrupted(tmp_path):
     again = train_codec(tmp_path / "parts", TinyStore(), config, lambda record: seen.append(record["step"]))
     assert not seen and torch.equal(again.detail[3].weight, whole.detail[3].weight)
     with pytest.raises(UserError, match="another configuration"):
-        train_codec(tmp_path / "parts", TinyStore(), replace(config, steps=5))
+        train_codec(tmp_path / "parts", TinyStore(), replace(config, batch=3))
