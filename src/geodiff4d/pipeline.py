@@ -107,6 +107,15 @@ def plan_shots(driving_frames: int, views: int, frames: int) -> list[Shot]:
     return [Shot((v * per_view + k) % driving_frames, v) for v in range(views) for k in range(per_view)]
 
 
+def plan_instants(instants: int, views: int, frames: int, first: int = 0) -> list[Shot]:
+    """Spread `frames` shots over instants that do not follow each other, and each instant's shots over the cameras.
+
+    `first` is the number of the first instant.
+    """
+    rounds = [divmod(k, instants) for k in range(frames)]
+    return [Shot(first + i, (3 * i + i // views + again * (views // 2)) % views) for again, i in rounds]
+
+
 def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
     """Return the capture views, cropped around the portrait's head at rest."""
     neutral = replace(head.neutral(1), shape=portrait.params.shape[None], static_offset=None)
@@ -135,9 +144,20 @@ class ClipPlan:
         return self.views[torch.tensor([s.camera for s in self.shots])]
 
 
-def plan_clip(request: GenerationRequest, views: int, frames: int) -> ClipPlan:
-    """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1)."""
+def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Driving | None = None) -> ClipPlan:
+    """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
+
+    `motion`, a range of motion, takes two thirds of the frames; the rest are instants spread over the driver's.
+    """
     portrait, driving = request.portrait, request.driving
+    if motion is not None:
+        own = driving.select(driver_clip_index(driving, max(1, frames // 3)))
+        shots = plan_instants(len(motion), views, frames - frames // 3)
+        shots += plan_instants(len(own), views, frames // 3, len(motion))
+        driving = motion.and_instants(own)
+        still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
+        cameras = clip_cameras(request.head, portrait, views, portrait.camera.width)
+        return ClipPlan(shots, replace(request, driving=still), cameras)
     still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
     cameras = clip_cameras(request.head, portrait, views, portrait.camera.width)
     return ClipPlan(plan_shots(len(driving), views, frames), replace(request, driving=still), cameras)
@@ -161,13 +181,14 @@ def write_planned(out: Path, plan: ClipPlan, made: Generated, about: dict[str, A
 
 def synthesize(
     request: GenerationRequest, generator: Generator, out: Path, views: int = 8, frames: int = 96,
-    progress: Progress = silent,
+    progress: Progress = silent, motion: Driving | None = None,
 ) -> Clip:  # fmt: skip
     """Make the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
 
-    The clip's parameters are the portrait's identity under the driver's tracked expression.
+    The clip's parameters are the portrait's identity under the driver's tracked expression, and under those of the
+    range of motion, if `motion` gives one (`plan_clip`).
     """
-    plan = plan_clip(request, views, frames)
+    plan = plan_clip(request, views, frames, motion)
     return write_planned(out, plan, generator.generate(plan.shown, plan.cameras, progress), generator.about())
 
 
@@ -178,13 +199,14 @@ def driver_clip_index(driving: Driving, count: int) -> list[int]:
 
 def reconstruct(
     request: GenerationRequest, generator: Generator, out: Path, config: FitConfig, views: int = 8, frames: int = 96,
-    seed: int = 0, progress: Progress = silent,
+    seed: int = 0, progress: Progress = silent, motion: Driving | None = None,
 ) -> Path:  # fmt: skip
     """Synthesize the training clip and fit the avatar to it. Finished stages are kept, so the same call resumes.
 
     Args:
         config: how the avatar is fitted.
         seed: of the fit.
+        motion: a range of motion that the clip shows as well (`plan_clip`).
 
     Raises:
         UserError: `out` holds a reconstruction of something else.
@@ -196,12 +218,13 @@ def reconstruct(
         fingerprint(
             request.portrait, (driven.params, driven.crops, driven.fps), (head.name, head.template),
             generator.fingerprint(), views, frames, config, seed,
+            None if motion is None else (motion.params, motion.crops),
         ),
     )  # fmt: skip
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:
-        clip = synthesize(request, generator, out / "clip", views, frames, progress)
+        clip = synthesize(request, generator, out / "clip", views, frames, progress, motion)
     if not (out / "avatar" / "metrics.json").exists():
         fit(clip, out / "avatar", config, seed, progress)
     return out

@@ -123,6 +123,17 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
     return views, frames // views * views
 
 
+def motion_of(wanted: bool, setup: Setup) -> "Driving | None":
+    """Return the range of motion, if it is wanted.
+
+    Raises:
+        UserError: the head is another than OpenHead.
+    """
+    from geodiff4d.video.range_of_motion import range_of_motion
+
+    return range_of_motion(setup.head, setup.crop) if wanted else None
+
+
 def prepare(
     args: GenerationArgs, setup: Setup, progress: "Progress", limit: int | None, tracked_to: Path | None = None
 ) -> "GenerationRequest":

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,9 @@ class Args(GenerationArgs):
     """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
+    range_of_motion: bool = False
+    """Let two thirds of the clip show everything a face does (visemes, smiles, lids, gaze, tongue), played by a person
+    of the open world, and a third the driver, so that the avatar has seen it when others drive it. On OpenHead only."""
 
 
 def run(args: Args) -> None:
@@ -45,7 +48,8 @@ def run(args: Args) -> None:
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
     request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
-    reconstruct(request, setup.generator, args.out, setup.preset.fit, views, frames, args.seed, bar)
+    motion = motion_of(args.range_of_motion, setup)
+    reconstruct(request, setup.generator, args.out, setup.preset.fit, views, frames, args.seed, bar, motion)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
     finish(args.out, request.portrait, request.driving, args.generator, bar)

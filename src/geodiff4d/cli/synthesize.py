@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,9 @@ class Args(GenerationArgs):
     """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
+    range_of_motion: bool = False
+    """Let two thirds of the clip show everything a face does (visemes, smiles, lids, gaze, tongue), played by a person
+    of the open world, and a third the driver, so that the avatar has seen it when others drive it. On OpenHead only."""
 
 
 def run(args: Args) -> None:
@@ -27,5 +30,5 @@ def run(args: Args) -> None:
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     request = prepare(args, setup, bar, frames)
-    clip = synthesize(request, setup.generator, args.out, views, frames, bar)
+    clip = synthesize(request, setup.generator, args.out, views, frames, bar, motion_of(args.range_of_motion, setup))
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

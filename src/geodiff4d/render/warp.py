@@ -11,12 +11,13 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, grid_sample, normalize
+from torch.nn.functional import avg_pool2d, grid_sample, max_pool2d, normalize, pad
 from torch.nn.functional import interpolate as resize
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.topology import vertex_normals
 from geodiff4d.heads.rig import Head
+from geodiff4d.render.hidden import paint_hidden
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv
 
 DEPTH_TOLERANCE_M = 0.004
@@ -35,6 +36,10 @@ UNSEEN_COLOURS = {
     "eyes": (0.84, 0.82, 0.80),
 }
 """sRGB for regions a portrait may not show at all; later entries paint over earlier ones."""
+
+STRETCHED = (0.3, 0.65)
+"""Portrait pixels per target pixel, over the median's, at which the portrait's colours begin to count and count fully:
+a lid that was folded away, two pixels high, does not say how it looks when it is closed."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class CompletedHead:
     image: Float[Tensor, "3 height width"]
     carried: Carried
     texture: Float[Tensor, "3 texels texels"]
+    painted: bool = False
+    """Whether mouth, eyes and lids have colours of their own where the portrait hides them (`render/hidden.py`)."""
 
 
 def carry(
@@ -102,6 +109,34 @@ def warp(
     return sample(image, grid) * (visibility > 0), visibility
 
 
+def _trusted(
+    image: Float[Tensor, "*batch channels height width"], carried: Carried, fragments: Fragments,
+    faces: Int[Tensor, "faces 3"],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Warp, and see less where a target pixel shows only a sliver of the portrait (`STRETCHED`)."""
+    grid, visibility = _spread(carried, fragments, faces)
+    surface = (fragments.face_index >= 0).to(visibility.dtype)[..., None, :, :]
+    visibility = visibility * _unstretched(grid, visibility, surface)
+    return sample(image, grid) * (visibility > 0), visibility
+
+
+def _unstretched(
+    grid: Float[Tensor, "*batch height width 2"], visibility: Float[Tensor, "*batch 1 height width"],
+    surface: Float[Tensor, "*batch 1 height width"],
+) -> Float[Tensor, "*batch 1 height width"]:  # fmt: skip
+    """Return 1 where a pixel's share of the portrait is as large as the median's, 0 where it is a sliver of that."""
+    across = (grid[..., 1:-1, 2:, :] - grid[..., 1:-1, :-2, :]).unbind(-1)
+    down = (grid[..., 2:, 1:-1, :] - grid[..., :-2, 1:-1, :]).unbind(-1)
+    area = (across[0] * down[1] - across[1] * down[0]).abs()
+    # Beside an outline differences are of two surfaces: there the portrait is believed.
+    whole = -max_pool2d(-surface.reshape(-1, 1, *surface.shape[-2:]), 3, 1).reshape(area.shape)
+    seen = (whole > 0) & (visibility[..., 0, 1:-1, 1:-1] > 0.9)
+    if not bool(seen.any()):
+        return torch.ones_like(visibility)
+    trust = (area / area[seen].median().clamp(min=1e-12) - STRETCHED[0]) / (STRETCHED[1] - STRETCHED[0])
+    return pad(torch.where(whole > 0, trust.clamp(0, 1), 1.0), (1, 1, 1, 1), value=1.0)[..., None, :, :]
+
+
 def mirror_vertices(head: Head) -> Int[Tensor, " verts"]:
     """Return each vertex's counterpart on the other side: the one nearest to (-x, y, z) of the template."""
     return _mirror(head.name, head.template)
@@ -121,11 +156,14 @@ def complete(
     camera: Camera,
     mask: Float[Tensor, "1 height width"] | None = None,
     texels: int = 512,
+    painted: bool = False,
 ) -> CompletedHead:
     """Return the texture of a whole head from a portrait and its tracked head.
 
     Seen texels keep the portrait; hidden ones take their mirror image's colour; those hidden on both sides take the
-    fixed colours of inner regions (`UNSEEN_COLOURS`) or a push-pull pyramid's mean of what is around them.
+    fixed colours of inner regions (`UNSEEN_COLOURS`) or a push-pull pyramid's mean of what is around them. `painted`
+    gives mouth, eyes and lids colours of their own instead (`render/hidden.py`), for expressions far from the
+    portrait's; the models that ship were trained without.
 
     Example:
         >>> portrait = complete(head, image, head.pose(params).vertices, camera)
@@ -135,7 +173,8 @@ def complete(
     atlas = rasterize_uv(head.uv, head.uv_faces, texels)
     twin = mirror_vertices(head)
     mirrored = Carried(carried.grid[twin], carried.visibility[twin])
-    (own, own_weight), (other, other_weight) = (warp(image, c, atlas, head.faces) for c in (carried, mirrored))
+    shown = _trusted if painted else warp
+    (own, own_weight), (other, other_weight) = (shown(image, c, atlas, head.faces) for c in (carried, mirrored))
     weight = own_weight + (1 - own_weight) * other_weight
     # What nobody saw continues the mean of both sides, so that the back of the head has no middle seam.
     mean = (own * own_weight + other * other_weight) / (own_weight + other_weight).clamp(min=1e-6)
@@ -144,11 +183,14 @@ def complete(
     both = own_weight * other_weight
     other = (other + push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
     texture = own_weight * own + (weight - own_weight) * other + (1 - weight) * hidden
-    for name, colour in UNSEEN_COLOURS.items():
-        if name in head.regions:
-            inside = interpolate(atlas, head.faces, head.regions[name].float()[:, None]) * (1 - weight)
-            texture = texture + inside * (texture.new_tensor(colour)[:, None, None] - texture)
-    return CompletedHead(head, image, carried, texture.clamp(0, 1))
+    if painted:
+        texture = paint_hidden(head, texture, weight, own_weight, atlas)
+    else:
+        for name, colour in UNSEEN_COLOURS.items():
+            if name in head.regions:
+                inside = interpolate(atlas, head.faces, head.regions[name].float()[:, None]) * (1 - weight)
+                texture = texture + inside * (texture.new_tensor(colour)[:, None, None] - texture)
+    return CompletedHead(head, image, carried, texture.clamp(0, 1), painted)
 
 
 def sample_completed(
@@ -174,6 +216,8 @@ def sample_completed(
     own, seen, whole, share, uv = maps.split((2, 1, 1, 1, 2), 1)
     inside = (share > 0.5).to(maps.dtype)
     visibility = seen * (whole > 0.999 * share) * inside
+    if portrait.painted:
+        visibility = visibility * _unstretched((own / share.clamp(min=1e-3)).movedim(1, -1), visibility, inside)
 
     def look(image: Float[Tensor, "3 rows columns"], grid: Float[Tensor, "n 2 height width"]) -> Tensor:
         return sample(image.expand(len(grid), -1, -1, -1), (grid / share.clamp(min=1e-3)).movedim(1, -1))

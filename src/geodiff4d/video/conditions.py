@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
@@ -19,10 +20,13 @@ TEXELS = 256
 """Side of the completed texture; the same as in training."""
 
 
-def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait:
-    """Lift a portrait's texture onto its head, once for all targets; `surroundings` adds hair and shoulders."""
+def lifted(head: Head, portrait: Portrait, surroundings: bool, painted: bool = False) -> LiftedPortrait:
+    """Lift a portrait's texture onto its head, once for all targets.
+
+    `surroundings` adds hair and shoulders, `painted` colours for what it hides of mouth and eyes (`render/hidden.py`).
+    """
     mesh = head.pose(portrait.params)
-    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings)
+    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings, painted)
 
 
 def condition_images(
@@ -52,6 +56,16 @@ def moved_by(model: VideoModel, head: Head, params: HeadParams, latents: Float[T
         return None
     motion = model.expression.motion(latents)[0]
     return replace(params.without_expression(), expr=motion[:, :-3], jaw_pose=motion[:, -3:])
+
+
+def with_known(moved: HeadParams | None, params: HeadParams, known: Bool[Tensor, " frames"]) -> HeadParams:
+    """Put known expressions, jaws and eyes in place of what latents say (None: nothing, a face at rest)."""
+    read = params.without_expression() if moved is None else moved
+
+    def chosen(name: str) -> Tensor:
+        return torch.where(known[:, None], getattr(params, name), getattr(read, name))
+
+    return replace(read, **{name: chosen(name) for name in ("expr", "jaw_pose", "eyes_pose")})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from geodiff4d.core.images import composite, decode_normals, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
-from geodiff4d.video.conditions import Targets, condition_images, lifted, moved_by
+from geodiff4d.video.conditions import Targets, condition_images, lifted, moved_by, with_known
 from geodiff4d.video.finish import DecodedFrames, FinishContext, surface_mask
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
@@ -80,7 +80,8 @@ class WarpGenerator:
     def generate(self, request: GenerationRequest, cameras: Camera, progress: Progress = silent) -> Generated:
         """Generate one frame for each driving frame and its camera, on the CPU."""
         head, params = request.head, request.driving.params
-        texture = lifted(head, request.portrait, surroundings=True)
+        painted = request.driving.known is not None
+        texture = lifted(head, request.portrait, surroundings=True, painted=painted)
         frames = [
             render_lifted(texture, head.pose(params[i : i + 1]), cameras[i : i + 1])
             for i in progress(range(params.batch[0]), "warping")
@@ -119,16 +120,20 @@ class DiffusionGenerator:
         model, config, device = self.model, self.sample, self.model.device
         head, portrait = request.head.to(device), request.portrait.to(device)
         params, cameras = request.driving.params.to(device), cameras.to(device)
-        reading = _Reading(model, head, portrait)
+        reading = _Reading(model, head, portrait, request.driving.known is not None)
         latents = model.encode_expressions(request.driving.crops.to(device))
         tokens = model.expression.tokens(latents)[0].cpu()
         if self.drop_expression:
             latents = torch.zeros_like(latents)
-        targets = Targets(head, reading.texture, params, cameras, moved_by(model, head, params, latents))
+        moved = moved_by(model, head, params, latents)
+        if request.driving.known is not None and not self.drop_expression:
+            moved = with_known(moved, params, request.driving.known.to(device))
+        targets = Targets(head, reading.texture, params, cameras, moved)
         parts = [model.conditions(part.images()) for _, part in targets.chunks(config.chunk)]
         conditions = Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
+        runs = runs_of(cameras) if request.driving.temporal else [1] * len(params.expr)
         z = sample(
-            model, conditions, latents, reading.reference, reading.start(config), config, progress, runs_of(cameras),
+            model, conditions, latents, reading.reference, reading.start(config), config, progress, runs,
             reading.image_context,
         )  # fmt: skip
         made = []
@@ -168,9 +173,9 @@ class DiffusionGenerator:
 class _Reading:
     """What the model reads off a portrait, once for all frames."""
 
-    def __init__(self, model: VideoModel, head: Head, portrait: Portrait):
+    def __init__(self, model: VideoModel, head: Head, portrait: Portrait, painted: bool):
         self.model, self.head, self.portrait = model, head, portrait
-        self.texture = lifted(head, portrait, model.config.surroundings)
+        self.texture = lifted(head, portrait, model.config.surroundings, painted)
         params, camera = HeadParams.stack([portrait.params]), Camera.stack([portrait.camera])
         self.images = condition_images(head, self.texture, params, camera)
         self.pose = model.pose_planes(self.images.pose)

@@ -4,7 +4,7 @@ Tracks are sums of eased events (an action rises, holds and falls) over a little
 smooth by construction. The eyes turn by the eye joints; the look actions only move the lids along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -77,6 +77,12 @@ def pose_of(values: dict[str, float]) -> np.ndarray:
         for full in (name,) if name in INDEX else (f"{name}Left", f"{name}Right"):
             out[INDEX[full]] = max(out[INDEX[full]], value)
     return out
+
+
+def held(poses: Sequence[dict[str, float]], gaze: Sequence[tuple[float, float]]) -> Motion:
+    """Return single instants: {action: weight} as in `pose_of`, and gaze (to the person's left, up) [rad]."""
+    expr = np.stack([pose_of(p) for p in poses])
+    return _finish(expr, np.zeros((len(expr), 3)), np.array(gaze, dtype=np.float64))
 
 
 def random_expression(seed: int, n: int) -> Motion:
