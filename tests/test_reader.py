@@ -33,7 +33,7 @@ from geodiff4d.tracking.reader_training import ReaderTraining, rate, reader_loss
 from geodiff4d.world.expressions import ACTIONS, INDEX, MAX_PITCH_RAD, MAX_YAW_RAD
 from geodiff4d.world.identity import personal_rig
 
-TINY = ReaderConfig(64, (4, 8, 8, 8), (0, 1, 1, 1), 4, 16, (4, 4, 8), 4, 8)
+TINY = ReaderConfig(64, 32, (8, 8), 4, 16, 16, (4, 4, 8), 4, 8)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,8 @@ class ReaderStage:
     training: ReaderTraining
     faces: FacesConfig
     val_faces: FacesConfig
+    from_encoder: bool = False
+    """Start the trunk from the expression encoder of the video model that ships."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ _ROWS = (
         ),
         reader=ReaderStage(
             ReaderTraining(
-                ReaderConfig(64, (4, 8, 8, 8), (0, 1, 1, 1), 4, 16, (4, 4, 8), 4, 8), steps=4, batch=4, sizes=(),
+                ReaderConfig(64, 32, (8, 8), 4, 16, 16, (4, 4, 8), 4, 8), steps=4, batch=4, sizes=(),
                 backgrounds=4, log_every=2, validate_every=3, save_every=2, val_rows=2,
             ),
             faces=FacesConfig(subjects=2, instants=2, size=96, supersample=1),
@@ -208,7 +210,7 @@ _ROWS = (
         val_tracks=TrackStoreConfig(subjects=6, frames=16, portraits=1),
         fit=FitConfig(),
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
-        reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120)),
+        reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120), from_encoder=True),
         temporal=(1, 2, 4),
     ),
     Preset(

@@ -15,6 +15,8 @@ def train(
     from dataclasses import replace
 
     from geodiff4d.cli.progress import bar, record_lines
+    from geodiff4d.core.files import load_model
+    from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.tracking.reader import load_reader
     from geodiff4d.tracking.reader_data import build_faces
     from geodiff4d.tracking.reader_photographs import gather_photographs
@@ -26,6 +28,7 @@ def train(
 
     training = replace(stage.training, steps=steps or stage.training.steps, seed=seed)
     real = None if photographs is None else gather_photographs(photographs, progress=bar)
-    begin = None if start is None else load_reader(start)
-    train_reader(out, faces, val, training, begin, real, record_lines(training.steps))
+    first = None if start is None else load_reader(start)
+    encoder = load_model(SHIPPED_MODEL / "expression")[1] if stage.from_encoder and first is None else None
+    train_reader(out, faces, val, training, first, real, record_lines(training.steps), encoder)
     print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.face_trunk import face_trunk
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.core.packing import packed
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import face_square
 from geodiff4d.tracking.network import gram_schmidt
+from geodiff4d.tracking.reading import Reading
 from geodiff4d.tracking.squares import cut_square
 from geodiff4d.world.expressions import ACTIONS
 
@@ -32,6 +34,8 @@ TARGETS = EXPRS + JAW + EYES
 """52 coefficients, the jaw's rotation vector, the eyes' (left, then right)."""
 STILL = (*(i for i, name in enumerate(ACTIONS) if name.startswith("eyeLook")), EXPRS + JAW + 2, EXPRS + JAW + 5)
 """Targets that never move: the eye joints turn the eyes, and eyes do not roll."""
+TRUNK_SHARE = 0.92
+"""Share of the square's side that the face's trunk sees: about the expression encoder's driving crop."""
 EYE_LEFT, EYE_TOP, EYE_WIDTH, EYE_HEIGHT = 20 / 192, 4 / 192, 80 / 192, 64 / 192
 """Where the person's right eye is in the square, with its brow; the left one mirrors it."""
 
@@ -42,11 +46,13 @@ class ReaderConfig:
 
     size: int = 192
     """Side of the crop [px], a multiple of 64."""
-    widths: tuple[int, int, int, int] = (24, 48, 96, 192)
-    """Channels of the face at strides 4, 8, 16 and 32."""
-    blocks: tuple[int, int, int, int] = (0, 1, 2, 2)
-    squeeze: int = 64
-    """Channels that reach the face's fully connected layer, from each of 6 × 6 cells."""
+    trunk_size: int = 96
+    """Side of the face as its trunk sees it [px]."""
+    widths: tuple[int, ...] = (32, 64, 96, 128)
+    """Channels of the face's trunk, those of the expression encoder, so that its weights can be taken over."""
+    squeeze: int = 32
+    """Channels that leave the trunk, from each of its cells."""
+    latent: int = 512
     features: int = 256
     eye_widths: tuple[int, int, int] = (16, 32, 64)
     """Channels of an eye at strides 2, 4 and 8."""
@@ -55,21 +61,6 @@ class ReaderConfig:
     points: int = 192
     """Points whose places are learnt on the side: what teaches a network where things are."""
     dropout: float = 0.1
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What crops of faces show; the standard deviations are the reader's own doubt."""
-
-    expr: Float[Tensor, "b 52"]
-    """OpenHead's coefficients, from 0; strong people go beyond 1."""
-    jaw_pose: Float[Tensor, "b 3"]
-    """Axis-angle [rad], beside what `jawOpen` and its neighbours do."""
-    eyes_pose: Float[Tensor, "b 6"]
-    """Axis-angle [rad] of the left and the right eye in the head."""
-    expr_sigma: Float[Tensor, "b 52"]
-    jaw_sigma: Float[Tensor, "b 3"]
-    eyes_sigma: Float[Tensor, "b 6"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +101,8 @@ class FaceReader(nn.Module):
     """A crop of a face in, its expression out.
 
     Example:
-        >>> reader = FaceReader(ReaderConfig(size=64, widths=(8, 8, 8, 8), eye_widths=(8, 8, 8), points=4)).eval()
+        >>> config = ReaderConfig(size=64, trunk_size=32, widths=(8, 8), eye_widths=(8, 8, 8), points=4)
+        >>> reader = FaceReader(config).eval()
         >>> reader.read(torch.rand(2, 3, 64, 64)).expr.shape
         torch.Size([2, 52])
     """
@@ -125,18 +117,16 @@ class FaceReader(nn.Module):
     def __init__(self, config: ReaderConfig):
         super().__init__()
         self.config = c = config
-        w, e = c.widths, c.eye_widths
-        face: list[nn.Module] = [_Conv(3, w[0], 4, 5)]
-        for i, blocks in enumerate(c.blocks):
-            if i:
-                face.append(_Conv(w[i - 1], w[i], 2))
-            face += [_Residual(w[i]) for _ in range(blocks)]
-        self.face = nn.Sequential(*face, _Conv(w[3], c.squeeze, kernel=1))
+        e, cells = c.eye_widths, (c.trunk_size // 2 ** len(c.widths)) ** 2
+        self.face = face_trunk(c.trunk_size, c.widths, c.squeeze, attention=True)
+        self.to_latent = nn.Linear(c.squeeze * cells, c.latent)
         self.eye = nn.Sequential(
             _Conv(3, e[0], 2), _Conv(e[0], e[1], 2), _Residual(e[1]), _Conv(e[1], e[2], 2), _Residual(e[2]),
             _Conv(e[2], c.eye_squeeze, kernel=1),
         )  # fmt: skip
-        self.face_features = nn.Sequential(nn.Linear(36 * c.squeeze, c.features), nn.ReLU(inplace=True))
+        self.face_features = nn.Sequential(
+            nn.LayerNorm(c.latent, elementwise_affine=False), nn.Linear(c.latent, c.features), nn.ReLU(inplace=True)
+        )  # fmt: skip
         self.eye_features = nn.Sequential(nn.Linear(80 * c.eye_squeeze, c.eye_features), nn.ReLU(inplace=True))
         self.drop = nn.Dropout(c.dropout)
         self.out = nn.Linear(c.features + 2 * c.eye_features, 2 * TARGETS + 6 + 2 * c.points)
@@ -146,11 +136,14 @@ class FaceReader(nn.Module):
             self.register_buffer(name, value.clone())
 
     def forward(self, crops: Float[Tensor, "b 3 size size"]) -> Raw:
-        x = (crops - 0.5) * 4
-        eyes = torch.cat(eye_windows(x))
+        eyes = torch.cat(eye_windows((crops - 0.5) * 4))
+        margin = round(crops.shape[-1] * (1 - TRUNK_SHARE) / 2)
+        inner = crops[..., margin : crops.shape[-1] - margin, margin : crops.shape[-1] - margin]
+        size = (self.config.trunk_size, self.config.trunk_size)
+        x = interpolate(inner, size, mode="bilinear", antialias=True, align_corners=False) * 2 - 1
         if x.device.type == "cpu":
             x, eyes = (v.contiguous(memory_format=torch.channels_last) for v in (x, eyes))
-        whole = self.face_features(adaptive_avg_pool2d(self.face(x), 6).flatten(1))
+        whole = self.face_features(self.to_latent(self.face(x).flatten(1)))
         right, left = self.eye_features(adaptive_avg_pool2d(self.eye(eyes), (8, 10)).flatten(1)).chunk(2)
         out = self.out(self.drop(torch.cat([whole, right, left], 1))).float()
         value, log_sigma, six, points = out.split([TARGETS, TARGETS, 6, 2 * self.config.points], 1)
@@ -165,6 +158,21 @@ class FaceReader(nn.Module):
         sigma = raw.log_sigma.exp() * self.spread * self.gain
         parts, doubts = value.split([EXPRS, JAW, EYES], 1), sigma.split([EXPRS, JAW, EYES], 1)
         return Reading(parts[0].clamp(min=0), parts[1], parts[2], *doubts)
+
+    def take_trunk(self, encoder: dict[str, Tensor]) -> None:
+        """Start from the trunk of an expression encoder, given its weights by name.
+
+        Raises:
+            UserError: it has other sizes.
+        """
+        names = {"features.": self.face, "to_latent.": self.to_latent}
+        try:
+            for prefix, part in names.items():
+                part.load_state_dict(
+                    {k.removeprefix(prefix): v.float() for k, v in encoder.items() if k.startswith(prefix)}
+                )
+        except RuntimeError as error:
+            raise UserError(f"the expression encoder does not fit the reader: {str(error).splitlines()[-1]}") from None
 
     def save(self, folder: Path) -> None:
         """Write a model folder with weights in eight bits (`core.packing`)."""
@@ -200,6 +208,12 @@ def read_faces(
     crops = [face_crop(image, d, reader.config.size) for image, d in zip(images, detections, strict=True)]
     parts = [reader.read(torch.stack(crops[i : i + batch])) for i in range(0, len(crops), batch)]
     return Reading(*(torch.cat([getattr(p, k) for p in parts]) for k in Reading.__dataclass_fields__))
+
+
+@cache
+def shipped_reader() -> FaceReader | None:
+    """Load the reader that ships with the package, or return None where an installation has none."""
+    return load_reader() if SHIPPED.exists() else None
 
 
 @cache

@@ -33,12 +33,14 @@ class ReaderTraining:
     """How the reader is trained."""
 
     model: ReaderConfig = field(default_factory=ReaderConfig)
-    steps: int = 14000
-    batch: int = 16
-    sizes: tuple[tuple[float, int], ...] = ((0.55, 128),)
+    steps: int = 6000
+    batch: int = 24
+    sizes: tuple[tuple[float, int], ...] = ((0.6, 128),)
     """Sides of the crops at first, where steps are cheaper: (until which share of the steps, [px])."""
     backgrounds: int = 96
-    lr: float = 1.5e-3
+    lr: float = 1e-3
+    trunk_lr: float = 0.3
+    """Factor on the rate of a trunk that comes from an expression encoder."""
     warmup: int = 150
     fall: float = 0.5
     """Share of the steps after which the learning rate falls, in a line to a hundredth."""
@@ -57,10 +59,12 @@ class ReaderTraining:
 def train_reader(
     run: Path, faces: Faces, val: Faces, config: ReaderTraining, start: FaceReader | None = None,
     photographs: Photographs | None = None, on_record: OnRecord = lambda record: None,
+    encoder: dict[str, Tensor] | None = None,
 ) -> FaceReader:  # fmt: skip
     """Train on `faces` and unlabelled `photographs`, report on `val`; writes `run/reader`, averaged and calibrated.
 
-    `start` gives weights to go on from; a checkpoint in `run` goes before it.
+    `start` gives weights to go on from; a checkpoint in `run` goes before it. `encoder` gives the weights of an
+    expression encoder (`video/expression.py`), whose trunk the reader starts from.
     """
     folder = RunFolder(run, config, frozenset({"steps"}), on_record=on_record)
     torch.manual_seed(config.seed)
@@ -69,8 +73,10 @@ def train_reader(
         model.load_state_dict(start.state_dict())
     else:
         model.spread.copy_(target_spread(faces))
+        if encoder is not None:
+            model.take_trunk(encoder)
     _channels_last(model).train()
-    optimiser = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    optimiser = _optimiser(model, config, encoder is not None)
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     first = _resume(folder, model, optimiser, average)
     scenes = FaceScenes(faces, config.seed, config.backgrounds)
@@ -79,7 +85,7 @@ def train_reader(
     began, rows = time.monotonic(), faces.ready()
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * rate(step, config)
+            group["lr"] = config.lr * group["factor"] * rate(step, config)
         size = next((s for share, s in config.sizes if step < share * config.steps), config.model.size)
         if step % 100 == 0:
             rows = faces.ready()
@@ -117,6 +123,16 @@ def train_reader(
     calibrate(reader, checked)
     reader.save(folder.path / "reader")
     return reader
+
+
+def _optimiser(model: FaceReader, config: ReaderTraining, pretrained: bool) -> torch.optim.AdamW:
+    trunk = [*model.face.parameters(), *model.to_latent.parameters()]
+    known = {id(p) for p in trunk}
+    groups: list[dict[str, Any]] = [
+        {"params": trunk, "factor": config.trunk_lr if pretrained else 1.0},
+        {"params": [p for p in model.parameters() if id(p) not in known], "factor": 1.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
 
 def rate(step: int, config: ReaderTraining) -> float:

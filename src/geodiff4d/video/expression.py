@@ -4,14 +4,13 @@ Sizes follow X-NeMo's motion encoder: latent 512, 32 tokens of 16, fixed sine-co
 loss alone; pose-free because the pose map already tells the pose and because driving and target views differ.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+
+from geodiff4d.core.face_trunk import face_trunk, sine_cosine
 
 
 @dataclass(frozen=True)
@@ -34,35 +33,6 @@ class ExpressionConfig:
     warped portrait can move as the latent says (ours; 0: no readout, the warped portrait keeps still)."""
 
 
-class SpatialAttention(nn.Module):
-    """Self-attention over the feature grid with a zero-initialised output."""
-
-    def __init__(self, channels: int, cells: int, heads: int = 4):
-        super().__init__()
-        self.heads = heads
-        self.position = nn.Parameter(sine_cosine(cells, channels).mul(0.1))
-        self.norm = nn.LayerNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        y = rearrange(x, "b c h w -> b (h w) c")
-        q, k, v = rearrange(self.qkv(self.norm(y + self.position)), "b n (s h d) -> s b h n d", s=3, h=self.heads)
-        y = rearrange(scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-        return x + rearrange(self.out(y), "b (h w) c -> b c h w", h=x.shape[-2])
-
-
-def sine_cosine(
-    positions: int, channels: int, device: torch.device | None = None
-) -> Float[Tensor, "positions channels"]:
-    """Fixed positions, sine on even and cosine on odd channels (Vaswani et al. 2017, Sec. 3.5)."""
-    rate = torch.exp(torch.arange(0, channels, 2, device=device) * (-math.log(10000.0) / channels))
-    angle = torch.arange(positions, device=device)[:, None] * rate
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[:, :channels]
-
-
 class ExpressionEncoder(nn.Module):
     """Encode driving face crops.
 
@@ -75,17 +45,8 @@ class ExpressionEncoder(nn.Module):
     def __init__(self, config: ExpressionConfig):
         super().__init__()
         self.config = config
-        w = config.widths
-        layers: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, w[0], 3, padding=1)]
-        for a, b in zip(w, (*w[1:], None), strict=True):
-            if b is not None:
-                layers += [nn.GroupNorm(8, a), nn.SiLU(), nn.Conv2d(a, b, 3, stride=2, padding=1)]
-                layers += [nn.GroupNorm(8, b), nn.SiLU(), nn.Conv2d(b, b, 3, padding=1)]
-        side = config.size // 2 ** len(w)
-        if config.attention:
-            layers.append(SpatialAttention(w[-1], side * side))
-        layers += [nn.GroupNorm(8, w[-1]), nn.SiLU(), nn.Conv2d(w[-1], config.squeeze, 1), nn.SiLU()]
-        self.features = nn.Sequential(*layers)
+        side = config.size // 2 ** len(config.widths)
+        self.features = face_trunk(config.size, config.widths, config.squeeze, config.attention)
         self.to_latent = nn.Linear(config.squeeze * side * side, config.latent)
         self.norm = nn.LayerNorm(config.latent, elementwise_affine=False)
         self.to_tokens = nn.Linear(config.latent, config.tokens * config.token_dim)
