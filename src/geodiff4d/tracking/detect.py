@@ -22,6 +22,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import to_uint8
 from geodiff4d.tracking.points import SurfacePoints
+from geodiff4d.tracking.reading import Reading
 from geodiff4d.tracking.squares import HeadSquare
 
 WORKER = Path(__file__).with_name("mediapipe_worker.py")
@@ -62,6 +63,8 @@ class Detection:
     """Guess of OpenHead's first identity coefficients."""
     markup: SurfacePoints | None = None
     """Places of the points on OpenHead, if they are not all landmarks of the head's own file."""
+    reading: Reading | None = None
+    """What the face does, as the face reader sees it (a batch of one)."""
 
 
 @runtime_checkable

@@ -6,7 +6,7 @@ last frame's head, and the finder runs again when the face is lost.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate, normalize
 
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, load_perception
+from geodiff4d.tracking.reader import FaceReader, face_crop, shipped_reader
 from geodiff4d.tracking.scenes import head_box
 from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_turn
 
@@ -48,6 +49,8 @@ class EmbeddedDetector:
     """Logit above which a crop shows a face (`FACE_LOGIT`)."""
     doubt: float = DOUBT
     """Median σ of the points, over the head's side, above which it does not (`DOUBT`)."""
+    reader: FaceReader | None = field(default_factory=shipped_reader)
+    """Reads expression and gaze off the face at the image's own resolution; None leaves them to the points."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
@@ -126,13 +129,17 @@ class EmbeddedDetector:
         tight = corrected.grown(TIGHT)
         points = tight.to_image(look.points[0])
         box, dense = _upright(broad.dense, square.grown(WIDE), look.dense, tight)
-        return Detection(
+        found = Detection(
             points, self.model.points.index, float(broad.score[0].sigmoid()),
             torch.cat([points.amin(0), points.amax(0)]), faces, dense[:1].half(),
             sigma=look.log_sigma[0].exp() * tight.side,
             normal=dense[1:].half(), extent=box, square=after, turn=_untilted(look.rotation[0], tight.roll),
             shape=look.shape[0], markup=self.model.points,
         )  # fmt: skip
+        if self.reader is None:
+            return found
+        crop = face_crop(image, found, self.reader.config.size)
+        return replace(found, reading=self.reader.read(crop[None]))
 
 
 def _corrected(square: HeadSquare, scale: float, look: Look) -> HeadSquare:

@@ -25,7 +25,7 @@ from geodiff4d.render.crops import head_region
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe
-from geodiff4d.tracking.problem import FRONT, HeadFitConfig, Problem, camera_offset, limits
+from geodiff4d.tracking.problem import FRONT, HeadFitConfig, Problem, camera_offset, frame_priors, limits
 from geodiff4d.tracking.solve import Unknowns, minimise
 
 
@@ -70,10 +70,13 @@ def fit(
     focal = focal_px or assumed_focal(small, layout, seen, width, height, config)
     K = pinhole(focal, width, height).double()
 
-    everything = limits(layout, config)
+    everything = limits(layout, config, seen.reading is not None)
     pose = layout.fill(0.0, rotation=1.0, translation=1.0)
     pose_only = replace(everything, free_frame=pose, free_shared=torch.zeros_like(everything.free_shared))
     x = weak_perspective(small, layout, seen, K)
+    # Where a reader says what faces do, heads are placed with that expression and not at rest.
+    expected = frame_priors(layout, seen, config)[0]
+    x = replace(x, frame=torch.where(expected != 0, expected, x.frame))
     if seen.turn is not None:
         seen = replace(seen, centre=head_centres(head, layout, x, K))
     x = minimise(Problem(small, layout, seen, K, config, pose_only), x, pose_only, steps=10, tolerance=1e-2)

@@ -110,7 +110,7 @@ class Follower:
         self.shared = shared_points(head, example)
         self.small = landmark_head(head, self.shared[0])
         self.layout = Layout(self.small)
-        self.limits = limits(self.layout, config.fit)
+        self.limits = limits(self.layout, config.fit, example.reading is not None)
         self.limits = replace(self.limits, free_shared=torch.zeros_like(self.limits.free_shared))
         shape = settled.params.shape[0].double()
         self.fixed = torch.cat([shape, torch.zeros(1, dtype=torch.float64)])

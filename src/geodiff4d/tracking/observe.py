@@ -12,6 +12,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.heads.rig import Head, Landmarks
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.points import CONTOUR, known_points
+from geodiff4d.tracking.reading import Reading, frame_noise, steadied
 from geodiff4d.tracking.turn import ray_rotation
 
 Shared = tuple[Landmarks, Int[Tensor, " points"], Int[Tensor, " points"]]
@@ -52,6 +53,8 @@ class Observed:
     centre: Float[Tensor, "frames 2"] | None = None
     shape: Float[Tensor, " shapes"] | None = None
     """Guess of OpenHead's first identity coefficients."""
+    reading: Reading | None = None
+    """What the face reader says of every frame, steadied over time; of frames without a face nothing (σ infinite)."""
 
 
 def observe(
@@ -91,8 +94,27 @@ def observe(
     if first.shape is not None:
         shape = torch.stack([_given(d.shape) for d in detections if d is not None]).mean(0).double()
     return Observed(
-        points, weight * seen[:, None], sigma, index, landmarks, inner, seen, face_px, turn, centre, shape
+        points, weight * seen[:, None], sigma, index, landmarks, inner, seen, face_px, turn, centre, shape,
+        _readings(detections),
     )  # fmt: skip
+
+
+def _readings(detections: Sequence[Detection | None]) -> Reading | None:
+    """Gather what the reader says of each frame, steadied where frames follow each other."""
+    known = [d.reading for d in detections if d is not None and d.reading is not None]
+    if len(known) < sum(d is not None for d in detections):
+        return None
+    first = known[0]
+    nothing = Reading(
+        *(torch.zeros_like(v) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
+        *(torch.full_like(v, torch.inf) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
+    )
+    whole = Reading.cat([nothing if d is None or d.reading is None else d.reading for d in detections])
+    at = torch.tensor([d is not None for d in detections]).nonzero()[:, 0]
+    for name in ("expr", "jaw_pose", "eyes_pose"):
+        values = getattr(whole, name)
+        values[at] = steadied(values[at], frame_noise(values[at]))
+    return whole
 
 
 def shared_points(head: Head, detection: Detection) -> Shared:

@@ -12,6 +12,7 @@ from geodiff4d.heads.rig import Head, joint_transforms
 from geodiff4d.tracking.layout import Layout
 from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns
+from geodiff4d.world.expressions import ACTIONS
 
 FRONT = IMAGE_NORMAL_FROM_CAM
 """Rotation from the world to an upright camera that looks along -z."""
@@ -55,6 +56,11 @@ class HeadFitConfig:
     translation_bend_m: float = 0.0015
     expr_bend: float = 0.08
     gaze_bend_rad: float = 0.08
+    reading_floor: float = 0.02
+    """Added to the face reader's own doubt of a coefficient, and of a radian."""
+    read_bend: float = 0.15
+    """`expr_bend` and `gaze_bend_rad` where a reader says what a face does: its answers are steadied already, and a
+    blink takes four frames."""
     steps: int = 25
     """Largest number of Levenberg–Marquardt steps of the last stage."""
     tolerance: float = 5e-4
@@ -102,20 +108,7 @@ class Problem:
         self.shapes_move = bool(moves.free_shared[:-1].any())
         n = len(seen.seen)
         self.front, self.offset = FRONT.double(), camera_offset()
-        arkit = layout.arkit
-        self.precision = layout.fill(
-            0.0, jaw_pose=config.jaw_sigma_rad**-2, eyes_pose=config.gaze_sigma_rad**-2,
-            expr=(config.expr_sigma if arkit else 1.0) ** -2, eyelids=config.expr_sigma**-2,
-        )  # fmt: skip
-        self.slope = layout.fill(0.0, expr=config.expr_l1 if arkit else 0.0)
-        self.coupling = torch.zeros(layout.size, layout.size, dtype=torch.float64)
-        pairs = [(a, b, config.asymmetry_sigma) for a, b in layout.twins()] if arkit else []
-        eyes = layout.slices["eyes_pose"].start
-        pairs += [(eyes + k, eyes + 3 + k, config.squint_sigma_rad) for k in range(3)]
-        for a, b, sigma in pairs:
-            e = torch.zeros(layout.size, dtype=torch.float64)
-            e[a], e[b] = 1.0, -1.0
-            self.coupling += torch.outer(e, e) / sigma**2
+        self.mean, self.precision, self.slope, self.coupling = frame_priors(layout, seen, config)
         # Landmarks err the same way in every frame: many frames say little more of the identity than ten do.
         repeats = max(n / 10.0, 1.0)
         focal = repeats / config.focal_sigma**2 if config.focal_sigma > 0 else 0.0
@@ -212,12 +205,14 @@ class Problem:
         return self._with_priors(x, data)
 
     def _with_priors(self, x: Unknowns, data: Normal) -> Normal:
-        prior = x.frame * self.precision + x.frame @ self.coupling
-        cost = data.cost + 0.5 * float((x.frame * prior).sum()) + float((x.frame * self.slope).sum())
+        off_mean, coupled = x.frame - self.mean, x.frame @ self.coupling
+        prior = off_mean * self.precision
+        cost = data.cost + 0.5 * float((off_mean * prior).sum()) + 0.5 * float((x.frame * coupled).sum())
+        cost += float((x.frame * self.slope).sum())
         off = x.shared - self.shared_mean
         cost += 0.5 * float((self.shared_precision * off.square()).sum())
-        H = data.frame + torch.diag(self.precision) + self.coupling
-        g = data.frame_gradient + prior + self.slope
+        H = data.frame + torch.diag_embed(self.precision) + self.coupling
+        g = data.frame_gradient + prior + coupled + self.slope
         if self.anchor is not None:
             away = x.frame - self.anchor.frame
             cost += 0.5 * float((self.anchor.precision * away.square()).sum())
@@ -251,19 +246,67 @@ class Problem:
         return r * scale, J * scale[..., None]
 
 
-def limits(layout: Layout, config: HeadFitConfig) -> Limits:
-    """Return which unknowns are free in the last stage, their bounds and their smoothness."""
+def reads_expression(layout: Layout) -> bool:
+    """Whether the face reader's coefficients are the head's own."""
+    return layout.names == ACTIONS
+
+
+def frame_priors(
+    layout: Layout, seen: Observed, config: HeadFitConfig
+) -> tuple[
+    Float[Tensor, "frames unknowns"], Float[Tensor, "frames unknowns"], Float[Tensor, " unknowns"],
+    Float[Tensor, "unknowns unknowns"],
+]:  # fmt: skip
+    """Return what is expected of every frame before its landmarks are seen: (mean, precision, slope, coupling).
+
+    A face rests, its sides move alike and few actions are used at once. What a reader says is one more measurement,
+    with the reader's own doubt: where that is small, little is left of the rest.
+    """
+    n = len(seen.seen)
+    precision = layout.fill(
+        0.0, jaw_pose=config.jaw_sigma_rad**-2, eyes_pose=config.gaze_sigma_rad**-2,
+        expr=(config.expr_sigma if layout.arkit else 1.0) ** -2, eyelids=config.expr_sigma**-2,
+    ).repeat(n, 1)  # fmt: skip
+    mean = torch.zeros_like(precision)
+    slope = layout.fill(0.0, expr=config.expr_l1 if layout.arkit else 0.0)
+    pairs = [(a, b, config.asymmetry_sigma) for a, b in layout.twins()] if layout.arkit else []
+    eyes = layout.slices["eyes_pose"].start
+    pairs += [(eyes + k, eyes + 3 + k, config.squint_sigma_rad) for k in range(3)]
+    if seen.reading is not None:
+        known = seen.seen.nonzero()[:, 0]
+        said = [("eyes_pose", seen.reading.eyes_pose, seen.reading.eyes_sigma)]
+        if reads_expression(layout):
+            said.append(("expr", seen.reading.expr, seen.reading.expr_sigma))
+        for name, value, sigma in said:
+            where = layout.slices[name]
+            sure = (sigma[known].double().square() + config.reading_floor**2).reciprocal()
+            precision[known, where] += sure
+            mean[known, where] = sure * value[known].double() / precision[known, where]
+    coupling = torch.zeros(layout.size, layout.size, dtype=torch.float64)
+    for a, b, sigma in pairs:
+        e = torch.zeros(layout.size, dtype=torch.float64)
+        e[a], e[b] = 1.0, -1.0
+        coupling += torch.outer(e, e) / sigma**2
+    return mean, precision, slope, coupling
+
+
+def limits(layout: Layout, config: HeadFitConfig, read: bool = False) -> Limits:
+    """Return which unknowns are free in the last stage, their bounds and their smoothness.
+
+    `read` says that a reader saw the faces.
+    """
     free = layout.fill(1.0, jaw_pose=0.0 if layout.arkit else [1.0, 1.0, 0.0], eyes_pose=[1.0, 1.0, 0.0] * 2)
     low, high = layout.fill(-torch.inf, eyelids=0.0), layout.fill(torch.inf, eyelids=1.0)
     if layout.arkit:
         low, high = layout.fill(-torch.inf, expr=0.0, eyelids=0.0), layout.fill(torch.inf, expr=1.0, eyelids=1.0)
         for i, name in enumerate(layout.names):
-            # The eye joints turn the eyes; nothing that landmarks show tells of the tongue.
-            if name.startswith("eyeLook") or name == "tongueOut":
+            # The eye joints turn the eyes; nothing that landmarks show tells of the tongue, but a reader does.
+            if name.startswith("eyeLook") or (name == "tongueOut" and not read):
                 free[layout.slices["expr"].start + i] = 0.0
+    expr_bend = config.read_bend if read and reads_expression(layout) else config.expr_bend
     bend = layout.fill(
         0.05, rotation=config.rotation_bend_rad, translation=config.translation_bend_m,
-        expr=config.expr_bend, eyelids=config.expr_bend, eyes_pose=config.gaze_bend_rad,
+        expr=expr_bend, eyelids=config.expr_bend, eyes_pose=config.read_bend if read else config.gaze_bend_rad,
     )  # fmt: skip
     shared = torch.ones(layout.shapes + 1, dtype=torch.float64)
     shared[-1] = float(config.focal_sigma > 0)

@@ -1,0 +1,122 @@
+"""What a face reader says, as the prior of the fit: steadied over time, believed by its own doubt."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from geodiff4d.core.camera import Camera, pinhole
+from geodiff4d.core.geometry import rigid
+from geodiff4d.heads import load_head
+from geodiff4d.heads.rig import HeadParams
+from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.fit import fit
+from geodiff4d.tracking.points import choose_points
+from geodiff4d.tracking.problem import FRONT
+from geodiff4d.tracking.reading import Reading, frame_noise, steadied
+
+FRAMES, SIZE = 24, 512
+
+
+@pytest.fixture(scope="module")
+def head():
+    return load_head("openhead")
+
+
+def noise(*shape: int, sigma: float, seed: int = 0) -> torch.Tensor:
+    return sigma * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def blink(frames: int = FRAMES) -> torch.Tensor:
+    """Closed within two frames, for one, and open again in two."""
+    out = torch.zeros(frames, 1)
+    out[10:13, 0] = torch.tensor([0.6, 1.0, 0.5])
+    return out
+
+
+def test_rest_becomes_still_and_a_blink_stays():
+    seen = blink() + noise(FRAMES, 1, sigma=0.03)
+    out = steadied(seen, frame_noise(seen))
+    assert out[11] > 0.9 and out[10] > 0.5
+    rest = torch.cat([out[:8], out[15:]])
+    before = torch.cat([seen[:8], seen[15:]])
+    assert rest.diff(dim=0).std() < 0.5 * before.diff(dim=0).std()
+
+
+def test_noise_is_measured_beside_events():
+    quiet = noise(200, 1, sigma=0.05)
+    assert_close(frame_noise(quiet), torch.tensor([0.05]), rtol=0.25, atol=0)
+    assert_close(frame_noise(quiet + blink(200)), frame_noise(quiet), rtol=0.2, atol=0)
+    assert frame_noise(quiet[:2]) == 0
+
+
+@given(st.floats(-2, 2), st.integers(1, 12))
+@settings(max_examples=20, deadline=None)
+def test_a_constant_stays_what_it_is(value, frames):
+    series = torch.full((frames, 2), value)
+    assert_close(steadied(series, frame_noise(series)), series)
+
+
+def observed(head, params: HeadParams, reading: Reading | None) -> list[Detection]:
+    """Points of a head as a detector that sees nobody blink would give them: those of the face at rest."""
+    markup = choose_points(head, 192)
+    camera = Camera(rigid(FRONT.float(), torch.tensor([0.0, 0.0, 1.2])), pinhole(900.0, SIZE, SIZE), SIZE, SIZE)
+    at_rest = head.pose(replace(params, expr=0 * params.expr))
+    xy = camera.expand(len(params.expr)).project(markup.on(head).on(at_rest.vertices, head.faces))[0]
+    return [
+        Detection(
+            xy[t], markup.index, 1.0, torch.cat([xy[t].amin(0), xy[t].amax(0)]), sigma=torch.full((192,), 1.5),
+            markup=markup, reading=None if reading is None else Reading(
+                *(getattr(reading, name)[t : t + 1] for name in Reading.__dataclass_fields__)
+            ),
+        )
+        for t in range(len(xy))
+    ]  # fmt: skip
+
+
+def says(expr: torch.Tensor, eyes: torch.Tensor, sigma: float) -> Reading:
+    n = len(expr)
+    doubt = torch.full_like
+    return Reading(expr, torch.zeros(n, 3), eyes, doubt(expr, sigma), torch.full((n, 3), sigma), doubt(eyes, sigma))
+
+
+def blinking(head) -> tuple[HeadParams, torch.Tensor, torch.Tensor]:
+    params = head.neutral(FRAMES)
+    expr, eyes = torch.zeros_like(params.expr), torch.zeros(FRAMES, 6)
+    for side in ("Left", "Right"):
+        expr[:, head.expression_names.index(f"eyeBlink{side}")] = blink()[:, 0]
+    eyes[:, [1, 4]] = 0.35
+    return params, expr, eyes
+
+
+def test_a_sure_reader_is_believed(head):
+    """Lids and eyes move as it says, though the points say that they rest."""
+    params, expr, eyes = blinking(head)
+    got = fit(head, observed(head, params, says(expr, eyes, 0.03)), SIZE, SIZE, 900.0).params
+    left = head.expression_names.index("eyeBlinkLeft")
+    assert_close(got.expr[:, left], expr[:, left], atol=0.15, rtol=0)
+    assert_close(got.eyes_pose[:, [1, 4]], eyes[:, [1, 4]], atol=0.07, rtol=0)
+
+
+def test_a_reader_in_doubt_is_not(head):
+    params, expr, eyes = blinking(head)
+    got = fit(head, observed(head, params, says(expr, eyes, 3.0)), SIZE, SIZE, 900.0).params
+    assert got.expr[:, head.expression_names.index("eyeBlinkLeft")].max() < 0.4
+
+
+def test_without_a_reader_eyes_and_lids_follow_the_points(head):
+    params, _, _ = blinking(head)
+    got = fit(head, observed(head, params, None), SIZE, SIZE, 900.0).params
+    assert got.expr[:, head.expression_names.index("eyeBlinkLeft")].max() < 0.2
+    assert got.eyes_pose.abs().max() < 0.1
+
+
+def test_frames_without_a_face_are_in_nobodys_prior(head):
+    params, expr, eyes = blinking(head)
+    detections: list[Detection | None] = list(observed(head, params, says(expr, eyes, 0.03)))
+    detections[11] = None
+    got = fit(head, detections, SIZE, SIZE, 900.0).params
+    assert got.expr.isfinite().all() and got.eyes_pose.isfinite().all()
