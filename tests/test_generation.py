@@ -13,7 +13,7 @@ from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import animate, evaluate, fit, reconstruct, render, synthesize
 from geodiff4d.cli._device import chosen_device
 from geodiff4d.cli._generation import GenerationArgs, clip_extent, prepare, set_up
-from geodiff4d.cli.evaluate import ProtocolArgs
+from geodiff4d.cli.evaluate import FootageArgs, ProtocolArgs
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import silent
@@ -195,7 +195,8 @@ def test_options_that_a_measurement_would_ignore_are_refused(tmp_path, what, opt
 
 
 def test_every_option_of_evaluate_is_read_by_some_measurement():
-    own = {f.name for kind in (evaluate.Args, ProtocolArgs) for f in fields(kind)} - {"what", "out", "protocol"}
+    groups = (evaluate.Args, ProtocolArgs, FootageArgs)
+    own = {f.name for kind in groups for f in fields(kind)} - {"what", "out", "protocol", "footage"}
     assert set().union(*evaluate.READS.values()) == own
     assert set(evaluate.READS) == set(get_args(get_type_hints(evaluate.Args)["what"]))
 

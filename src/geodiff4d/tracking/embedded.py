@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate, normalize, pad
 
 from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.face_square import shows_features
 from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, load_perception
 from geodiff4d.tracking.reader import FaceReader, face_crop, shipped_reader
 from geodiff4d.tracking.scenes import head_box
@@ -136,7 +137,8 @@ class EmbeddedDetector:
             normal=dense[1:].half(), extent=box, square=after, turn=_untilted(look.rotation[0], tight.roll),
             shape=look.shape[0], markup=self.model.points,
         )  # fmt: skip
-        if self.reader is None:
+        # A perception network of the user's may know other points.
+        if self.reader is None or not shows_features(found.index):
             return found
         crop = face_crop(image, found, self.reader.config.size)
         return replace(found, reading=self.reader.read(crop[None]))

@@ -19,13 +19,18 @@ DOWN = 0.68
 """Where its centre is, from the eyes to the mouth, in shares of the same length."""
 
 
+def shows_features(index: Int[Tensor, " points"]) -> bool:
+    """Return whether points of these numbers include some of both eyes and of the lips, which the square needs."""
+    return all(bool(torch.isin(index, torch.tensor(numbers)).any()) for numbers in (EYES[:16], EYES[16:], LIPS))
+
+
 def face_square(points: Float[Tensor, "points 2"], index: Int[Tensor, " points"]) -> HeadSquare:
     """Return the square that the reader looks at; `index` are the points' numbers as in `tracking.points`.
 
     From 6 cm above the pupils' line to below an open jaw on an average face.
     """
+    assert shows_features(index), "every detector that ships finds eyes and lips"
     groups = [torch.isin(index, torch.tensor(numbers)) for numbers in (EYES[:16], EYES[16:], LIPS)]
-    assert all(group.any() for group in groups), "every detector of ours finds eyes and lips"
     right, left, lips = (points[group].mean(0) for group in groups)
     eyes = (right + left) / 2
     down = lips - eyes
