@@ -212,6 +212,11 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
             elif split == "val" and is_footage(folder) and clips_below(folder, held_out=True):
                 out[split].append(ClipFootage(folder, head, held_out=True))
     if len(out["train"]) < len(args.data):
+        for folder in args.data:
+            if not folder.is_dir():
+                raise UserError(
+                    f"{folder} is not a folder: expected clips (from import, synth or track) or a rendered store"
+                )
         raise UserError("--data: expected one folder for rendered stores, or only folders of clips and stores")
     return out
 
