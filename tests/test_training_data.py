@@ -113,7 +113,7 @@ def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path
         (dict(stage="image", preset="paper"), "needs --sd"),
         (dict(stage="video", preset="debug"), "needs a stage-1 model"),
         (dict(stage="video", preset="debug", start=Path("nowhere")), "not a video model"),
-        (dict(stage="image", data=(Path("a"), Path("b"))), "expected one folder"),
+        (dict(stage="image", data=(Path("a"), Path("b"))), "a is not a folder"),
         (dict(stage="video", sd=Path("sd")), "--sd: the video stage does not read it"),
         (dict(stage="vae", bf16=False), "--no-bf16: the vae stage does not read it"),
         (dict(stage="perception", save_minutes=1.0), "--save-minutes: the perception stage"),
