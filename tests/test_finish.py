@@ -11,7 +11,7 @@ from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.presets import PRESETS
 from geodiff4d.video.detail import RestoreDetail
-from geodiff4d.video.finish import DecodedFrames, Finish, FinishContext, surface_mask
+from geodiff4d.video.finish import Finish, FinishContext, SampledFrames, surface_mask
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Portrait, with_identity_of
 from geodiff4d.video.model import ConditionImages
@@ -29,7 +29,7 @@ class Scaled:
     by: float
     plus: float
 
-    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         return replace(frames, rgb=frames.rgb * self.by + self.plus)
 
 
@@ -91,7 +91,7 @@ def test_without_touches_the_mask_is_where_normals_are_long(finished):
 
 def test_touches_without_their_ground_change_nothing(pair):
     """No warp, no normals, no single tone: frames stay as they are."""
-    frames = DecodedFrames(torch.rand(2, 3, 48, 48), None, torch.ones(2, 1, 48, 48))
+    frames = SampledFrames(torch.rand(2, 3, 48, 48), None, torch.ones(2, 1, 48, 48))
     context = FinishContext(pair.portrait, None)
     for touch in (RestoreDetail(), FreeOutline(), KeepTone()):
         assert isinstance(touch, Finish) and touch(frames, context) is frames
@@ -103,6 +103,6 @@ def test_detail_comes_from_the_warp(pair):
     soft = torch.full((2, 3, SIZE, SIZE), 0.5)
     sharp = soft + 0.03 * torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     known = ConditionImages(*(x.movedim(0, 1)[None] for x in (soft, sharp, torch.ones(2, 2, SIZE, SIZE))))
-    frames = DecodedFrames(soft, None, torch.ones(2, 1, SIZE, SIZE))
+    frames = SampledFrames(soft, None, torch.ones(2, 1, SIZE, SIZE))
     made = RestoreDetail(tolerance=0.2)(frames, FinishContext(pair.portrait, lambda: known))
     assert (made.rgb - sharp).abs().mean() < 0.7 * (soft - sharp).abs().mean()

@@ -295,6 +295,8 @@ def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monke
     others: list[dict] = [
         {"request": asked(pair, head, portrait=dimmed)},
         {"request": asked(pair, head, driving=pair.driving.select([1, 0]))},
+        {"request": asked(pair, head, driving=replace(pair.driving, temporal=False))},
+        {"motion": pair.driving},
         {"request": asked(pair, replace(head, template=head.template * 1.01))},
         {"views": 2},
         {"frames": 3},

@@ -212,15 +212,11 @@ def reconstruct(
         UserError: `out` holds a reconstruction of something else.
     """
     out = Path(out)
-    driven, head = request.driving, request.head
-    _claim(
-        out,
-        fingerprint(
-            request.portrait, (driven.params, driven.crops, driven.fps), (head.name, head.template),
-            generator.fingerprint(), views, frames, config, seed,
-            None if motion is None else (motion.params, motion.crops),
-        ),
-    )  # fmt: skip
+    # The training clip has cameras of its own: the driver's is not read.
+    driving, ranged = (None if d is None else replace(d, camera=None) for d in (request.driving, motion))
+    head = (request.head.name, request.head.template)
+    asked = (request.portrait, driving, ranged, head, views, frames)
+    _claim(out, fingerprint(asked, generator.fingerprint(), config, seed))
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:

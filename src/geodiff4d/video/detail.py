@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.video.finish import DecodedFrames, FinishContext
+from geodiff4d.video.finish import FinishContext, SampledFrames
 
 COARSE, WINDOW = 64, 9
 """Side at which images are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""
@@ -43,7 +43,7 @@ class RestoreDetail:
         if not self.tolerance > 0:
             raise UserError(f"the tolerance of RestoreDetail is {self.tolerance}: expected more than 0")
 
-    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the frames with their detail restored."""
         if context.warp is None:
             return frames

@@ -16,7 +16,7 @@ from geodiff4d.video.model import ConditionImages
 
 
 @dataclass(frozen=True)
-class DecodedFrames:
+class SampledFrames:
     """Consecutive frames of a clip, as decoded or after some finishing touches."""
 
     rgb: Float[Tensor, "t 3 height width"]
@@ -40,7 +40,7 @@ class FinishContext:
 class Finish(Protocol):
     """A finishing touch; implementations are frozen dataclasses, so that a configuration says all about them."""
 
-    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the finished frames. Every frame is finished alone: which others come along must not matter."""
         ...
 

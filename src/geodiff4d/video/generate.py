@@ -19,7 +19,7 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.video.conditions import Targets, condition_images, lifted, moved_by, with_known
-from geodiff4d.video.finish import DecodedFrames, FinishContext, surface_mask
+from geodiff4d.video.finish import FinishContext, SampledFrames, surface_mask
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
@@ -148,9 +148,9 @@ class DiffusionGenerator:
         """Decode latents and finish the frames; returns (rgb, normals, mask) as `Generated` has them."""
         images = rearrange(self.model.decode_latents(z), "1 d c t h w -> d t c h w")
         if self.model.config.normals:
-            frames = DecodedFrames(images[0], images[1], surface_mask(images[1]))
+            frames = SampledFrames(images[0], images[1], surface_mask(images[1]))
         else:
-            frames = DecodedFrames(images[0], None, torch.ones_like(images[0, :, :1]))
+            frames = SampledFrames(images[0], None, torch.ones_like(images[0, :, :1]))
         for finish in self.sample.finish:
             frames = finish(frames, context)
         normals = torch.zeros_like(frames.rgb) if frames.normals is None else decode_normals(frames.normals)

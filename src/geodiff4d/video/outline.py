@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from geodiff4d.video.finish import DecodedFrames, FinishContext
+from geodiff4d.video.finish import FinishContext, SampledFrames
 
 BARE, SOLID = 0.25, 0.5
 """Coverage at which a pixel is background, and foreground: an outline that the model is unsure of becomes a line."""
@@ -33,7 +33,7 @@ class FreeOutline:
     reach: float = 0.016
     """Colours stay between what they were and those of a full surface within this share of the image's side."""
 
-    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the frames with other colours at their outlines, and with a mask that is soft there."""
         if frames.normals is None:
             return frames

@@ -77,7 +77,7 @@ class TemporalModule(nn.Module):
 
 
 class ClipFilter(nn.Module):
-    """A bilateral filter over a clip's clean latents (ours): it steadies what a tracker's jitter shakes.
+    """A bilateral filter over a clip's clean latents (ours): it suppresses what a tracker's jitter adds.
 
     Where the conditions are the base that a small network only adds to, their jitter passes through whatever its
     modules inside know. Every cell becomes a mean of itself at the frames within reach, weighted by learnt distances in

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.video.finish import DecodedFrames, FinishContext
+from geodiff4d.video.finish import FinishContext, SampledFrames
 
 LEAST = 200
 """Fewest pixels of a surface that tell a tone."""
@@ -22,7 +22,7 @@ AWAY = 0.02
 class KeepTone:
     """Move the colours of frames to the portrait's tone, if it has a single one; in colour they stay as they are."""
 
-    def __call__(self, frames: DecodedFrames, context: FinishContext) -> DecodedFrames:
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the frames in the portrait's tone."""
         tone = tone_of(context.portrait.image, context.portrait.mask)
         return frames if tone is None else replace(frames, rgb=tone.kept(frames.rgb))
