@@ -19,6 +19,7 @@ from geodiff4d.pipeline import (
     clip_cameras,
     driver_clip_index,
     following,
+    plan_clip,
     plan_shots,
     synthesize,
 )
@@ -46,7 +47,7 @@ def asked(pair, head, **changes) -> GenerationRequest:
 def warped(pair, head, tmp_path_factory):
     """A clip of three cameras, two shots each, of a driver of three frames."""
     out = tmp_path_factory.mktemp("pipeline") / "clip"
-    return synthesize(asked(pair, head), WarpGenerator(), out, views=VIEWS, frames=FRAMES)
+    return synthesize(plan_clip(asked(pair, head), VIEWS, FRAMES), WarpGenerator(), out)
 
 
 # Shots and cameras
@@ -86,7 +87,8 @@ def test_a_flame_head_makes_a_clip_too(pair, tmp_path):
     xy, _ = cameras.project(points.expand(VIEWS, -1, -1))
     torch.testing.assert_close((xy.amax(1) - xy.amin(1)).amax(1), torch.full((VIEWS,), SIZE / 1.6), rtol=1e-3, atol=0)
     driving = replace(pair.driving, params=rest)
-    clip = synthesize(GenerationRequest(portrait, driving, flame), WarpGenerator(), tmp_path / "clip", 1, 1)
+    plan = plan_clip(GenerationRequest(portrait, driving, flame), 1, 1)
+    clip = synthesize(plan, WarpGenerator(), tmp_path / "clip")
     clip.require_head(flame.name)
     assert len(clip) == 1
 
@@ -265,9 +267,8 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "fit", fit)
     for _ in range(2):
-        pipeline.reconstruct(
-            asked(pair, head), WarpGenerator(), tmp_path / "run", PRESETS["debug"].fit, views=1, frames=2
-        )
+        plan = plan_clip(asked(pair, head), views=1, frames=2)
+        pipeline.reconstruct(plan, WarpGenerator(), tmp_path / "run", PRESETS["debug"].fit)
         stamp = (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns
         assert calls == [2]
         monkeypatch.setattr(pipeline, "synthesize", None)
@@ -283,8 +284,10 @@ def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monke
     other_network.unet.conv_in.weight.data += 0.1
     out = tmp_path / "run"
 
-    plain = {"request": asked(pair, head), "generator": DiffusionGenerator(network, sampling), "config": FitConfig(),
-             "views": 1, "frames": 2}  # fmt: skip
+    def planned(views=1, frames=2, motion=None, head=head, **changes):
+        return plan_clip(asked(pair, head, **changes), views, frames, motion)
+
+    plain = {"plan": planned(), "generator": DiffusionGenerator(network, sampling), "config": FitConfig()}
 
     def go(**options):
         pipeline.reconstruct(out=out, **plain | options)
@@ -293,13 +296,13 @@ def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monke
     go(generator=DiffusionGenerator(network, replace(sampling, offload=True, batched_cfg=False, chunk=1)))
     dimmed = replace(pair.portrait, image=pair.portrait.image * 0.9)
     others: list[dict] = [
-        {"request": asked(pair, head, portrait=dimmed)},
-        {"request": asked(pair, head, driving=pair.driving.select([1, 0]))},
-        {"request": asked(pair, head, driving=replace(pair.driving, temporal=False))},
-        {"motion": pair.driving},
-        {"request": asked(pair, replace(head, template=head.template * 1.01))},
-        {"views": 2},
-        {"frames": 3},
+        {"plan": planned(portrait=dimmed)},
+        {"plan": planned(driving=pair.driving.select([1, 0]))},
+        {"plan": planned(driving=replace(pair.driving, temporal=False))},
+        {"plan": planned(motion=pair.driving)},
+        {"plan": planned(head=replace(head, template=head.template * 1.01))},
+        {"plan": planned(views=2)},
+        {"plan": planned(frames=3)},
         {"seed": 1},
         {"config": FitConfig(iterations=7)},
         {"generator": WarpGenerator()},

@@ -150,17 +150,17 @@ def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Drivi
     `motion`, a range of motion, takes two thirds of the frames; the rest are instants spread over the driver's.
     """
     portrait, driving = request.portrait, request.driving
-    if motion is not None:
+    if motion is None:
+        shots = plan_shots(len(driving), views, frames)
+    else:
         own = driving.select(driver_clip_index(driving, max(1, frames // 3)))
         shots = plan_instants(len(motion), views, frames - frames // 3)
         shots += plan_instants(len(own), views, frames // 3, len(motion))
         driving = motion.and_instants(own)
-        still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
-        cameras = clip_cameras(request.head, portrait, views, portrait.camera.width)
-        return ClipPlan(shots, replace(request, driving=still), cameras)
-    still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)))
+    # The clip has cameras of its own, so that the driver's is of no use.
+    still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)), camera=None)
     cameras = clip_cameras(request.head, portrait, views, portrait.camera.width)
-    return ClipPlan(plan_shots(len(driving), views, frames), replace(request, driving=still), cameras)
+    return ClipPlan(shots, replace(request, driving=still), cameras)
 
 
 def write_planned(out: Path, plan: ClipPlan, made: Generated, about: dict[str, Any]) -> Clip:
@@ -179,16 +179,11 @@ def write_planned(out: Path, plan: ClipPlan, made: Generated, about: dict[str, A
     return Clip(out)
 
 
-def synthesize(
-    request: GenerationRequest, generator: Generator, out: Path, views: int = 8, frames: int = 96,
-    progress: Progress = silent, motion: Driving | None = None,
-) -> Clip:  # fmt: skip
-    """Make the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
+def synthesize(plan: ClipPlan, generator: Generator, out: Path, progress: Progress = silent) -> Clip:
+    """Generate the avatar's training clip (S-A.1) and write it to `out`.
 
-    The clip's parameters are the portrait's identity under the driver's tracked expression, and under those of the
-    range of motion, if `motion` gives one (`plan_clip`).
+    Its parameters are the portrait's identity under the tracked expressions of the plan's driving.
     """
-    plan = plan_clip(request, views, frames, motion)
     return write_planned(out, plan, generator.generate(plan.shown, plan.cameras, progress), generator.about())
 
 
@@ -198,29 +193,23 @@ def driver_clip_index(driving: Driving, count: int) -> list[int]:
 
 
 def reconstruct(
-    request: GenerationRequest, generator: Generator, out: Path, config: FitConfig, views: int = 8, frames: int = 96,
-    seed: int = 0, progress: Progress = silent, motion: Driving | None = None,
-) -> Path:  # fmt: skip
+    plan: ClipPlan, generator: Generator, out: Path, config: FitConfig, seed: int = 0, progress: Progress = silent
+) -> Path:
     """Synthesize the training clip and fit the avatar to it. Finished stages are kept, so the same call resumes.
 
     Args:
         config: how the avatar is fitted.
         seed: of the fit.
-        motion: a range of motion that the clip shows as well (`plan_clip`).
 
     Raises:
         UserError: `out` holds a reconstruction of something else.
     """
     out = Path(out)
-    # The training clip has cameras of its own: the driver's is not read.
-    driving, ranged = (None if d is None else replace(d, camera=None) for d in (request.driving, motion))
-    head = (request.head.name, request.head.template)
-    asked = (request.portrait, driving, ranged, head, views, frames)
-    _claim(out, fingerprint(asked, generator.fingerprint(), config, seed))
+    _claim(out, fingerprint(plan, generator.fingerprint(), config, seed))
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:
-        clip = synthesize(request, generator, out / "clip", views, frames, progress, motion)
+        clip = synthesize(plan, generator, out / "clip", progress)
     if not (out / "avatar" / "metrics.json").exists():
         fit(clip, out / "avatar", config, seed, progress)
     return out

@@ -32,7 +32,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.evaluate.reconstruction import finish
-    from geodiff4d.pipeline import kept_stages, reconstruct
+    from geodiff4d.pipeline import kept_stages, plan_clip, reconstruct
 
     begun = (args.out / "reconstruction.json").exists()
     for name in ("portrait", "clip", "avatar"):
@@ -48,8 +48,8 @@ def run(args: Args) -> None:
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
     request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
-    motion = motion_of(args.range_of_motion, setup)
-    reconstruct(request, setup.generator, args.out, setup.preset.fit, views, frames, args.seed, bar, motion)
+    plan = plan_clip(request, views, frames, motion_of(args.range_of_motion, setup))
+    reconstruct(plan, setup.generator, args.out, setup.preset.fit, args.seed, bar)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
     finish(args.out, request.portrait, request.driving, args.generator, bar)

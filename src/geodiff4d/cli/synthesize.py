@@ -24,11 +24,12 @@ class Args(GenerationArgs):
 def run(args: Args) -> None:
     from geodiff4d.cli.progress import bar
     from geodiff4d.core.files import refuse_foreign
-    from geodiff4d.pipeline import synthesize
+    from geodiff4d.pipeline import plan_clip, synthesize
 
     refuse_foreign(args.out, args.portrait, args.driving)
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     request = prepare(args, setup, bar, frames)
-    clip = synthesize(request, setup.generator, args.out, views, frames, bar, motion_of(args.range_of_motion, setup))
+    plan = plan_clip(request, views, frames, motion_of(args.range_of_motion, setup))
+    clip = synthesize(plan, setup.generator, args.out, bar)
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

@@ -147,7 +147,8 @@ def _write_clip(
         raise missed
     driving = _joined(maker, [clip for _, clip in tracked])
     if method == "avatar":
-        synthesize(GenerationRequest(portrait, driving, head), maker.generator, folder, p.views, p.frames)
+        plan = plan_clip(GenerationRequest(portrait, driving, head), p.views, p.frames)
+        synthesize(plan, maker.generator, folder)
     elif _rendered(case, lessons):
         _write_performed(maker, folder, case, portrait, driving, [film for film, _ in tracked])
     else:

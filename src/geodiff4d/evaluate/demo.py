@@ -27,7 +27,7 @@ from geodiff4d.evaluate.demo_report import Scored, write_overview, write_report
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
 from geodiff4d.heads import Head, load_head
-from geodiff4d.pipeline import load_model, synthesize
+from geodiff4d.pipeline import load_model, plan_clip, synthesize
 from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest, WarpGenerator
@@ -154,7 +154,7 @@ def _clip(folder: Path, pair: Pair, p: Preset, head: Head, generator: DiffusionG
     if (folder / "transforms.json").exists():
         return Clip(folder)
     request = GenerationRequest(pair.portrait, pair.driving, head)
-    return synthesize(request, generator, folder, p.views, p.frames, progress)
+    return synthesize(plan_clip(request, p.views, p.frames), generator, folder, progress)
 
 
 def _score_pair(

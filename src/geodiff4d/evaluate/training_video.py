@@ -15,7 +15,7 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.pairs import loosely
 from geodiff4d.heads import HeadParams
-from geodiff4d.pipeline import reconstruct, tracked
+from geodiff4d.pipeline import plan_clip, reconstruct, tracked
 from geodiff4d.render.viewpoints import orbit, world_region
 from geodiff4d.video.generate import GenerationRequest
 from geodiff4d.video.inputs import Driving, Portrait
@@ -74,5 +74,5 @@ def fit_avatar(folder: Path, maker: Maker, portrait: Portrait, driving: Driving)
         UserError: FOLDER holds another reconstruction.
     """
     p, request = maker.preset, GenerationRequest(portrait, driving, maker.head)
-    reconstruct(request, maker.generator, folder, p.fit, p.views, p.frames, maker.seed)
+    reconstruct(plan_clip(request, p.views, p.frames), maker.generator, folder, p.fit, maker.seed)
     return folder / "avatar"
