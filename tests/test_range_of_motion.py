@@ -67,7 +67,7 @@ def test_another_head_cannot_play_it(head):
         range_of_motion(replace(head, name="flame2023"), CROP)
 
 
-@pytest.mark.parametrize(("count", "views", "frames"), [(5, 3, 12), (57, 8, 64), (9, 4, 4)])
+@pytest.mark.parametrize(("count", "views", "frames"), [(5, 3, 12), (57, 8, 64), (9, 4, 4), (58, 3, 3), (2, 8, 16)])
 def test_instants_are_shown_equally_often_and_by_all_cameras(count, views, frames):
     shots = plan_instants(count, views, frames, first=10)
     assert len(shots) == frames

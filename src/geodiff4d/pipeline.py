@@ -1,5 +1,6 @@
 """Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,9 @@ def plan_instants(instants: int, views: int, frames: int, first: int = 0) -> lis
     `first` is the number of the first instant.
     """
     rounds = [divmod(k, instants) for k in range(frames)]
-    return [Shot(first + i, (3 * i + i // views + again * (views // 2)) % views) for again, i in rounds]
+    # Shown again, an instant is seen from far from where it was, and from all cameras before one sees it twice.
+    away = next(s for s in range(max(1, views // 2), 0, -1) if math.gcd(s, views) == 1)
+    return [Shot(first + i, (i + again * away) % views) for again, i in rounds]
 
 
 def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
