@@ -16,7 +16,7 @@ from geodiff4d.video.model import (
     Conditions,
     VideoModel,
 )
-from geodiff4d.video.sample import sample
+from geodiff4d.video.sample import ClipInputs, sample
 from geodiff4d.video.vae import PatchCodec
 from geodiff4d.video.windows import plan_windows, runs_of
 from tiny import CHANNELS, EMBEDDED, FAST, UNET, build, ingredients, tiny_codec
@@ -56,7 +56,7 @@ def ask(oracle: Oracle, frames: int = 3, reference=None, progress=silent, **opti
     """Sample with the frame's number as its expression."""
     latents = torch.arange(1.0, frames + 1)[None, :, None].expand(1, -1, 8)
     conditions = Conditions(torch.zeros(1, 14, frames, 8, 8), torch.zeros(1, 2, CHANNELS, frames, 8, 8))
-    return sample(oracle, conditions, latents, [], reference, replace(FAST, **options), progress)
+    return sample(oracle, ClipInputs(conditions, latents, [], reference), replace(FAST, **options), progress)
 
 
 def test_guidance_extrapolates_from_the_null_expression(oracle):
@@ -134,10 +134,10 @@ def test_overlapping_windows_are_averaged(codec):
 def test_a_view_is_a_film_of_its_own(codec):
     model = build(replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2)), codec)
     conditions, latents, kv, start = ingredients(model, 5)
-    z = sample(model, conditions, latents, kv, start, FAST, runs=[2, 3])
+    z = sample(model, ClipInputs(conditions, latents, kv, start, runs=[2, 3]), FAST)
     changed = latents.clone()
     changed[:, 0] += 1
-    other = sample(model, conditions, changed, kv, start, FAST, runs=[2, 3])
+    other = sample(model, ClipInputs(conditions, changed, kv, start, runs=[2, 3]), FAST)
     assert (z - other).abs()[:, :, :, :2].amax((0, 1, 2, 4, 5)).min() > 1e-4, "frames of a view hear of each other"
     assert_close(other[:, :, :, 2:], z[:, :, :, 2:])
     T = torch.eye(4).expand(5, 4, 4).clone()
@@ -162,5 +162,5 @@ def test_starts_are_noised_alike_in_both_domains(oracle):
 
 def test_samples_repeat_with_their_seed(codec):
     model = build(EMBEDDED, codec)
-    made = [sample(model, *ingredients(model), replace(FAST, seed=s)) for s in (3, 3, 4)]
+    made = [sample(model, ClipInputs(*ingredients(model)), replace(FAST, seed=s)) for s in (3, 3, 4)]
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from geodiff4d.cli import evaluate as cli
+from geodiff4d.core import workers
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, write_image
@@ -286,12 +287,12 @@ def test_every_gpu_has_a_process(monkeypatch, model, tmp_path):
     chosen, fitting = [], []
     monkeypatch.setattr(protocol, "placed_on", lambda model, device: chosen.append(str(device)) or model)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: fitting.append(str(device)))
-    monkeypatch.setattr(protocol, "worker", 0)
+    monkeypatch.setattr(workers, "number", 0)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    monkeypatch.setattr(protocol.signal, "signal", lambda *given: None)
+    monkeypatch.setattr(workers.signal, "signal", lambda *given: None)
     started = multiprocessing.get_context("spawn").Value("i", 0)
     for _ in range(3):
-        protocol.start_worker(started)
+        workers.start_worker(started)
         maker_of.cache_clear()
         maker_of(Settings(tmp_path, PRESETS["debug"], model, devices=devices))
     maker_of.cache_clear()

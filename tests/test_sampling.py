@@ -14,7 +14,7 @@ from geodiff4d.video.attention import GroupNorm
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel, VideoModelConfig
-from geodiff4d.video.sample import SampleConfig, bf16_is_native, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, bf16_is_native, sample
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 
@@ -51,14 +51,14 @@ def video() -> VideoModel:
     return build(VIDEO)
 
 
-def known(model: VideoModel, frames: int) -> dict:
-    """Everything `sample` is given of a random clip."""
+def known(model: VideoModel, frames: int) -> ClipInputs:
+    """What a random clip is denoised from."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         pose = torch.rand(1, 3, frames, 32, 32, generator=g)
         image_context = torch.randn(1, 1, 8, generator=g)
         portrait = torch.randn(1, 6, 8, 8, generator=g), torch.rand(1, 3, 8, 8, generator=g)
-        return dict(
+        return ClipInputs(
             conditions=model.conditions(ConditionImages(pose)), latents=torch.randn(1, frames, 8, generator=g),
             reference=model.reference_kv(*portrait, image_context), start=torch.randn(1, 2, 6, 8, 8, generator=g),
             image_context=image_context,
@@ -73,8 +73,8 @@ def test_a_fresh_stage_2_model_samples_what_stage_1_does(image):
     fresh = VideoModel(VIDEO, image.codec).eval()
     report = fresh.load_state_dict(image.state_dict(), strict=False)
     assert not report.unexpected_keys and all(".temporals." in k for k in report.missing_keys)
-    z = sample(image, **known(image, 5), config=FAST)
-    assert_close(sample(fresh, **known(fresh, 5), config=FAST), z, atol=1e-4, rtol=1e-4)
+    z = sample(image, known(image, 5), FAST)
+    assert_close(sample(fresh, known(fresh, 5), FAST), z, atol=1e-4, rtol=1e-4)
 
 
 class Recomputing(VideoModel):
@@ -91,30 +91,30 @@ class Recomputing(VideoModel):
 
 
 def test_the_reference_cache_equals_recomputation(image):
-    cached = sample(image, **known(image, 3), config=FAST)
+    cached = sample(image, known(image, 3), FAST)
     anew = build(PAPER, Recomputing)
-    assert_close(sample(anew, **known(anew, 3) | {"reference": []}, config=FAST), cached, atol=1e-4, rtol=1e-4)
+    assert_close(sample(anew, replace(known(anew, 3), reference=[]), FAST), cached, atol=1e-4, rtol=1e-4)
 
 
-def shuffled(given: dict, order: list[int]) -> dict:
-    conditions = Conditions(given["conditions"].planes[:, :, order], given["conditions"].base[:, :, :, order])
-    return given | {"conditions": conditions, "latents": given["latents"][:, order]}
+def shuffled(given: ClipInputs, order: list[int]) -> ClipInputs:
+    conditions = Conditions(given.conditions.planes[:, :, order], given.conditions.base[:, :, :, order])
+    return replace(given, conditions=conditions, latents=given.latents[:, order])
 
 
 def test_frames_of_the_image_model_permute(image):
     given, order, config = known(image, 5), [3, 0, 4, 2, 1], replace(FAST, still_noise=True)
-    z = sample(image, **given, config=config)
-    assert_close(sample(image, **shuffled(given, order), config=config), z[:, :, :, order], atol=1e-4, rtol=1e-4)
+    z = sample(image, given, config)
+    assert_close(sample(image, shuffled(given, order), config), z[:, :, :, order], atol=1e-4, rtol=1e-4)
 
 
 def test_views_of_the_video_model_permute_and_their_frames_do_not(video):
     given, config = known(video, 5), replace(FAST, still_noise=True)
-    z = sample(video, **given, config=config, runs=[2, 3])
+    z = sample(video, replace(given, runs=[2, 3]), config)
     views = [2, 3, 4, 0, 1]
-    swapped = sample(video, **shuffled(given, views), config=config, runs=[3, 2])
+    swapped = sample(video, replace(shuffled(given, views), runs=[3, 2]), config)
     assert_close(swapped, z[:, :, :, views], atol=1e-4, rtol=1e-4)
     backwards = [1, 0, 2, 3, 4]
-    turned = sample(video, **shuffled(given, backwards), config=config, runs=[2, 3])
+    turned = sample(video, replace(shuffled(given, backwards), runs=[2, 3]), config)
     assert (turned - z[:, :, :, backwards])[:, :, :, :2].abs().max() > 1e-3
 
 
@@ -125,13 +125,13 @@ def test_a_padded_frame_changes_nothing(video):
     valid = torch.tensor([[True, True, True, False]])
 
     def predict(z, conditions, latents):
-        return video.predict_clean(z, t, conditions, latents, given["reference"], valid)
+        return video.predict_clean(z, t, conditions, latents, given.reference, valid)
 
-    before = predict(z, given["conditions"], given["latents"])
-    planes, latents, noisy = given["conditions"].planes.clone(), given["latents"].clone(), z.clone()
+    before = predict(z, given.conditions, given.latents)
+    planes, latents, noisy = given.conditions.planes.clone(), given.latents.clone(), z.clone()
     for x, axis in ((planes, 2), (latents, 1), (noisy, 3)):
         x.select(axis, 3).fill_(5.0)
-    after = predict(noisy, Conditions(planes, given["conditions"].base), latents)
+    after = predict(noisy, Conditions(planes, given.conditions.base), latents)
     assert torch.equal(after[:, :, :, :3], before[:, :, :, :3])
     assert (after[:, :, :, 3] - before[:, :, :, 3]).abs().max() > 1e-3
 
@@ -142,15 +142,15 @@ def test_a_padded_frame_changes_nothing(video):
 @pytest.mark.parametrize("sampler", ["ddim", "unipc", "dpm++"])
 def test_seeds_reproduce_any_number_of_views(video, sampler):
     config, given = replace(FAST, sampler=sampler, guidance=1.0), known(video, 5)
-    a, b, c = (sample(video, **given, config=replace(config, seed=s), runs=[2, 1, 1, 1]) for s in (4, 4, 5))
+    a, b, c = (sample(video, replace(given, runs=[2, 1, 1, 1]), replace(config, seed=s)) for s in (4, 4, 5))
     assert torch.equal(a, b) and a.isfinite().all() and not torch.equal(a, c)
 
 
 def test_branches_one_after_the_other_equal_both_together(video):
     given = known(video, 5)
-    both = sample(video, **given, config=FAST)
-    assert_close(sample(video, **given, config=replace(FAST, batched_cfg=False)), both, atol=1e-4, rtol=1e-4)
-    assert (sample(video, **given, config=replace(FAST, guidance=1.0)) - both).abs().max() > 1e-3
+    both = sample(video, given, FAST)
+    assert_close(sample(video, given, replace(FAST, batched_cfg=False)), both, atol=1e-4, rtol=1e-4)
+    assert (sample(video, given, replace(FAST, guidance=1.0)) - both).abs().max() > 1e-3
 
 
 def test_guidance_acts_in_its_share_of_the_steps(image):
@@ -162,7 +162,7 @@ def test_guidance_acts_in_its_share_of_the_steps(image):
             return super().predict_clean(z_t, *args, **options)
 
     model = build(PAPER, Counting)
-    sample(model, **known(model, 2), config=replace(FAST, steps=4, guidance_from=0.25, guidance_until=0.75))
+    sample(model, known(model, 2), replace(FAST, steps=4, guidance_from=0.25, guidance_until=0.75))
     assert rows == [1, 2, 2, 1]
 
 
@@ -183,7 +183,7 @@ def test_sampling_that_cannot_work_is_refused(options, message):
 def test_views_that_are_not_the_frames_are_refused(image):
     for frames, runs in ((3, [2]), (0, None)):
         with pytest.raises(UserError, match="nothing to sample"):
-            sample(image, **known(image, 3) | {"latents": torch.zeros(1, frames, 8)}, config=FAST, runs=runs)
+            sample(image, replace(known(image, 3), latents=torch.zeros(1, frames, 8), runs=runs), FAST)
 
 
 # Speed and memory
@@ -235,7 +235,7 @@ def test_emulated_bf16_is_not_chosen(monkeypatch):
 @torch.no_grad()
 def test_bf16_weights_predict_what_float32_does(image):
     given, t, z = known(image, 2), torch.tensor([600]), torch.randn(1, 2, 6, 2, 8, 8)
-    step = (z, t, given["conditions"], given["latents"], given["reference"])
+    step = (z, t, given.conditions, given.latents, given.reference)
     expected = image.predict_clean(*step)
     compact = build(PAPER).compact()
     assert compact.unet.dtype == compact.reference.dtype == torch.bfloat16

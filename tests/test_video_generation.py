@@ -67,9 +67,9 @@ def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
     portrait = Portrait(picture, mask, cameras(head, 0.0)[0], head.neutral(), normal)
     starts = []
 
-    def spy(model, conditions, latents, reference, start, *rest, **more):
-        starts.append(start)
-        return sample(model, conditions, latents, reference, start, *rest, **more)
+    def spy(model, given, *rest):
+        starts.append(given.start)
+        return sample(model, given, *rest)
 
     monkeypatch.setattr("geodiff4d.video.generate.sample", spy)
     crops = torch.rand(2, 3, 16, 16, generator=g)

@@ -15,7 +15,7 @@ from geodiff4d.video.model import (
     load_video_model,
 )
 from geodiff4d.video.recode import recode, starting_weights
-from geodiff4d.video.sample import sample
+from geodiff4d.video.sample import ClipInputs, sample
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 from tiny import (
     CHANNELS,
@@ -40,7 +40,7 @@ def codec() -> PatchCodec:
 def test_every_variant_samples(codec, name):
     model = build(VARIANTS[name], codec)
     conditions, latents, kv, start = ingredients(model)
-    z = sample(model, conditions, latents, kv, start, FAST)
+    z = sample(model, ClipInputs(conditions, latents, kv, start), FAST)
     d = len(model.config.domains)
     assert z.shape == (1, d, CHANNELS, 3, 8, 8) and z.isfinite().all()
     pictures = model.decode_latents(z)
@@ -69,7 +69,8 @@ def test_the_portrait_matters(codec):
     a, b = torch.rand(2, 1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
     pose = torch.zeros(1, CHANNELS, 8, 8)
     outs = [
-        sample(model, conditions, latents, model.reference_kv(model.codec.encode(x), pose), start, FAST) for x in (a, b)
+        sample(model, ClipInputs(conditions, latents, model.reference_kv(model.codec.encode(x), pose), start), FAST)
+        for x in (a, b)
     ]
     assert (outs[0] - outs[1]).abs().max() > 1e-3
 
@@ -105,7 +106,7 @@ def test_a_model_survives_its_folder(codec, tmp_path):
     assert again.config == model.config and not again.training
     for k, v in model.state_dict().items():
         assert_close(again.state_dict()[k], v.half().float(), atol=0, rtol=0)
-    z, other = (sample(m, *ingredients(m), FAST) for m in (model, again))
+    z, other = (sample(m, ClipInputs(*ingredients(m)), FAST) for m in (model, again))
     assert_close(other, z, atol=0.05, rtol=0.05)
     assert json.loads((tmp_path / "model/unet/config.json").read_text())["preset"] == "tiny"
 

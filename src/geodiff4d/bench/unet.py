@@ -21,7 +21,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.presets import PRESETS, Preset, with_temporal_modules
 from geodiff4d.video.memory import parts
 from geodiff4d.video.model import Conditions, VideoModel
-from geodiff4d.video.sample import SampleConfig, bf16_is_native, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, bf16_is_native, sample
 from geodiff4d.video.vae import PatchCodec, StableCodec
 from geodiff4d.video.windows import plan_windows
 
@@ -37,7 +37,7 @@ class Measures:
 
     cached: bool = False
     """The reference network runs once per clip, not in every step and branch."""
-    together: bool = False
+    batched_cfg: bool = False
     """Both guidance branches go through the network in one batch."""
     fused: bool = False
     """Fused attention, which does not write its matrix to memory."""
@@ -50,7 +50,7 @@ class Measures:
 def ladder(half: bool, compiled: bool) -> list[tuple[str, Measures]]:
     """Return the plain implementation, then one optimisation more at a time, as far as the machine has them."""
     rungs = [
-        ("reference keys and values once", "cached"), ("both branches in one batch", "together"),
+        ("reference keys and values once", "cached"), ("both branches in one batch", "batched_cfg"),
         ("fused attention", "fused"), ("channels last", "channels_last"),
     ]  # fmt: skip
     rungs += [("bf16", "half")] * half + [("compiled steps", "compiled")] * compiled
@@ -86,6 +86,7 @@ def build(p: Preset, device: torch.device) -> VideoModel:
 
 
 def random_window(model: VideoModel, frames: int) -> Given:
+    """Return random inputs of one window, in the model's sizes and on its device."""
     c, side, d = model.codec.channels, model.config.size // model.codec.factor, len(model.config.domains)
     pose = model.config.unet.in_channels - c
 
@@ -116,7 +117,7 @@ def plain_layout(model: VideoModel, m: Measures) -> Iterator[None]:
 
 def one_step(model: VideoModel, given: Given, m: Measures, kv: list, branches: int = 2) -> None:
     """Denoise one window by one step, with guidance if there are two branches."""
-    passes = [branches] if m.together else [1] * branches
+    passes = [branches] if m.batched_cfg else [1] * branches
     for n in passes:
         here = given.rows(n)
         reference = [(k.expand(n, -1, -1), v.expand(n, -1, -1)) for k, v in kv]
@@ -154,7 +155,7 @@ class UnetBench:
     @staticmethod
     def _work(p: Preset, window: int, branches: int) -> Work:
         model = build(p, torch.device("meta"))
-        given, m = random_window(model, window), Measures(cached=True, together=True)
+        given, m = random_window(model, window), Measures(cached=True, batched_cfg=True)
         kv = model.reference_kv(*given.portrait)
         return count_work(lambda: one_step(model, given, m, kv, branches))
 
@@ -271,7 +272,7 @@ def roofline_seconds(work: Work, rates: Rates) -> float:
 
 def _sample(model: VideoModel, given: Given, config: SampleConfig) -> Tensor:
     kv = model.reference_kv(*given.portrait)
-    return sample(model, given.conditions, given.latents, kv, given.z[:, :, :, 0], config)
+    return sample(model, ClipInputs(given.conditions, given.latents, kv, given.z[:, :, :, 0]), config)
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -285,14 +286,14 @@ def _peak_memory(device: torch.device) -> float:
 def _counted_memory(p: Preset, window: int) -> dict[str, float]:
     """Return a clip's counted memory in bf16 with all networks resident, and with those of each stage alone."""
     model = build(p, torch.device("meta")).compact()
-    given, m = random_window(model, window), Measures(cached=True, together=True)
+    given, m = random_window(model, window), Measures(cached=True, batched_cfg=True)
     c, side, d = model.codec.channels, given.z.shape[-1], len(model.config.domains)
     # Latents, their noise and prediction, conditions, and the finished images.
     clip = p.frames * d * 4 * (6 * c * side**2 + 3 * model.config.size**2) + 4 * given.conditions.planes.numel()
     kv = model.reference_kv(*given.portrait)
     clip += sum(x.numel() * x.element_size() for pair in kv for x in pair)
     both = count_memory(lambda: one_step(model, given, m, kv))
-    apart = count_memory(lambda: one_step(model, given, replace(m, together=False), kv))
+    apart = count_memory(lambda: one_step(model, given, replace(m, batched_cfg=False), kv))
     coded = given.z[0, :, :, 0]
     decode, one = (count_memory(lambda n=n: model.codec.decode(coded[:1].expand(n, -1, -1, -1))) for n in (8, 1))
     weights = {name: weight_bytes(network) for name, network in parts(model).items()}

@@ -34,6 +34,7 @@ Sources = dict[str, list[Footage]]
 
 
 def codec(args: Args) -> None:
+    """Train the codec on rendered people."""
     p = preset(args.preset)
     if args.preset == "paper":
         raise UserError("--preset paper uses Stable Diffusion's autoencoder: there is no codec to train")

@@ -1,14 +1,21 @@
 """Work shared out to processes."""
 
 import multiprocessing
+import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
+from geodiff4d.core.progress import Progress, advancing
+
 Result = TypeVar("Result")
+
+number = 0
+"""Which of the workers this process is, from 0; it says on which device it computes."""
 
 
 def in_workers(function: Callable[..., Result], items: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Result]:
@@ -21,8 +28,11 @@ def in_workers(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
         for item in items:
             yield function(*item)
         return
+    # Read by numba when a worker loads it.
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     # spawn: a forked torch may wait forever for threads it does not have.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
         waiting: set[Future[Result]] = set()
         try:
             for item in items:
@@ -35,6 +45,36 @@ def in_workers(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def in_order(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress, description: str) -> list[Any]:
+    """Do jobs (function, arguments …) by several processes, one thread each; return what they gave, in their order."""
+    found: dict[int, Any] = {}
+    with advancing(progress, description, len(jobs)) as advance, _one_thread():
+        for i, result in in_workers(_numbered, enumerate(jobs), min(workers, len(jobs))):
+            found[i] = result
+            advance(1)
+    return [found[i] for i in range(len(jobs))]
+
+
+def start_worker(started: Any) -> None:
+    """Set a process up; it takes the number that follows those started before."""
+    global number
+    with started.get_lock():
+        number = started.value
+        started.value += 1
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _numbered(i: int, job: tuple[Any, ...]) -> tuple[int, Any]:
+    function, *arguments = job
+    return i, function(*arguments)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -104,6 +104,7 @@ def world_clips(extent: Extent, size: int, cameras: int) -> list[WorldClip]:
 
 
 def world_seed(index: int, extent: Extent) -> int:
+    """Return the seed of a protocol's person: one whom one could meet, or one of the random ones."""
     if extent.people == "plain":
         return plain_seed(index, extent.split)
     plain = {plain_seed(i, extent.split) for i in range(index * 20 + 40)}

@@ -21,6 +21,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.workers import in_order
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.cases import Case, Extent, Recording, WorldClip, found_clips, timesteps, world_seed
 from geodiff4d.evaluate.expression import expressed, face_region
@@ -34,7 +35,7 @@ from geodiff4d.evaluate.inputs import (
 from geodiff4d.evaluate.judges import MIN_SIZE, quantised
 from geodiff4d.evaluate.metrics import PairScores, bootstrap, psnr
 from geodiff4d.evaluate.observe import observe_frames
-from geodiff4d.evaluate.protocol import WORLD_SIZE, Settings, in_processes, maker_of, render_clip, settled
+from geodiff4d.evaluate.protocol import WORLD_SIZE, Settings, maker_of, render_clip, settled
 from geodiff4d.evaluate.report import Grid, Report, Section, Table, build_report
 from geodiff4d.heads import HeadParams
 from geodiff4d.pipeline import load_model
@@ -78,11 +79,11 @@ def run_cross_view(
             WorldClip(world_seed(i, extent), "extremes", views, extent, size, True) for i in range(extent.subjects)
         ]
         jobs = [(render_clip, settings.out / "data", c) for c in still]
-        clips = [Path(p) for p in in_processes(jobs, workers, progress, "rendering people")]
+        clips = [Path(p) for p in in_order(jobs, workers, progress, "rendering people")]
     else:
         clips = found_clips(data, replace(extent, sequences=1))
     people = [_films(clip, extent) for clip in clips]
-    found = list(in_processes([(_person, settings, p) for p in people], workers, progress, "people"))
+    found = in_order([(_person, settings, p) for p in people], workers, progress, "people")
     if all("failed" in f for f in found):
         raise UserError(f"nobody could be tracked; the first: {found[0]['failed']}")
     metrics = _summary(found)

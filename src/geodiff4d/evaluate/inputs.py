@@ -122,6 +122,11 @@ def head_yaw(head: Head, params: HeadParams, camera: Camera) -> Float[Tensor, " 
 
 
 def source_frames(source: Recording) -> list[ClipFrame]:
+    """Read the frames of a recording, in order.
+
+    Raises:
+        UserError: its clip lacks one.
+    """
     clip = Clip(source.clip)
     at = {(r.timestep, r.camera_index): i for i, r in enumerate(clip.records)}
     try:

@@ -219,4 +219,5 @@ def quantised(image: Float[Tensor, "*batch channels height width"]) -> Float[Ten
 
 
 def quantised_truth(truth: Truth) -> Truth:
+    """Round the true colours to bytes, as those that are compared with them are."""
     return Truth(quantised(truth.rgb), truth.normal, truth.mask, truth.face)

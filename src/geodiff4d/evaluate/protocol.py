@@ -5,12 +5,8 @@ and score case by case. Everything a stage leaves is whole or absent, so the sam
 case is worked on by one thread of one process, whatever their number: the figures do not depend on it.
 """
 
-import multiprocessing
-import os
 import shutil
-import signal
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +14,13 @@ from typing import Any, Literal
 
 import torch
 
+from geodiff4d.core import workers as processes
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, encode_normals, write_image
-from geodiff4d.core.progress import Progress, advancing, silent
+from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.workers import in_order
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.avatars import Lessons, avatar_note, lessons_of, make_avatar
 from geodiff4d.evaluate.cases import (
@@ -52,10 +50,6 @@ VERSION = 2
 WORLD_SIZE = 256
 KEPT = 4
 """Frames of a case that are kept for everyone to look at, unless all are."""
-
-
-worker = 0
-"""Number of this process among those of `in_processes`: it says on which device it computes."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,7 @@ def run_protocol(
     if data is None:
         wanted = world_clips(extent, max(WORLD_SIZE, size) if settings.preset.trackable else size, extent.cameras + 1)
         jobs = [(render_clip, settings.out / "data", clip) for clip in wanted]
-        clips = [Path(p) for p in in_processes(jobs, workers, progress, "rendering people")]
+        clips = [Path(p) for p in in_order(jobs, workers, progress, "rendering people")]
     else:
         clips = found_clips(data, extent)
     cases = self_cases(clips, extent) if protocol == "self" else cross_cases(clips, extent)
@@ -129,10 +123,10 @@ def run_protocol(
     for work in works:
         first.setdefault(work.case.reference_name, work)
     jobs = [(_reference, settings, w) for w in first.values()]
-    list(in_processes(jobs, workers, progress, "tracking references"))
+    in_order(jobs, workers, progress, "tracking references")
     jobs = [(_avatar, settings, w, m) for m in AVATARS if m in settings.methods for w in first.values()]
-    list(in_processes(jobs, workers, progress, "fitting avatars"))
-    found = list(in_processes([(score_case, settings, w) for w in works], workers, progress, "scoring clips"))
+    in_order(jobs, workers, progress, "fitting avatars")
+    found = in_order([(score_case, settings, w) for w in works], workers, progress, "scoring clips")
     if all("failed" in f for f in found):
         raise UserError(f"no clip could be tracked; the first: {found[0]['failed']}")
     return [w.case for w in works], found
@@ -173,7 +167,8 @@ def _stamp(folder: Path) -> str:
 
 @lru_cache(maxsize=1)
 def maker_of(settings: Settings) -> Maker:
-    device = torch.device(settings.devices[worker % len(settings.devices)])
+    """Load head and model once a process, onto the device of this worker; return what makes frames with them."""
+    device = torch.device(settings.devices[processes.number % len(settings.devices)])
     if device.type == "cuda":
         torch.cuda.set_device(device)  # avatars are fitted on the current one
     model = placed_on(load_model(settings.model).eval(), device)
@@ -191,6 +186,7 @@ def _judges(settings: Settings) -> Judges:
 
 
 def render_clip(folder: Path, clip: WorldClip) -> str:
+    """Render a person of the open world into a folder; return the clip's path."""
     return str(render_world_clip(folder, clip))
 
 
@@ -310,46 +306,3 @@ def _keep(folder: Path, made: Made, kept: Sequence[int]) -> None:
             write_image(
                 folder / f"{k:05d}_normal.png", encode_normals(made.normal[k], torch.ones_like(made.normal[k, :1]))
             )
-
-
-# Several processes
-
-
-def in_processes(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress, description: str) -> Iterator[Any]:
-    """Do jobs (function, arguments…) by several processes; results come in the jobs' order."""
-    if not jobs:
-        return
-    with advancing(progress, description, len(jobs)) as advance:
-        if workers <= 1 or len(jobs) == 1:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                for function, *arguments in jobs:
-                    yield function(*arguments)
-                    advance(1)
-            finally:
-                torch.set_num_threads(threads)
-            return
-        # Read by numba when a worker loads it.
-        os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
-            pending = {pool.submit(function, *arguments): i for i, (function, *arguments) in enumerate(jobs)}
-            results: dict[int, Any] = {}
-            try:
-                for future in as_completed(pending):
-                    results[pending[future]] = future.result()
-                    advance(1)
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
-    yield from (results[i] for i in range(len(jobs)))
-
-
-def start_worker(started: Any) -> None:
-    """Set a process up; it takes the number that follows those started before."""
-    global worker
-    with started.get_lock():
-        worker = started.value
-        started.value += 1
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

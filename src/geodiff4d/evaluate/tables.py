@@ -71,6 +71,7 @@ def ordered(methods: Sequence[str]) -> list[str]:
 
 
 def title(method: str) -> str:
+    """Return a method's name as tables print it."""
     return TITLES.get(method, method.removeprefix("results:"))
 
 

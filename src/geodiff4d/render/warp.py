@@ -239,6 +239,7 @@ def _spread(
 def sample(
     image: Float[Tensor, "*batch channels height width"], grid: Float[Tensor, "*batch rows columns 2"]
 ) -> Float[Tensor, "*batch channels rows columns"]:
+    """Look images up at coordinates in [-1, 1], bilinearly; beyond the border its colours go on."""
     out = grid_sample(
         image.reshape(-1, *image.shape[-3:]),
         grid.reshape(-1, *grid.shape[-3:]),

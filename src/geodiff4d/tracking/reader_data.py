@@ -5,10 +5,7 @@ actions have strengths, sides and directions of their own, and the reader has to
 moves, so that another's face moves as far (`visible_coefficients`).
 """
 
-import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,8 +16,9 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import write_json
-from geodiff4d.core.progress import Progress, advancing, silent
+from geodiff4d.core.files import read_json
+from geodiff4d.core.progress import Progress, silent
+from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows, open_rows
 from geodiff4d.heads.rig import EYE_JOINTS, SKULL_JOINT, Head, HeadParams
 from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.tracking.face_square import face_square
@@ -88,19 +86,13 @@ class Faces:
             raise UserError(
                 f"{folder} has no rendered faces: expected faces.json; `geodiff4d train reader` renders them"
             )
-        self.config = FacesConfig(**json.loads((self.folder / "faces.json").read_text()))
-        self._done = self._array("done")
+        self.config = FacesConfig(**read_json(self.folder / "faces.json"))
+        stored = open_rows(self.folder, (*ROWS, "done"))
+        self._done = stored["done"]
         if not unfinished and not self._done.all():
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train reader` again to resume it")
-        kept = {"rgb": 3, "mask": 2, "points": 2, "turn": 2}
-        self.rows: dict[str, np.ndarray] = {}
-        for name in ROWS:
-            array = self._array(name)
-            self.rows[name] = array.reshape(-1, *array.shape[array.ndim - kept.get(name, 1) :])
+        self.rows = {name: stored[name].reshape(-1, *stored[name].shape[2:]) for name in ROWS}
         self.index = choose_points(openhead(), self.config.points).index
-
-    def _array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def ready(self) -> np.ndarray:
         """Return the numbers of the rows that are there by now."""
@@ -120,35 +112,18 @@ def build_faces(folder: Path, config: FacesConfig, workers: int = 1, progress: P
     Raises:
         UserError: the folder holds faces of another configuration.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "faces.json"
-    if path.exists() and json.loads(path.read_text()) != asdict(config):
-        raise UserError(f"{folder} holds faces of another configuration: name another folder or remove it")
-    if not path.exists():
-        for name, (shape, kind) in config.arrays().items():
-            np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
-        write_json(path, config)
-    todo = np.nonzero(np.load(folder / "done.npy", mmap_mode="r") == 0)[0].tolist()
-    with advancing(progress, f"rendering faces of {config.split} people", len(todo)) as advance:
-        if workers <= 1:
-            for s in todo:
-                _render(folder, config, s)
-                advance(1)
-            return Faces(folder)
-        # spawn: a forked torch may wait forever for threads it does not have.
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_render, folder, config, s) for s in todo]):
-                future.result()
-                advance(1)
+    create_rows(Path(folder) / "faces.json", config, config.arrays(), {})
+    fill_rows(Path(folder), _render, workers, progress)
     return Faces(folder)
 
 
-def _render(folder: Path, config: FacesConfig, s: int) -> None:
+def _render(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
+    config = FacesConfig(**read_json(folder / "faces.json"))
+    stored = open_rows(folder, config.arrays(), writable=True)
     rows = render_person(SyntheticSubject(config.seed * 100_000 + s, config.split), config)
     for name, value in (rows | {"done": np.uint8(1)}).items():
-        np.load(folder / f"{name}.npy", mmap_mode="r+")[s] = value
+        stored[name][s] = value
 
 
 def render_person(subject: SyntheticSubject, config: FacesConfig) -> dict[str, np.ndarray]:
@@ -170,8 +145,8 @@ def render_person(subject: SyntheticSubject, config: FacesConfig) -> dict[str, n
     frames = subject.render(params, cameras, config.supersample)
     skull = subject.rig.pose(params.without_shape()).T_world_joint[:, SKULL_JOINT, :3, :3]
     return {
-        "rgb": _bytes(frames.rgb),
-        "mask": _bytes(frames.mask[:, 0]),
+        "rgb": as_bytes(frames.rgb),
+        "mask": as_bytes(frames.mask[:, 0]),
         "points": cameras.project(places)[0].numpy(),
         "expr": visible_coefficients(subject.rig, drawn).numpy(),
         "jaw": jaw.numpy(),
@@ -229,7 +204,3 @@ def visible_coefficients(rig: Head, drawn: Float[Tensor, "n 52"]) -> Float[Tenso
         for k in range(len(size)):
             found[:, k] = (found[:, k] + (wanted[:, k] - found @ gram[k]) / diagonal[k]).clamp(0, MOST)
     return found.float()
-
-
-def _bytes(x: Tensor) -> np.ndarray:
-    return (x.clamp(0, 1) * 255).round().byte().numpy()

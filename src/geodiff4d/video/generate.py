@@ -23,7 +23,7 @@ from geodiff4d.video.finish import FinishContext, SampledFrames, surface_mask
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
-from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 from geodiff4d.video.windows import runs_of
 
 
@@ -132,10 +132,10 @@ class DiffusionGenerator:
         parts = [model.conditions(part.images()) for _, part in targets.chunks(config.chunk)]
         conditions = Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
         runs = runs_of(cameras) if request.driving.temporal else [1] * len(params.expr)
-        z = sample(
-            model, conditions, latents, reading.reference, reading.start(config), config, progress, runs,
-            reading.image_context,
+        given = ClipInputs(
+            conditions, latents, reading.reference, reading.start(config), reading.image_context, runs
         )  # fmt: skip
+        z = sample(model, given, config, progress)
         made = []
         with alone(model, "codec", offload=config.offload):
             for part, here in targets.chunks(config.chunk):
@@ -204,5 +204,7 @@ class _Reading:
         crop = driving_crop(portrait.on_grey, self.head, portrait.params, portrait.camera, size)
         conditions = model.conditions(self.images, pose_planes=self.pose)
         latents, plain = model.encode_expressions(crop[None]), replace(config, start="noise")
-        z = sample(model, conditions, latents, self.reference, None, plain, image_context=self.image_context)
+        z = sample(
+            model, ClipInputs(conditions, latents, self.reference, image_context=self.image_context), plain
+        )  # fmt: skip
         return z[:, 1, :, 0]

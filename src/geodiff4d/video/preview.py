@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate, pad
 
 from geodiff4d.video.batches import Batch, Batches
 from geodiff4d.video.model import VideoModel
-from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 
 TILE = 128
 """Side of an image on the validation sheet [px]."""
@@ -61,4 +61,4 @@ def generated_latents(
     latents = model.expression(batch.crops[row, part])[None]
     kv = model.reference_kv(batch.reference[one], batch.reference_pose[one])
     start = batch.start[one, : len(model.config.domains)]
-    return sample(model, conditions, latents, kv, start, config)
+    return sample(model, ClipInputs(conditions, latents, kv, start), config)

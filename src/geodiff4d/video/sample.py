@@ -90,32 +90,63 @@ def bf16_is_native(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+@dataclass(frozen=True)
+class ClipInputs:
+    """What a clip is denoised from."""
+
+    conditions: Conditions
+    latents: Float[Tensor, "b t f"]
+    """Expression latents per frame."""
+    reference: list[ReferenceKV]
+    """What the reference network reads off the portrait."""
+    start: Float[Tensor, "1 d c h w"] | None = None
+    """Latents of the reference image and its normals, which the first noise is added to; None means zeros."""
+    image_context: Float[Tensor, "b m x"] | None = None
+    """What SD's text attention reads of the portrait (`VideoModel.image_context`)."""
+    runs: Sequence[int] | None = None
+    """Lengths of the consecutive stretches of frames that belong together in time (the views of a clip); by default all
+    of it. Temporal modules see windows inside them."""
+
+    def part(self, frames: slice) -> "ClipInputs":
+        """Return a stretch of the frames."""
+        planes, base = self.conditions.planes[:, :, frames], self.conditions.base[:, :, :, frames]
+        return replace(self, conditions=Conditions(planes, base), latents=self.latents[:, frames])
+
+    def half(self, dtype: torch.dtype) -> "ClipInputs":
+        """Hold the reference's keys and values in a half type: they are read in every step."""
+        return replace(self, reference=[(k.to(dtype), v.to(dtype)) for k, v in self.reference])
+
+    def twice(self) -> "ClipInputs":
+        """Return driven and undriven rows: only the expression is dropped (S-A.1)."""
+
+        def both(x: Tensor) -> Tensor:
+            return x.expand(2, *x.shape[1:])
+
+        return replace(
+            self,
+            conditions=Conditions(both(self.conditions.planes), both(self.conditions.base)),
+            latents=torch.cat([self.latents, torch.zeros_like(self.latents)]),
+            reference=[(both(k), both(v)) for k, v in self.reference],
+            image_context=None if self.image_context is None else both(self.image_context),
+        )
+
+    def undriven(self) -> "ClipInputs":
+        """Return the same without any expression."""
+        return replace(self, latents=torch.zeros_like(self.latents))
+
+
 @torch.no_grad()
 def sample(
-    model: VideoModel,
-    conditions: Conditions,
-    latents: Float[Tensor, "1 t f"],
-    reference: list[ReferenceKV],
-    start: Float[Tensor, "1 d c h w"] | None,
-    config: SampleConfig,
-    progress: Progress = silent,
-    runs: Sequence[int] | None = None,
-    image_context: Float[Tensor, "1 m x"] | None = None,
+    model: VideoModel, given: ClipInputs, config: SampleConfig, progress: Progress = silent
 ) -> Float[Tensor, "1 d c t h w"]:
     """Generate the latents of a clip. Equal seeds give equal clips.
 
-    Args:
-        latents: expression latents per frame.
-        start: latents of the reference image and its normals, which the first noise is added to; None means zeros.
-        progress: shown the number of frames finished.
-        runs: lengths of the consecutive stretches of frames that belong together in time (the views of a clip); by
-            default all of it. Temporal modules see windows inside them.
-        image_context: what SD's text attention reads of the portrait (`VideoModel.image_context`).
+    `progress` is shown the number of frames finished.
 
     Raises:
         UserError: there are no frames, or the views' lengths do not add up to them.
     """
-    frames = latents.shape[1]
+    frames, runs, conditions = given.latents.shape[1], given.runs, given.conditions
     if not frames or (runs is not None and sum(runs) != frames):
         raise UserError(f"nothing to sample, or views of {list(runs or [])} frames that are not {frames} in all")
     if model.temporal:
@@ -123,7 +154,6 @@ def sample(
     else:
         windows = plan_windows([frames], config.chunk)
     total = torch.zeros_like(conditions.base)
-    given = _Given(conditions, latents, reference, image_context)
     if config.compiled:
         model.compile_steps()
     with advancing(progress, "generating", frames) as advance:
@@ -134,7 +164,7 @@ def sample(
             like = conditions.base[:, :, :, :1] if config.still_noise else conditions.base
             noise = model.diffusion.noise_like(like, generator, config.shared_noise).expand_as(conditions.base)
             with alone(model, "unet", offload=config.offload):
-                total += _denoise(model, given, start, config, noise, windows, report)
+                total += _denoise(model, given, config, noise, windows, report)
     return total / config.draws
 
 
@@ -152,47 +182,13 @@ class _FinishedFrames:
             self.told = frames
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What is known of a stretch of frames before it is denoised."""
-
-    conditions: Conditions
-    latents: Float[Tensor, "b t f"]
-    reference: list[ReferenceKV]
-    image_context: Float[Tensor, "b m x"] | None
-
-    def part(self, frames: slice) -> "_Given":
-        planes, base = self.conditions.planes[:, :, frames], self.conditions.base[:, :, :, frames]
-        return replace(self, conditions=Conditions(planes, base), latents=self.latents[:, frames])
-
-    def half(self, dtype: torch.dtype) -> "_Given":
-        """Hold the reference's keys and values in a half type: they are read in every step."""
-        return replace(self, reference=[(k.to(dtype), v.to(dtype)) for k, v in self.reference])
-
-    def twice(self) -> "_Given":
-        """Driven and undriven rows: only the expression is dropped (S-A.1)."""
-
-        def both(x: Tensor) -> Tensor:
-            return x.expand(2, *x.shape[1:])
-
-        return _Given(
-            Conditions(both(self.conditions.planes), both(self.conditions.base)),
-            torch.cat([self.latents, torch.zeros_like(self.latents)]),
-            [(both(k), both(v)) for k, v in self.reference],
-            None if self.image_context is None else both(self.image_context),
-        )  # fmt: skip
-
-    def undriven(self) -> "_Given":
-        return replace(self, latents=torch.zeros_like(self.latents))
-
-
 def _denoise(
-    model: VideoModel, given: _Given, start: Tensor | None, config: SampleConfig, noise: Tensor, windows: list[slice],
+    model: VideoModel, given: ClipInputs, config: SampleConfig, noise: Tensor, windows: list[slice],
     report: _FinishedFrames,
 ) -> Tensor:  # fmt: skip
     """Run the solver over the whole clip; where windows overlap, their predictions are averaged in every step."""
     scheduler = make_sampler(config.sampler, model.config.diffusion, config.steps)
-    clean = torch.zeros_like(noise)
+    clean, start = torch.zeros_like(noise), given.start
     if start is not None and config.start != "noise":
         clean = clean + (_blur(start) if config.start == "blurred" else start)[:, :, :, None]
     steps = scheduler.timesteps.to(clean.device)
@@ -217,7 +213,7 @@ def _denoise(
     return z
 
 
-def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: float, batched: bool) -> Tensor:
+def _guided(model: VideoModel, z: Tensor, t: Tensor, given: ClipInputs, guidance: float, batched: bool) -> Tensor:
     """Predict the clean latents by null + g·(driven - null), on both domains at once (S-A.1)."""
     if guidance == 1:
         return _predict(model, z, t, given)
@@ -228,7 +224,7 @@ def _guided(model: VideoModel, z: Tensor, t: Tensor, given: _Given, guidance: fl
     return undriven + guidance * (driven - undriven)
 
 
-def _predict(model: VideoModel, z: Tensor, t: Tensor, given: _Given) -> Tensor:
+def _predict(model: VideoModel, z: Tensor, t: Tensor, given: ClipInputs) -> Tensor:
     return model.predict_clean(
         z, t.expand(len(z)), given.conditions, given.latents, given.reference, image_context=given.image_context
     ).float()

@@ -40,6 +40,8 @@ def _zero(layer: nn.Module) -> None:
 
 
 class ResidualConv(nn.Module):
+    """Two normalised convolutions beside a skip; the second starts at zero, so that the block does nothing at first."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)

@@ -37,6 +37,7 @@ def cloth_thickness(position: Float[Tensor, "n 3"], rng: np.random.Generator) ->
 
 
 def paint_clothes(c: Canvas, paint: Paint, traits: Traits, bank: Bank, rng: np.random.Generator) -> None:
+    """Paint the bust's clothes: neckline, cloth and pattern, with folds where the mesh has them."""
     i = c.areas["body"]
     p = c.position[i]
     kind, below = _neckline(p, rng)

@@ -46,6 +46,7 @@ def fit_shape(vertices: Float[Tensor, "verts 3"]) -> Float[Tensor, " shapes"]:
 
 @lru_cache
 def head_edges() -> Int[Tensor, "edges 2"]:
+    """Return the edges of OpenHead's mesh."""
     return edges(openhead().faces)
 
 

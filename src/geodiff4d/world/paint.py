@@ -70,4 +70,5 @@ def beard_area(position: Float[Tensor, "n 3"], kind: str) -> Float[Tensor, " n"]
 
 
 def on_lips(c: Canvas, index: Int[Tensor, " some"]) -> Float[Tensor, " some"]:
+    """Return how much each texel lies on the lips, from 0 to 1."""
     return smoothstep(0.15, 0.5, (c.regions["lips"] + c.regions["mouth"])[index])
