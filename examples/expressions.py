@@ -15,7 +15,7 @@ from geodiff4d.evaluate.pairs import make_pair
 from geodiff4d.heads import HeadParams, load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.video.conditions import condition_images, lifted
-from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def main(out: Path, model: Path | None = None, between: int = 5, steps: int = 1)
 
     config = SampleConfig(steps=steps, guidance=1.0, still_noise=True)
     conditions = video_model.conditions(known, pose_planes=pose)
-    latents = sample(video_model, conditions, expressions, reference, None, config, image_context=context)
+    latents = sample(video_model, ClipInputs(conditions, expressions, reference, image_context=context), config)
     images = video_model.decode_latents(latents)  # [1, domains, 3, frames, height, width]
     write_image(out, rearrange(images[0], "d c t h w -> c (d h) (t w)"))
     print(f"{out}: {between} frames between two expressions, {ends.shape[-1]} numbers each")

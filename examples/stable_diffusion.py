@@ -14,7 +14,7 @@ import tyro
 
 from geodiff4d.video.model import ConditionImages, VideoModelConfig
 from geodiff4d.video.pretrained import from_stable_diffusion
-from geodiff4d.video.sample import SampleConfig, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def main(weights: Path, frames: int = 20, steps: int = 25, size: int = 512) -> N
     start = face[:, None].expand(-1, 2, -1, -1, -1)  # the reference image; its normals stand beside it (A.1)
     config = SampleConfig(steps=steps, guidance=2.5, window=16, overlap=4)
     conditions = model.conditions(ConditionImages(pose_maps))
-    latents = sample(model, conditions, expressions, reference, start, config, image_context=image_context)
+    latents = sample(model, ClipInputs(conditions, expressions, reference, start, image_context), config)
     images = model.decode_latents(latents)
     print(f"frames and normals: {tuple(images.shape)}, from {images.min():.2f} to {images.max():.2f}")
 

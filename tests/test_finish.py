@@ -1,6 +1,6 @@
 """Finishing touches: done in the order they are listed, frame by frame, and none in the paper's sampling."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from geodiff4d.video.finish import Finish, FinishContext, SampledFrames, surface
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Portrait, with_identity_of
 from geodiff4d.video.model import ConditionImages
+from geodiff4d.video.mouth import FillMouth
 from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
@@ -59,8 +60,10 @@ def finished(request_, model):
 
 def test_the_paper_finishes_nothing():
     assert SampleConfig().finish == PRESETS["paper"].sample.finish == ()
-    assert PRESETS["embedded"].sample.finish == (RestoreDetail(tolerance=0.08), FreeOutline(), KeepTone())
-    assert {type(x) for x in PRESETS["debug"].sample.finish} == {RestoreDetail, FreeOutline, KeepTone}
+    assert PRESETS["embedded"].sample.finish == (
+        RestoreDetail(tolerance=0.08), FillMouth(), FreeOutline(), KeepTone(),
+    )  # fmt: skip
+    assert {type(x) for x in PRESETS["debug"].sample.finish} == {RestoreDetail, FillMouth, FreeOutline, KeepTone}
 
 
 def test_touches_are_done_in_their_order(finished):
@@ -75,10 +78,27 @@ def test_touches_are_done_in_their_order(finished):
 
 def test_frames_are_finished_alone(finished):
     """However many frames are decoded at a time, each is finished as if it were the only one."""
-    touches = PRESETS["debug"].sample.finish
-    whole, one_by_one = finished(*touches), finished(*touches, chunk=1)
-    for name in ("rgb", "normal", "mask"):
-        torch.testing.assert_close(getattr(whole, name), getattr(one_by_one, name), atol=1e-4, rtol=1e-4)
+    seen: list[tuple[SampledFrames, FinishContext]] = []
+
+    def keep(frames: SampledFrames, context: FinishContext) -> SampledFrames:
+        seen.append((frames, context))
+        return frames
+
+    finished(keep)
+    [(frames, context)] = seen
+    drawn = context.warp()
+
+    def done(part: slice) -> SampledFrames:
+        images = ConditionImages(*(getattr(drawn, f.name)[:, :, part] for f in fields(ConditionImages)))
+        here = SampledFrames(frames.rgb[part], frames.normals[part], frames.mask[part])
+        for touch in PRESETS["debug"].sample.finish:
+            here = touch(here, replace(context, warp=lambda: images))
+        return here
+
+    whole, alone = done(slice(None)), [done(slice(i, i + 1)) for i in range(len(frames.rgb))]
+    for name in ("rgb", "normals", "mask"):
+        one_by_one = torch.cat([getattr(x, name) for x in alone])
+        torch.testing.assert_close(getattr(whole, name), one_by_one, atol=1e-5, rtol=1e-5)
 
 
 def test_without_touches_the_mask_is_where_normals_are_long(finished):
@@ -93,7 +113,7 @@ def test_touches_without_their_ground_change_nothing(pair):
     """No warp, no normals, no single tone: frames stay as they are."""
     frames = SampledFrames(torch.rand(2, 3, 48, 48), None, torch.ones(2, 1, 48, 48))
     context = FinishContext(pair.portrait, None)
-    for touch in (RestoreDetail(), FreeOutline(), KeepTone()):
+    for touch in (RestoreDetail(), FillMouth(), FreeOutline(), KeepTone()):
         assert isinstance(touch, Finish) and touch(frames, context) is frames
     with pytest.raises(UserError, match="expected more than 0"):
         RestoreDetail(tolerance=0)
@@ -106,3 +126,16 @@ def test_detail_comes_from_the_warp(pair):
     frames = SampledFrames(soft, None, torch.ones(2, 1, SIZE, SIZE))
     made = RestoreDetail(tolerance=0.2)(frames, FinishContext(pair.portrait, lambda: known))
     assert (made.rgb - sharp).abs().mean() < 0.7 * (soft - sharp).abs().mean()
+
+
+def test_an_opened_mouth_is_filled_from_the_warped_portrait(pair):
+    """Inside the frame is the warped portrait's, with a soft edge; elsewhere, and where nothing opened, the model's."""
+    rgb, carried = torch.full((2, 3, SIZE, SIZE), 0.5), torch.zeros(1, 3, 2, SIZE, SIZE)
+    opened = torch.zeros(1, 1, 2, SIZE, SIZE)
+    opened[:, :, 0, 40:50, 20:40] = 1
+    known = ConditionImages(carried, carried, carried[:, :2], opened)
+    frames = SampledFrames(rgb, rgb, torch.ones(2, 1, SIZE, SIZE))
+    done = FillMouth()(frames, FinishContext(pair.portrait, lambda: known))
+    assert (done.rgb[0, :, 42:48, 22:38] == 0).all() and (done.rgb[0, :, :37] == 0.5).all()
+    assert torch.equal(done.rgb[1], rgb[1]) and torch.equal(done.normals, rgb)
+    assert 0 < done.rgb[0, 0, 39, 30] < 0.5

@@ -95,7 +95,7 @@ def test_a_blink_shows_skin_and_not_drawn_out_lashes(head):
     camera = front()
     fragments = rasterize(head.template, head.faces, camera)
     image = interpolate(fragments, head.faces, colours) + 0.5 * (~fragments.mask)
-    portrait = complete(head, image, head.template, camera, texels=TEXELS, painted=True)
+    portrait = complete(head, image, head.template, camera, texels=TEXELS)
     blink = torch.zeros(1, len(head.expression_names))
     blink[:, [head.expression_names.index(f"eyeBlink{side}") for side in ("Left", "Right")]] = 1.0
     closed = head.pose(replace(still, expr=blink))
@@ -111,7 +111,7 @@ def test_the_own_view_is_the_portraits(head):
     fragments = rasterize(head.template, head.faces, camera)
     waves = 0.5 + 0.4 * torch.sin(head.template * 120)
     image = interpolate(fragments, head.faces, waves) + 0.5 * (~fragments.mask)
-    portrait = complete(head, image, head.template, camera, texels=TEXELS, painted=True)
+    portrait = complete(head, image, head.template, camera, texels=TEXELS)
     rgb, visible, _ = sample_completed(portrait, fragments, SIZE, SIZE)
     sure = visible[0] > 0.99
     assert sure.float().mean() > 0.2

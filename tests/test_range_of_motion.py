@@ -11,7 +11,6 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import plan_clip, plan_instants
-from geodiff4d.video.conditions import with_known
 from geodiff4d.video.generate import GenerationRequest, WarpGenerator
 from geodiff4d.video.inputs import Driving, Portrait
 from geodiff4d.video.range_of_motion import instants, range_of_motion
@@ -54,7 +53,7 @@ def test_it_is_played_by_one_person_whose_expression_is_known(head):
     expr, _, eyes = instants()
     assert_close(played.params.expr, expr)
     assert_close(played.params.eyes_pose, eyes)
-    assert not played.temporal and played.known is not None and played.known.all()
+    assert not played.temporal
     assert played.crops.shape == (len(expr), 3, CROP, CROP)
     wide = expr[:, ACTIONS.index("jawOpen")].argmax()
     lower = slice(CROP // 2, None)
@@ -81,20 +80,10 @@ def test_a_clip_shows_the_range_and_the_driver(head):
     own, played = driver(head, 20), range_of_motion(head, CROP)
     plan = plan_clip(GenerationRequest(portrait(head), own, head), 4, 24, played)
     shown = plan.request.driving
-    assert len(plan.shots) == 24 and not shown.temporal and shown.known is not None
+    assert len(plan.shots) == 24 and not shown.temporal
     of_range = [s for s in plan.shots if s.timestep < len(played)]
     assert len(of_range) == 16
-    assert shown.known[: len(played)].all() and not shown.known[len(played) :].any()
+    assert_close(shown.params.expr[: len(played)], played.params.expr)
     assert_close(shown.crops[len(played) :], own.crops[torch.linspace(0, 19, 8).round().long()])
     made = WarpGenerator().generate(plan.shown, plan.cameras)
     assert len(made.rgb) == 24
-
-
-def test_known_expressions_move_the_warp_and_the_others_as_they_are_read(head):
-    params = replace(head.neutral(3), expr=torch.full((3, 52), 0.7), eyes_pose=torch.full((3, 6), 0.2))
-    read = replace(params, expr=torch.full((3, 52), 0.3), eyes_pose=torch.zeros(3, 6))
-    mixed = with_known(read, params, torch.tensor([True, False, True]))
-    assert_close(mixed.expr[:, 0], torch.tensor([0.7, 0.3, 0.7]))
-    assert_close(mixed.eyes_pose[:, 0], torch.tensor([0.2, 0.0, 0.2]))
-    still = with_known(None, params, torch.tensor([False, True, False]))
-    assert_close(still.expr[:, 0], torch.tensor([0.0, 0.7, 0.0]))

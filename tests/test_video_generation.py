@@ -9,7 +9,7 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import look_at
 from geodiff4d.core.images import encode_normals
 from geodiff4d.heads import load_head
-from geodiff4d.video.conditions import condition_images, lifted, moved_by
+from geodiff4d.video.conditions import condition_images, lifted
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Driving, Portrait
 from geodiff4d.video.sample import sample
@@ -86,22 +86,33 @@ def test_sampling_starts_from_the_portrait_and_its_normals(codec, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_warped_portrait_moves_as_the_latents_say(codec):
+def test_the_warped_portrait_moves_as_the_driver(codec, monkeypatch):
+    """Expression, jaw and gaze are the driver's; without a driver, or for a model that never saw one move, it rests."""
     head = load_head("openhead")
-    n = len(head.expression_names)
-    model = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=n + 3)), codec)
-    readout = model.expression.to_motion
-    readout.weight.zero_()
-    readout.bias.zero_()[head.expression_names.index("jawOpen")] = 1.0
-    views, neutral, latents = cameras(head, -0.3, 0.4), head.neutral(2), torch.ones(1, 2, 8)
-    moved, null = (moved_by(model, head, neutral, x) for x in (latents, torch.zeros_like(latents)))
-    assert moved.expr.sum() == 2 and moved.expr.argmax(1).tolist() == [readout.bias.argmax()] * 2
-    assert null.expr.abs().max() == 0 == null.jaw_pose.abs().max()
+    n, views = len(head.expression_names), cameras(head, -0.3, 0.4)
+    moving = build(replace(EMBEDDED, moves=True), codec)
+    expr = torch.zeros(2, n)
+    expr[:, head.expression_names.index("jawOpen")] = 1.0
+    talking = replace(head.neutral(2), expr=expr, eyes_pose=torch.full((2, 6), 0.3))
     g = torch.Generator().manual_seed(0)
     portrait = Portrait(torch.rand(3, SIZE, SIZE, generator=g), torch.ones(1, SIZE, SIZE), views[0], head.neutral())
+    request = GenerationRequest(portrait, Driving(talking, torch.rand(2, 3, 16, 16, generator=g)), head)
     texture = lifted(head, portrait, surroundings=False)
-    still, open_mouth, same = (condition_images(head, texture, neutral, views, m) for m in (None, moved, null))
-    assert torch.equal(still.pose, open_mouth.pose) and torch.equal(still.warp, same.warp)
+    still, open_mouth = (condition_images(head, texture, talking, views, m) for m in (None, talking))
+    assert torch.equal(still.pose, open_mouth.pose)
     assert (still.warp - open_mouth.warp).abs().max() > 0.05
-    other = build(replace(EMBEDDED, expression=replace(EMBEDDED.expression, motion=7)), codec)
-    assert moved_by(other, head, neutral, latents) is None, "read out for a head of other expressions"
+    assert open_mouth.opened.sum() > 10 > 5 * still.opened.sum(), "a mouth opens, whose inside the portrait hides"
+    seen = []
+
+    def spy(*given):
+        seen.append(given[4] if len(given) > 4 else None)
+        return condition_images(*given)
+
+    monkeypatch.setattr("geodiff4d.video.conditions.condition_images", spy)
+    generator = DiffusionGenerator(moving, FAST)
+    generator.generate(request, views)
+    assert seen and all(torch.equal(m.expr, expr) and torch.equal(m.eyes_pose, talking.eyes_pose) for m in seen)
+    seen.clear()
+    generator.without_expression().generate(request, views)
+    DiffusionGenerator(build(EMBEDDED, codec), FAST).generate(request, views)
+    assert seen and all(m is None for m in seen)

@@ -192,7 +192,7 @@ def test_synth_writes_clips_and_resumes(tmp_path, capsys):
 
 def test_workers_write_what_one_process_writes(tmp_path, monkeypatch):
     # Threads instead of processes: starting two takes longer than all other tests here.
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, context, start: ThreadPoolExecutor(n))
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", lambda n, *given: ThreadPoolExecutor(n))
     done = sorted(write_world(tmp_path / "two", "val", [0, 1], 1, 1, 16, workers=2))
     assert done == [0, 1]
     list(write_world(tmp_path / "one", "val", [1], 1, 1, 16))

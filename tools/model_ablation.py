@@ -42,12 +42,12 @@ from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batches, encode_store
-from geodiff4d.video.conditions import condition_images, lifted, moved_by
+from geodiff4d.video.conditions import condition_images, lifted
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.inputs import Portrait, driving_crop
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.outline import BARE, coverage
-from geodiff4d.video.sample import sample
+from geodiff4d.video.sample import ClipInputs, sample
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.vae import PatchCodec, load_codec
 from geodiff4d.video.warm_start import warm_start
@@ -144,8 +144,6 @@ def configured(args: Args, variant: str) -> tuple[VideoModelConfig, VideoTrainin
     ))  # fmt: skip
     words = [word for word in variant.split() if word not in ("full", "no-warm-start")]
     model, pairs = ablated(p, tuple(word.removeprefix("no-") for word in words))
-    if not model.warp:
-        model = replace(model, expression=replace(model.expression, motion=0))
     pairs = replace(pairs, references=REFERENCES, targets=TARGETS)
     training = replace(
         p.image, pairs=pairs, steps=args.steps, lr=args.lr, warmup=1 + args.steps // 10, warm_start=0, seed=args.seed,
@@ -245,9 +243,9 @@ def frames_of(
     kv = model.reference_kv(model.codec.encode(case.portrait.on_grey[None]), model.pose_planes(own.pose)[:, :, 0])
     latents = model.encode_expressions(crops)
     latents = torch.zeros_like(latents) if drop else latents
-    moved = moved_by(model, head, case.params, latents)
+    moved = None if drop else case.params
     conditions = model.conditions(condition_images(head, portrait, case.params, case.cameras, moved))
-    z = sample(model, conditions, latents, kv, None, preset("embedded").sample)
+    z = sample(model, ClipInputs(conditions, latents, kv), preset("embedded").sample)
     images = model.decode_latents(z)[0].movedim(2, 1).clamp(0, 1)
     if not model.config.normals:
         return images[0], None

@@ -150,11 +150,14 @@ class ClipPlan:
 def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Driving | None = None) -> ClipPlan:
     """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
 
-    `motion`, a range of motion, takes two thirds of the frames; the rest are instants spread over the driver's.
+    `motion`, a range of motion, takes two thirds of the frames; the rest are instants spread over the driver's. A
+    driver that is itself instants is shown like one.
     """
     portrait, driving = request.portrait, request.driving
-    if motion is None:
+    if motion is None and driving.temporal:
         shots = plan_shots(len(driving), views, frames)
+    elif motion is None:
+        shots = plan_instants(len(driving), views, frames)
     else:
         own = driving.select(driver_clip_index(driving, max(1, frames // 3)))
         shots = plan_instants(len(motion), views, frames - frames // 3)

@@ -27,6 +27,7 @@ from geodiff4d.video.detail import RestoreDetail
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import VideoModelConfig
+from geodiff4d.video.mouth import FillMouth
 from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
@@ -54,6 +55,8 @@ class ReaderStage:
     training: ReaderTraining
     faces: FacesConfig
     val_faces: FacesConfig
+    measured_on: tuple[int, int] = (24, 36)
+    """People and frames of the performances on which the weights of fit and reading are measured."""
     from_encoder: bool = False
     """Start the trunk from the expression encoder of the video model that ships."""
 
@@ -126,14 +129,12 @@ def _small(
     return VideoModelConfig(
         unet=UNetConfig(in_channels=3 * c + 2, expression_latent=512, **shared),
         reference=UNetConfig(in_channels=2 * c, expression_dim=None, reference=True, **shared),
-        expression=ExpressionConfig(size=crop, widths=encoder, motion=OPENHEAD_MOTION),
+        expression=ExpressionConfig(size=crop, widths=encoder),
         diffusion=DiffusionConfig(prediction="residual", zero_terminal=True),
-        size=size, pose="codec", warp=True, surroundings=True,
+        size=size, pose="codec", warp=True, surroundings=True, moves=True,
     )  # fmt: skip
 
 
-OPENHEAD_MOTION = 52 + 3
-"""Coefficients that the embedded encoder is read out to: OpenHead's expressions and the jaw."""
 DEBUG_CODEC = PatchCodecConfig(factor=8, channels=16, trunk=16, detail=8)
 EMBEDDED_CODEC = PatchCodecConfig(factor=16, channels=96, trunk=48)
 
@@ -151,7 +152,9 @@ _ROWS = (
         val_store=StoreConfig(
             "val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1
         ),
-        sample=SampleConfig(steps=2, guidance=1.5, sampler="ddim", finish=(RestoreDetail(), FreeOutline(), KeepTone())),
+        sample=SampleConfig(
+            steps=2, guidance=1.5, sampler="ddim", finish=(RestoreDetail(), FillMouth(), FreeOutline(), KeepTone())
+        ),
         views=3, frames=4,
         video=VideoTraining(
             steps=4, pairs=PairConfig(references=1, targets=4, clips=True, moved=1.0), lr=1e-3, parts="temporal",
@@ -179,6 +182,7 @@ _ROWS = (
             ),
             faces=FacesConfig(subjects=2, instants=2, size=96, supersample=1),
             val_faces=FacesConfig("val", subjects=1, instants=2, size=96, supersample=1),
+            measured_on=(1, 4),
         ),
         bench=BenchSizes(people=1, images=2, steps=2, scenes=((48, 300, 3.0), (64, 600, 3.0))),
         trackable=False,
@@ -198,7 +202,7 @@ _ROWS = (
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(
             steps=1, guidance=1.0, still_noise=True, draws=1,
-            finish=(RestoreDetail(tolerance=0.08), FreeOutline(), KeepTone()),
+            finish=(RestoreDetail(tolerance=0.08), FillMouth(), FreeOutline(), KeepTone()),
         ),
         views=8, frames=96,
         video=VideoTraining(

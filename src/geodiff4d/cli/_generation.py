@@ -123,15 +123,11 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
     return views, frames // views * views
 
 
-def motion_of(wanted: bool, setup: Setup) -> "Driving | None":
-    """Return the range of motion, if it is wanted.
-
-    Raises:
-        UserError: the head is another than OpenHead.
-    """
+def motion_of(setup: Setup, driver_only: bool) -> "Driving | None":
+    """Return the range of motion that a training clip shows beside its driver; None where it shows the driver alone."""
     from geodiff4d.video.range_of_motion import range_of_motion
 
-    return range_of_motion(setup.head, setup.crop) if wanted else None
+    return None if driver_only or setup.head.name != "openhead" else range_of_motion(setup.head, setup.crop)
 
 
 def prepare(

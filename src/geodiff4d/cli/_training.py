@@ -54,8 +54,7 @@ def image(args: Args) -> None:
                 val_store=replace(p.val_store, parameters=args.parameters))  # fmt: skip
     train, val = batches(args, p, model, codec, config, p.augment)
     if not train.samples.knows_motion:
-        # Nothing to fit the readout to: warped portraits keep still.
-        model = replace(model, expression=replace(model.expression, motion=0))
+        model = replace(model, moves=False)
     train_video_model(args.out, model, codec, train, config, val, start, record_lines(config.steps))
     print(f"{args.out / 'model'}: the model, for --model")
 

@@ -66,9 +66,6 @@ class FootageArgs:
     judges: Path | None = None
     """Folder of a Python environment with independent networks that read expressions and identities; by default
     $GEODIFF4D_JUDGES, or this environment if the extra `judges` is installed in it."""
-    training_video: Path | None = None
-    """Whose performance avatars are trained with: a video or a tracked folder. By default a made-up person's in pairs,
-    and in driving the driver's own."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ _CROSS_VIEW = {
     "bf16", "seed",
 }  # fmt: skip
 _PROTOCOL = _CROSS_VIEW | {"results", "methods", "sequences", "cameras", "lpips", "arcface", "keep"}
-_FOOTAGE = {"model", "preset", "device", "head", "methods", "bf16", "seed", "judges", "training_video"}
+_FOOTAGE = {"model", "preset", "device", "head", "methods", "bf16", "seed", "judges"}
 READS = {
     "self": _PROTOCOL,
     "cross": _PROTOCOL,
@@ -266,15 +263,14 @@ def _footage(args: Args) -> None:
 
         if args.folder is None:
             raise UserError("evaluate pairs needs a folder: expected images named PERSON_….jpg, two for each person")
-        run_pairs(args.folder, settings, footage.judges, footage.training_video, progress.bar)
+        run_pairs(args.folder, settings, footage.judges, progress.bar)
     else:
         from geodiff4d.evaluate.driving import run_driving
 
         frames = 96 if p.frames is None else p.frames
         if frames < 3:
             raise UserError(f"--frames is {frames}: expected at least 3, a change of expression is over time")
-        run_driving(footage.portraits, footage.drivers, settings, frames, footage.judges, footage.training_video,
-                    progress.bar)  # fmt: skip
+        run_driving(footage.portraits, footage.drivers, settings, frames, footage.judges, progress.bar)
     print((args.out / "table.md").read_text(encoding="utf-8"))
     print(f"{args.out / 'metrics.json'}: all figures")
 

@@ -18,9 +18,10 @@ class Args(GenerationArgs):
     """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
-    range_of_motion: bool = False
-    """Let two thirds of the clip show everything a face does (visemes, smiles, lids, gaze, tongue), played by a person
-    of the open world, and a third the driver, so that the avatar has seen it when others drive it. On OpenHead only."""
+    driver_only: bool = False
+    """Train with what the driver shows alone. By default two thirds of the clip show everything a face does (visemes,
+    smiles, lids, gaze, tongue), played by a person of the open world, so that the avatar has seen it when others drive
+    it; on FLAME, which that person is not made for, it is the driver alone."""
 
 
 def run(args: Args) -> None:
@@ -48,7 +49,7 @@ def run(args: Args) -> None:
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
     request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
-    plan = plan_clip(request, views, frames, motion_of(args.range_of_motion, setup))
+    plan = plan_clip(request, views, frames, motion_of(setup, args.driver_only))
     reconstruct(plan, setup.generator, args.out, setup.preset.fit, args.seed, bar)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)

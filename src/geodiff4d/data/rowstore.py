@@ -32,7 +32,8 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
     """
     folder = note.parent
     if note.exists():
-        default = asdict(type(config)())  # What a field that is younger than the store was then.
+        # What fields that are younger than the store were then.
+        default = asdict(type(config)()) | getattr(config, "BEFORE", {})
         if default | json.loads(note.read_text()) != json.loads(json.dumps(asdict(config))):
             raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
         return

@@ -28,7 +28,7 @@ from geodiff4d.evaluate.gain_tables import Scores, tables
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.protocol import Settings, maker_of, settled
 from geodiff4d.evaluate.readers import Reader, Reading, compare_identities, readers
-from geodiff4d.evaluate.training_video import fit_avatar, training_clip
+from geodiff4d.evaluate.taught_avatars import fit_avatar
 from geodiff4d.pipeline import clip_cameras, tracked
 from geodiff4d.tracking.source import frames_of
 from geodiff4d.video.generate import GenerationRequest, WarpGenerator
@@ -69,14 +69,13 @@ class Job:
 
 def run_driving(
     portraits: Sequence[Path], drivers: Sequence[Path], settings: Settings, frames: int = 96,
-    judges: Path | None = None, training_video: Path | None = None, progress: Progress = silent,
+    judges: Path | None = None, progress: Progress = silent,
 ) -> dict[str, Any]:  # fmt: skip
     """Drive every portrait by the first `frames` frames of every driver; returns what it writes to OUT/metrics.json.
 
     Writes OUT/videos/{portrait}_by_{driver}_{method}.mp4 and OUT/table.md; videos that are there, made of the same
-    files by the same model, are not made again. An avatar is fitted per portrait and driver, trained with that driver
-    as `reconstruct` does, or per portrait where `training_video` is given. `judges` is the folder of an environment
-    with independent networks.
+    files by the same model, are not made again. An avatar is fitted per portrait, to the range of motion alone: it has
+    seen no driver. `judges` is the folder of an environment with independent networks.
 
     Raises:
         UserError: bad input, or no portrait or driver shows a face.
@@ -93,19 +92,15 @@ def run_driving(
     actors = list(_sources(out / "drivers", drivers, maker, frames, failed))
     if not faces or not actors:
         raise UserError(f"nothing can be driven: {next(iter(failed.values()))}")
-    lessons = None
-    if training_video is not None and "avatar" in settings.methods:
-        lessons = training_clip(out, maker, training_video, progress)
     jobs = [Job(face, actor) for face in faces for actor in actors]
     for job in progress(jobs, "driving", len(jobs)):
-        make_videos(out, job, settings, maker, frames, lessons)
+        make_videos(out, job, settings, maker, frames)
     scores, absent = score_videos(out, jobs, settings.methods, each, frames, progress)
     result = {
         "portraits": [f.name for f in faces], "drivers": [a.name for a in actors], "failed": failed,
         "methods": scores.summary(settings.methods), "missing": missing | absent,
         "config": {"preset": settings.preset.name, "seed": settings.seed, "frames": frames,
-                   "model": "shipped" if settings.model is None else settings.model.name,
-                   "training_video": "the driver" if training_video is None else training_video.name},
+                   "model": "shipped" if settings.model is None else settings.model.name},
     }  # fmt: skip
     write_json(out / "metrics.json", result)
     with fresh_file(out / "table.md") as file:
@@ -149,17 +144,15 @@ def video_path(out: Path, job: Job, method: str) -> Path:
     return out / "videos" / f"{job.name}_{method}.mp4"
 
 
-def make_videos(out: Path, job: Job, settings: Settings, maker: Maker, frames: int, lessons: Clip | None) -> None:
+def make_videos(out: Path, job: Job, settings: Settings, maker: Maker, frames: int) -> None:
     """Make the driven videos of all methods that are not there yet."""
     folder = out / "jobs" / job.name
-    training = job.driver.name if lessons is None else lessons.folder.name
-    note: dict[str, Any] = {"of": fingerprint(job.portrait.of, job.driver.of, frames, settings.makers), "methods": {}}
+    note: dict[str, Any] = {"of": fingerprint(job.portrait.of, job.driver.of, frames, settings.makers), "methods": []}
     if (folder / "made.json").exists() and read_json(folder / "made.json")["of"] == note["of"]:
         note = read_json(folder / "made.json")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    state = {m: training if m == "avatar" else "" for m in settings.methods}
-    wanted = [m for m in settings.methods if note["methods"].get(m) != state[m]]
+    wanted = [m for m in settings.methods if m not in note["methods"]]
     if not wanted:
         return
     portrait = load_portrait(job.portrait.clip, maker.model.config.size)
@@ -167,14 +160,12 @@ def make_videos(out: Path, job: Job, settings: Settings, maker: Maker, frames: i
     driving = load_driving(job.driver.clip, maker.head, crop, frames)
     for method in wanted:
         if method == "avatar":
-            where = folder if lessons is None else out / "avatars" / f"{job.portrait.name}_{job.portrait.of[:8]}"
-            taught = driving if lessons is None else load_driving(lessons, maker.head, crop)
-            avatar = fit_avatar(where / f"trained_with_{training}", maker, portrait, taught)
+            avatar = fit_avatar(out / "avatars" / f"{job.portrait.name}_{job.portrait.of[:8]}", maker, portrait)
             made: Iterable[Tensor] = driven_avatar(avatar, maker, driving)
         else:
             made = driven_frames(method, maker, portrait, driving)
         write_video(video_path(out, job, method), made, driving.fps)
-        note["methods"][method] = state[method]
+        note["methods"].append(method)
         write_json(folder / "made.json", note)
 
 

@@ -27,7 +27,7 @@ from geodiff4d.evaluate.inputs import Inputs
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.protocol import Settings, maker_of, settled
 from geodiff4d.evaluate.readers import Reader, Reading, compare_identities, readers
-from geodiff4d.evaluate.training_video import fit_avatar, training_clip
+from geodiff4d.evaluate.taught_avatars import fit_avatar
 from geodiff4d.pipeline import following, tracked
 from geodiff4d.tracking.source import IMAGE_SUFFIXES
 from geodiff4d.video.inputs import load_driving, load_portrait
@@ -71,14 +71,13 @@ def people_of(folder: Path) -> tuple[list[Person], dict[str, str]]:
 
 
 def run_pairs(
-    folder: Path, settings: Settings, judges: Path | None = None, training_video: Path | None = None,
-    progress: Progress = silent,
+    folder: Path, settings: Settings, judges: Path | None = None, progress: Progress = silent
 ) -> dict[str, Any]:  # fmt: skip
     """Make and score every person's frames; returns what it writes to OUT/metrics.json.
 
     Writes OUT/frames/{person}_{portrait,truth,METHOD}.png, OUT/sheet.png and OUT/table.md. A person whose frames are
     there, made of the same photographs by the same model, is not made again. `judges` is the folder of an environment
-    with independent networks, `training_video` what avatars are trained with (`training_video.training_clip`).
+    with independent networks.
 
     Raises:
         UserError: no person's face is found, or bad input.
@@ -89,13 +88,10 @@ def run_pairs(
     settings = settled(settings)
     maker, out = maker_of(settings), settings.out
     each, missing = readers(maker.head, judges)
-    lessons = None
-    if "avatar" in settings.methods:
-        lessons = training_clip(out, maker, training_video, progress)
     done = []
     for person in progress(people, "people", len(people)):
         try:
-            make_person(out, person, settings, maker, lessons)
+            make_person(out, person, settings, maker)
             done.append(person)
         except UserError as error:
             failed[person.name] = str(error)
@@ -108,8 +104,7 @@ def run_pairs(
     result = {
         "people": len(done), "failed": failed, "methods": scores.summary(methods), "missing": missing,
         "config": {"preset": settings.preset.name, "seed": settings.seed,
-                   "model": "shipped" if settings.model is None else settings.model.name,
-                   "training_video": "made up" if training_video is None else training_video.name},
+                   "model": "shipped" if settings.model is None else settings.model.name},
     }  # fmt: skip
     write_json(out / "metrics.json", result)
     with fresh_file(out / "table.md") as file:
@@ -121,7 +116,7 @@ def run_pairs(
 # Making
 
 
-def make_person(out: Path, person: Person, settings: Settings, maker: Maker, lessons: Clip | None) -> None:
+def make_person(out: Path, person: Person, settings: Settings, maker: Maker) -> None:
     """Track a person's two photographs and make the frames of all methods; what is there is kept.
 
     Raises:
@@ -134,9 +129,6 @@ def make_person(out: Path, person: Person, settings: Settings, maker: Maker, les
         note = read_json(folder / "made.json")
     else:
         shutil.rmtree(folder, ignore_errors=True)
-    if lessons is not None and note.setdefault("training", lessons.folder.name) != lessons.folder.name:
-        shutil.rmtree(folder / "avatar", ignore_errors=True)
-        note |= {"training": lessons.folder.name, "methods": [m for m in note["methods"] if m != "avatar"]}
     wanted = [m for m in settings.methods if m not in note["methods"]]
     if not wanted and frame_path(out, person.name, "truth").exists():
         return
@@ -147,9 +139,7 @@ def make_person(out: Path, person: Person, settings: Settings, maker: Maker, les
     driving = maker.driving(inputs)
     for method in wanted:
         if method == "avatar":
-            assert lessons is not None
-            lesson = load_driving(lessons, maker.head, maker.model.config.expression.size)
-            fit_avatar(folder / "avatar", maker, inputs.portrait, lesson)
+            fit_avatar(folder / "avatar", maker, inputs.portrait)
         made = maker.make(method, inputs, driving, inputs.portrait, folder / "avatar" / "avatar")
         assert made.rgb is not None
         write_image(frame_path(out, person.name, method), made.rgb[0])

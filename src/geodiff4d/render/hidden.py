@@ -61,9 +61,15 @@ def paint_hidden(
     return complete_eyes(head, texture, weight, atlas)
 
 
+def inside_of_mouth(head: Head) -> Bool[Tensor, " verts"]:
+    """Return the vertices of teeth, gums, tongue and the cavity around them; none of a head without these regions."""
+    none = torch.zeros_like(head.template[:, 0], dtype=torch.bool)
+    return torch.stack([none, *(head.regions[name] for name in ALBEDO if name in head.regions)]).any(0)
+
+
 def inner_light(head: Head) -> Float[Tensor, " verts"]:
     """Return how much light reaches each vertex of an open mouth, 0 to 1: less further back and turned away."""
-    inside = torch.stack([head.regions[name] for name in ALBEDO if name in head.regions]).any(0)
+    inside = inside_of_mouth(head)
     depth = (head.template[inside][:, 2].max() - head.template[:, 2]).clamp(min=0)
     toward = normalize(head.template.new_tensor([0.0, 0.25, 1.0]), dim=0)
     facing = (vertex_normals(head.template, head.faces) @ toward).clamp(min=0)

@@ -131,10 +131,10 @@ class LiftedPortrait:
 
 def lift_portrait(
     head: Head, image: Float[Tensor, "3 height width"], mask: Float[Tensor, "1 height width"], mesh: PosedHead,
-    camera: Camera, texels: int, surroundings: bool = True, painted: bool = False,
+    camera: Camera, texels: int, surroundings: bool = True,
 ) -> LiftedPortrait:  # fmt: skip
     """Return a portrait (on grey) lifted with its tracked head; with `surroundings`, what is beside the mesh too."""
-    texture = complete(head, image, mesh.vertices, camera, mask, texels, painted)
+    texture = complete(head, image, mesh.vertices, camera, mask, texels)
     foreground = (mask > 0.5).to(image.dtype)
     relief = lift(head, mesh, camera, foreground) if surroundings else None
     return LiftedPortrait(texture, torch.cat([image, foreground]), relief)

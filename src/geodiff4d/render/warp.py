@@ -29,14 +29,6 @@ FACING = (0.12, 0.30)
 SEAM_LEVELS = 6
 """Pyramid levels over which the colour of mirrored texels is blended into that around them: about 2⁶ texels."""
 
-UNSEEN_COLOURS = {
-    "mouth": (0.24, 0.07, 0.07),
-    "tongue": (0.52, 0.24, 0.24),
-    "teeth": (0.72, 0.67, 0.61),
-    "eyes": (0.84, 0.82, 0.80),
-}
-"""sRGB for regions a portrait may not show at all; later entries paint over earlier ones."""
-
 STRETCHED = (0.3, 0.65)
 """Portrait pixels per target pixel, over the median's, at which the portrait's colours begin to count and count fully:
 a lid that was folded away, two pixels high, does not say how it looks when it is closed."""
@@ -60,8 +52,6 @@ class CompletedHead:
     image: Float[Tensor, "3 height width"]
     carried: Carried
     texture: Float[Tensor, "3 texels texels"]
-    painted: bool = False
-    """Whether mouth, eyes and lids have colours of their own where the portrait hides them (`render/hidden.py`)."""
 
 
 def carry(
@@ -124,16 +114,16 @@ def _unstretched(
     grid: Float[Tensor, "*batch height width 2"], visibility: Float[Tensor, "*batch 1 height width"],
     surface: Float[Tensor, "*batch 1 height width"],
 ) -> Float[Tensor, "*batch 1 height width"]:  # fmt: skip
-    """Return 1 where a pixel's share of the portrait is as large as the median's, 0 where it is a sliver of that."""
+    """Return 1 where a pixel's share of the portrait is as large as its image's median, 0 where it is a sliver."""
     across = (grid[..., 1:-1, 2:, :] - grid[..., 1:-1, :-2, :]).unbind(-1)
     down = (grid[..., 2:, 1:-1, :] - grid[..., :-2, 1:-1, :]).unbind(-1)
     area = (across[0] * down[1] - across[1] * down[0]).abs()
     # Beside an outline differences are of two surfaces: there the portrait is believed.
     whole = -max_pool2d(-surface.reshape(-1, 1, *surface.shape[-2:]), 3, 1).reshape(area.shape)
     seen = (whole > 0) & (visibility[..., 0, 1:-1, 1:-1] > 0.9)
-    if not bool(seen.any()):
-        return torch.ones_like(visibility)
-    trust = (area / area[seen].median().clamp(min=1e-12) - STRETCHED[0]) / (STRETCHED[1] - STRETCHED[0])
+    flat = torch.where(seen, area, torch.nan).flatten(-2)
+    usual = flat.nanmedian(-1).values.nan_to_num(0.0).clamp(min=1e-12)[..., None, None]
+    trust = (area / usual - STRETCHED[0]) / (STRETCHED[1] - STRETCHED[0])
     return pad(torch.where(whole > 0, trust.clamp(0, 1), 1.0), (1, 1, 1, 1), value=1.0)[..., None, :, :]
 
 
@@ -156,14 +146,12 @@ def complete(
     camera: Camera,
     mask: Float[Tensor, "1 height width"] | None = None,
     texels: int = 512,
-    painted: bool = False,
 ) -> CompletedHead:
     """Return the texture of a whole head from a portrait and its tracked head.
 
     Seen texels keep the portrait; hidden ones take their mirror image's colour; those hidden on both sides take the
-    fixed colours of inner regions (`UNSEEN_COLOURS`) or a push-pull pyramid's mean of what is around them. `painted`
-    gives mouth, eyes and lids colours of their own instead (`render/hidden.py`), for expressions far from the
-    portrait's; the models that ship were trained without.
+    mean of a push-pull pyramid of what is around them; mouth, eyes and lids have colours of their own there
+    (`render/hidden.py`), for expressions far from the portrait's.
 
     Example:
         >>> portrait = complete(head, image, head.pose(params).vertices, camera)
@@ -173,8 +161,7 @@ def complete(
     atlas = rasterize_uv(head.uv, head.uv_faces, texels)
     twin = mirror_vertices(head)
     mirrored = Carried(carried.grid[twin], carried.visibility[twin])
-    shown = _trusted if painted else warp
-    (own, own_weight), (other, other_weight) = (shown(image, c, atlas, head.faces) for c in (carried, mirrored))
+    (own, own_weight), (other, other_weight) = (_trusted(image, c, atlas, head.faces) for c in (carried, mirrored))
     weight = own_weight + (1 - own_weight) * other_weight
     # What nobody saw continues the mean of both sides, so that the back of the head has no middle seam.
     mean = (own * own_weight + other * other_weight) / (own_weight + other_weight).clamp(min=1e-6)
@@ -183,14 +170,8 @@ def complete(
     both = own_weight * other_weight
     other = (other + push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
     texture = own_weight * own + (weight - own_weight) * other + (1 - weight) * hidden
-    if painted:
-        texture = paint_hidden(head, texture, weight, own_weight, atlas)
-    else:
-        for name, colour in UNSEEN_COLOURS.items():
-            if name in head.regions:
-                inside = interpolate(atlas, head.faces, head.regions[name].float()[:, None]) * (1 - weight)
-                texture = texture + inside * (texture.new_tensor(colour)[:, None, None] - texture)
-    return CompletedHead(head, image, carried, texture.clamp(0, 1), painted)
+    texture = paint_hidden(head, texture, weight, own_weight, atlas)
+    return CompletedHead(head, image, carried, texture.clamp(0, 1))
 
 
 def sample_completed(
@@ -216,8 +197,7 @@ def sample_completed(
     own, seen, whole, share, uv = maps.split((2, 1, 1, 1, 2), 1)
     inside = (share > 0.5).to(maps.dtype)
     visibility = seen * (whole > 0.999 * share) * inside
-    if portrait.painted:
-        visibility = visibility * _unstretched((own / share.clamp(min=1e-3)).movedim(1, -1), visibility, inside)
+    visibility = visibility * _unstretched((own / share.clamp(min=1e-3)).movedim(1, -1), visibility, inside)
 
     def look(image: Float[Tensor, "3 rows columns"], grid: Float[Tensor, "n 2 height width"]) -> Tensor:
         return sample(image.expand(len(grid), -1, -1, -1), (grid / share.clamp(min=1e-3)).movedim(1, -1))

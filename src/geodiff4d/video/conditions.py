@@ -3,30 +3,28 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import encode_normals
 from geodiff4d.heads.rig import Head, HeadParams
-from geodiff4d.render.meshes import rasterize, render_normals
+from geodiff4d.render.hidden import inside_of_mouth
+from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import LiftedPortrait, lift_portrait
 from geodiff4d.video.inputs import Portrait
-from geodiff4d.video.model import ConditionImages, VideoModel
+from geodiff4d.video.model import ConditionImages
 
 TEXELS = 256
 """Side of the completed texture; the same as in training."""
 
 
-def lifted(head: Head, portrait: Portrait, surroundings: bool, painted: bool = False) -> LiftedPortrait:
+def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait:
     """Lift a portrait's texture onto its head, once for all targets.
 
-    `surroundings` adds hair and shoulders, `painted` colours for what it hides of mouth and eyes (`render/hidden.py`).
+    `surroundings` adds hair and shoulders.
     """
     mesh = head.pose(portrait.params)
-    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings, painted)
+    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings)
 
 
 def condition_images(
@@ -34,7 +32,7 @@ def condition_images(
 ) -> ConditionImages:
     """Draw pose map, warped portrait and its visibility for every target frame.
 
-    The pose map is at zero expression, and so is the warped portrait, unless `moved` says what the latents say.
+    The pose map is at zero expression, and so is the warped portrait, unless `moved` gives it an expression.
     """
     still = head.pose(params.without_expression())
     fragments = rasterize(still.vertices, head.faces, cameras)
@@ -42,30 +40,9 @@ def condition_images(
     if moved is not None:
         fragments = rasterize(head.pose(moved).vertices, head.faces, cameras)
     warp, visibility = portrait.shown(fragments, still.T_world_joint, cameras)
-    to_clip = "t c h w -> 1 c t h w"
-    return ConditionImages(
-        rearrange(encode_normals(normals, mask), to_clip), rearrange(warp, to_clip),
-        rearrange(visibility, to_clip),
-    )  # fmt: skip
-
-
-def moved_by(model: VideoModel, head: Head, params: HeadParams, latents: Float[Tensor, "1 t f"]) -> HeadParams | None:
-    """Give heads the expression that the latents say; None if the model cannot read it off for this head."""
-    coefficients = model.expression.config.motion
-    if coefficients != len(head.expression_names) + 3:
-        return None
-    motion = model.expression.motion(latents)[0]
-    return replace(params.without_expression(), expr=motion[:, :-3], jaw_pose=motion[:, -3:])
-
-
-def with_known(moved: HeadParams | None, params: HeadParams, known: Bool[Tensor, " frames"]) -> HeadParams:
-    """Put known expressions, jaws and eyes in place of what latents say (None: nothing, a face at rest)."""
-    read = params.without_expression() if moved is None else moved
-
-    def chosen(name: str) -> Tensor:
-        return torch.where(known[:, None], getattr(params, name), getattr(read, name))
-
-    return replace(read, **{name: chosen(name) for name in ("expr", "jaw_pose", "eyes_pose")})
+    inside = interpolate(fragments, head.faces, inside_of_mouth(head).to(warp)[:, None])
+    images = (encode_normals(normals, mask), warp, visibility, inside * (1 - visibility[:, :1]))
+    return ConditionImages(*(rearrange(x, "t c h w -> 1 c t h w") for x in images))
 
 
 @dataclass(frozen=True)
@@ -75,11 +52,11 @@ class Targets:
     head: Head
     portrait: LiftedPortrait
     params: HeadParams
-    """[frames, …], in the portrait's shape; expressions in it are not read."""
+    """[frames, …], in the portrait's shape; pose maps do not read the expression."""
     cameras: Camera
     """[frames]."""
     moved: HeadParams | None
-    """The same heads with the expression that the latents say (`moved_by`), for the warped portrait."""
+    """The same heads with the driver's expression and gaze, for the warped portrait; None: it stays at rest."""
 
     def __len__(self) -> int:
         return self.params.batch[0]

@@ -28,9 +28,6 @@ class ExpressionConfig:
     latent: int = 512
     tokens: int = 32
     token_dim: int = 16
-    motion: int = 0
-    """Head coefficients (expressions, then 3 of the jaw) that a linear readout guesses from the latent, so that the
-    warped portrait can move as the latent says (ours; 0: no readout, the warped portrait keeps still)."""
 
 
 class ExpressionEncoder(nn.Module):
@@ -50,10 +47,6 @@ class ExpressionEncoder(nn.Module):
         self.to_latent = nn.Linear(config.squeeze * side * side, config.latent)
         self.norm = nn.LayerNorm(config.latent, elementwise_affine=False)
         self.to_tokens = nn.Linear(config.latent, config.tokens * config.token_dim)
-        if config.motion:
-            self.to_motion = nn.Linear(config.latent, config.motion).requires_grad_(False)
-            nn.init.zeros_(self.to_motion.weight)
-            nn.init.zeros_(self.to_motion.bias)
         self.register_buffer("position", sine_cosine(config.tokens, config.token_dim), persistent=False)
 
     def forward(self, crops: Float[Tensor, "b 3 size size"]) -> Float[Tensor, "b latent"]:
@@ -67,15 +60,6 @@ class ExpressionEncoder(nn.Module):
         """Turn latents into tokens with their positions; the zero latent is the null expression."""
         flat = self.to_tokens(latent)
         return flat.unflatten(-1, (self.config.tokens, self.config.token_dim)) + self.position
-
-    def motion(self, latent: Float[Tensor, "*b latent"]) -> Float[Tensor, "*b coefficients"]:
-        """Guess head coefficients: expression weights in [0, 1], then the jaw's rotation [rad].
-
-        The null expression has none.
-        """
-        guess = self.to_motion(latent.to(self.to_motion.weight.dtype))
-        guess = torch.cat([guess[..., :-3].clamp(0, 1), guess[..., -3:]], -1)
-        return guess * (latent != 0).any(-1, keepdim=True)
 
     def drop(self, latent: Float[Tensor, "*b latent"], dropped: Bool[Tensor, "*b"]) -> Float[Tensor, "*b latent"]:
         """Replace the dropped rows by the null expression (S-A.1, p = 0.1 in training)."""

@@ -18,7 +18,7 @@ from geodiff4d.core.images import composite, decode_normals, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
-from geodiff4d.video.conditions import Targets, condition_images, lifted, moved_by, with_known
+from geodiff4d.video.conditions import Targets, condition_images, lifted
 from geodiff4d.video.finish import FinishContext, SampledFrames, surface_mask
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
@@ -80,8 +80,7 @@ class WarpGenerator:
     def generate(self, request: GenerationRequest, cameras: Camera, progress: Progress = silent) -> Generated:
         """Generate one frame for each driving frame and its camera, on the CPU."""
         head, params = request.head, request.driving.params
-        painted = request.driving.known is not None
-        texture = lifted(head, request.portrait, surroundings=True, painted=painted)
+        texture = lifted(head, request.portrait, surroundings=True)
         frames = [
             render_lifted(texture, head.pose(params[i : i + 1]), cameras[i : i + 1])
             for i in progress(range(params.batch[0]), "warping")
@@ -115,19 +114,19 @@ class DiffusionGenerator:
     def generate(self, request: GenerationRequest, cameras: Camera, progress: Progress = silent) -> Generated:
         """Generate one frame for each driving frame and its camera, on the model's device.
 
-        The driver's pose is read from the parameters, its expression from the crops alone (Sec. 3.1, 3.2).
+        The pose is the parameters', and so is the expression that the warped portrait moves by (ours); the expression
+        tokens are read from the crops alone (Sec. 3.1, 3.2).
         """
         model, config, device = self.model, self.sample, self.model.device
         head, portrait = request.head.to(device), request.portrait.to(device)
         params, cameras = request.driving.params.to(device), cameras.to(device)
-        reading = _Reading(model, head, portrait, request.driving.known is not None)
+        reading = _Reading(model, head, portrait)
         latents = model.encode_expressions(request.driving.crops.to(device))
         tokens = model.expression.tokens(latents)[0].cpu()
         if self.drop_expression:
             latents = torch.zeros_like(latents)
-        moved = moved_by(model, head, params, latents)
-        if request.driving.known is not None and not self.drop_expression:
-            moved = with_known(moved, params, request.driving.known.to(device))
+        # A model that never saw a warped portrait move is shown one at rest.
+        moved = params if model.config.moves and not self.drop_expression else None
         targets = Targets(head, reading.texture, params, cameras, moved)
         parts = [model.conditions(part.images()) for _, part in targets.chunks(config.chunk)]
         conditions = Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
@@ -173,9 +172,9 @@ class DiffusionGenerator:
 class _Reading:
     """What the model reads off a portrait, once for all frames."""
 
-    def __init__(self, model: VideoModel, head: Head, portrait: Portrait, painted: bool):
+    def __init__(self, model: VideoModel, head: Head, portrait: Portrait):
         self.model, self.head, self.portrait = model, head, portrait
-        self.texture = lifted(head, portrait, model.config.surroundings, painted)
+        self.texture = lifted(head, portrait, model.config.surroundings)
         params, camera = HeadParams.stack([portrait.params]), Camera.stack([portrait.camera])
         self.images = condition_images(head, self.texture, params, camera)
         self.pose = model.pose_planes(self.images.pose)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
@@ -54,9 +54,6 @@ class Driving:
     """The driver's own, if one saw all frames."""
     temporal: bool = True
     """Whether frames follow each other; off, they are instants, and temporal modules see each by itself."""
-    known: Bool[Tensor, " frames"] | None = None
-    """Frames whose expression `params` say exactly: there the warped portrait moves by them and not by what the
-    encoder reads. None if no frame's is."""
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -64,16 +61,12 @@ class Driving:
     def select(self, index: list[int]) -> "Driving":
         """Return the frames of an index, in its order."""
         i = torch.tensor(index)
-        known = None if self.known is None else self.known[i]
-        return replace(self, params=self.params[i], crops=self.crops[i], known=known)
+        return replace(self, params=self.params[i], crops=self.crops[i])
 
     def and_instants(self, others: "Driving") -> "Driving":
         """Return these frames and then the others, each an instant of its own."""
         both = HeadParams.stack([d.params[i] for d in (self, others) for i in range(len(d))])
-        known = torch.cat(
-            [torch.zeros(len(d), dtype=torch.bool) if d.known is None else d.known for d in (self, others)]
-        )
-        return Driving(both, torch.cat([self.crops, others.crops]), self.fps, None, temporal=False, known=known)
+        return Driving(both, torch.cat([self.crops, others.crops]), self.fps, None, temporal=False)
 
 
 def with_identity_of(portrait: Portrait, driver: HeadParams) -> HeadParams:

@@ -40,6 +40,9 @@ class VideoModelConfig:
     """Give the denoiser the portrait carried to the target pose (ours, beyond the paper)."""
     surroundings: bool = False
     """Let the carried portrait show hair and shoulders beside the head's mesh (`render/relief.py`)."""
+    moves: bool = False
+    """Whether carried portraits take the driver's expression; off, they keep still, as where a model was trained on
+    data whose motion nobody knew."""
     joint_attention: bool = True
     """Whether the domains attend to each other (Table 2, "w/o domain attn.")."""
     normals: bool = True
@@ -61,9 +64,11 @@ class ConditionImages:
     pose: Float[Tensor, "b 3 t height width"]
     """Pose maps (Sec. 3.2)."""
     warp: Float[Tensor, "b 3 t height width"] | None = None
-    """The portrait's texture on the expressionless head in the target pose, holes filled."""
+    """The portrait's texture on the head in the target pose, holes filled."""
     visibility: Float[Tensor, "b 2 t height width"] | None = None
     """Where the portrait itself shows the point, and where the head is at all."""
+    opened: Float[Tensor, "b 1 t height width"] | None = None
+    """Where the inside of the mouth is that the portrait hides. No network sees it; `video/mouth.py` does."""
 
 
 @dataclass(frozen=True)

@@ -71,5 +71,4 @@ def _played(crop: int) -> Driving:
     shown = composite(frames.rgb, frames.mask)
     # The actor's own shape places the cut; the portrait's takes its place when it drives.
     crops = [driving_crop(image, head, params[i], camera, crop) for i, image in enumerate(shown)]
-    known = torch.ones(len(expr), dtype=torch.bool)
-    return Driving(params, torch.stack(crops), temporal=False, known=known)
+    return Driving(params, torch.stack(crops), temporal=False)

@@ -25,7 +25,7 @@ from geodiff4d.video.objective import Draws, Objective, averaged, channels_last,
 from geodiff4d.video.processes import broadcast, check_consistent
 from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import Codec
-from geodiff4d.video.warm_start import fit_motion_readout, warm_start
+from geodiff4d.video.warm_start import warm_start
 from geodiff4d.video.watch import Watch
 
 
@@ -192,10 +192,6 @@ def train_video_model(
                 record = {"step": step, **validate(model, val, config.autocast)} | watch.look(model, val, step)
             watch.log(record)
     model.load_state_dict(ema, strict=False)
-    if model_config.expression.motion and config.parts == "all" and batches.samples.knows_motion:
-        fit_motion_readout(model.expression, batches.samples)
-        if accelerator.is_main_process:
-            model.save(folder.path / "model")
     return model.eval()
 
 

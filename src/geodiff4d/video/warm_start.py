@@ -101,28 +101,6 @@ def _gaze(motion: HeadParams) -> Float[Tensor, "n 4"]:
     return motion.eyes_pose.flatten(1)[:, [0, 1, 3, 4]]
 
 
-@torch.no_grad()
-def fit_motion_readout(encoder: ExpressionEncoder, samples: Samples, crops: int = 12_000, ridge: float = 1e-3) -> None:
-    """Set the encoder's linear readout of head coefficients by ridge regression over augmented driving crops.
-
-    A linear guess of the coefficients moves the surface as a linear guess of the surface would, wherever the surface
-    is linear in them: that coefficients hide one another does not matter here.
-    """
-    instants = len(samples.motion(crops).expr)
-    device = encoder.to_motion.weight.device
-    latents, known = [], []
-    for i in range(max(1, min(crops, 8 * instants) // 96)):
-        images, motion = samples.drivers(i, 96)
-        latents.append(encoder(images.to(device)).float().cpu())
-        known.append(torch.cat([motion.expr, motion.jaw_pose], 1))
-    x = nn.functional.pad(torch.cat(latents), (0, 1), value=1.0).double()
-    penalty = torch.eye(x.shape[1], dtype=x.dtype) * ridge * len(x)
-    penalty[-1, -1] = 0  # The mean is not shrunk.
-    weight = torch.linalg.solve(x.mT @ x + penalty, x.mT @ torch.cat(known).double()).to(device)
-    encoder.to_motion.weight.copy_(weight[:-1].mT)
-    encoder.to_motion.bias.copy_(weight[-1])
-
-
 def warm_start(
     encoder: ExpressionEncoder, samples: Samples, steps: int, mixed: bool = True,
     on_record: OnRecord = lambda record: None, lr: float = 1e-3, crops: int = 128,

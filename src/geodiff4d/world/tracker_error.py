@@ -1,6 +1,4 @@
-"""Errors drawn at random: a tracker's, which stands in for tracking images of the open world from their pixels, and
-that of the motion which is read off the expression latent.
-"""
+"""Errors drawn at random: a tracker's, which stands in for tracking images of the open world from their pixels."""
 
 from dataclasses import replace
 
@@ -35,11 +33,10 @@ def disturbed(params: HeadParams, seed: int) -> HeadParams:
     return replace(params, **changed)
 
 
-def as_read(tracked: HeadParams, motion: HeadParams, seed: int, temporal: bool = False) -> HeadParams:
-    """Give tracked heads the motion that a readout of the expression latent would: shrunk, noisy, gaze at rest.
+def moved_as_tracked(tracked: HeadParams, motion: HeadParams, seed: int, temporal: bool = False) -> HeadParams:
+    """Give tracked heads the expression, jaw and gaze that a tracker would find in their driver: shrunk and noisy.
 
-    The shares are what a regression explains on held-out people (docs/LOG.md). Where instants follow each other
-    (`temporal`), the gain is one for all and the error drifts, and jitters a bit.
+    Where instants follow each other (`temporal`), the gain is one for all and the error drifts, and jitters a bit.
     """
     rng = generator("readout", "track", seed) if temporal else generator("readout", seed)
 
@@ -47,12 +44,13 @@ def as_read(tracked: HeadParams, motion: HeadParams, seed: int, temporal: bool =
         shape = tuple(x.shape)
         if temporal:
             error = sigma * (_drift(shape, rng) + 0.4 * rng.normal(size=shape))
-            return x * rng.uniform(0.7, 1.0) + torch.from_numpy(error).to(x)
-        gain = rng.uniform(0.7, 1.0, (len(x), 1))
+            return x * rng.uniform(0.75, 1.1) + torch.from_numpy(error).to(x)
+        gain = rng.uniform(0.75, 1.1, (len(x), 1))
         return x * torch.from_numpy(gain).to(x) + torch.from_numpy(rng.normal(0, sigma, shape)).to(x)
 
     expr = noisy(motion.expr, 0.04).clamp(0, 1)
-    return replace(tracked.without_expression(), expr=expr, jaw_pose=noisy(motion.jaw_pose, np.deg2rad(0.7)))
+    jaw, gaze = (noisy(x, np.deg2rad(s)) for x, s in ((motion.jaw_pose, 0.7), (motion.eyes_pose, 2.0)))
+    return replace(tracked.without_expression(), expr=expr, jaw_pose=jaw, eyes_pose=gaze)
 
 
 def _drift(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -30,7 +30,7 @@ from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import lift_portrait
 from geodiff4d.world.seeds import generator
-from geodiff4d.world.tracker_error import as_read, disturbed
+from geodiff4d.world.tracker_error import disturbed, moved_as_tracked
 
 REFERENCE_DEG = 60.0
 """A view this far from the face's front can still serve as the portrait."""
@@ -151,14 +151,16 @@ class ClipFootage:
         return HeadParams.stack([clip.params(int(steps[i])) for i in instants])
 
     def _of_all(self, what: str, take: int) -> HeadParams:
-        """Return parameters of a whole take as `tracked`, or `read` off the latents: errors drift over a clip."""
+        """Return a whole take's parameters as `tracked`, or as a driver's that has `moved` them: errors drift."""
         if (what, take) not in self._whole:
             every, clip = range(len(self.takes[take].timesteps)), self._clip(take)
             if what == "tracked":
                 found = disturbed(self._told(take, every), int(clip.extra.get("subject_seed", 0)))
             else:
                 seed = int(generator("clip", clip.folder.name, take).integers(1 << 31))
-                found = as_read(self.params(take, every), self._told(take, every), seed, self.takes[take].temporal)
+                found = moved_as_tracked(
+                    self.params(take, every), self._told(take, every), seed, self.takes[take].temporal
+                )
             self._whole[what, take] = found
             _forget(self._whole)
         return self._whole[what, take]
@@ -275,7 +277,7 @@ class ClipFootage:
             vertices = still.vertices
             if moved is not None and moved[first : first + len(instants)].any():
                 here = torch.from_numpy(moved[first : first + len(instants)])[:, None, None]
-                read = self._of_all("read", take)[torch.tensor(instants)]
+                read = self._of_all("moved", take)[torch.tensor(instants)]
                 vertices = torch.where(here, own.pose(read).vertices, vertices)
             shown.append(portrait.shown(rasterize(vertices, still.faces, cameras), still.T_world_joint, cameras))
             first += len(instants)

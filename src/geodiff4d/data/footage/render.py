@@ -30,7 +30,7 @@ from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.render.warp import complete
 from geodiff4d.world.cameras import portrait_and_other_cameras
 from geodiff4d.world.subject import SyntheticSubject
-from geodiff4d.world.tracker_error import as_read, disturbed
+from geodiff4d.world.tracker_error import disturbed, moved_as_tracked
 
 MOST_BYTES = 1e12
 """No larger store is begun."""
@@ -104,7 +104,7 @@ def render_subject(folder: Path, s: int) -> None:
     # Independent instants: every one gets its own draw of the tracker's error.
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
     posed = head.pose(tracked)
-    moved = head.pose(as_read(tracked, m, c.seed * 100_000 + s))
+    moved = head.pose(moved_as_tracked(tracked, m, c.seed * 100_000 + s))
     still = head.pose(tracked.without_expression())
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     for i in range(c.instants):
@@ -140,7 +140,7 @@ def write_conditions(
     Args:
         posed: the head as tracked in each view that can be a portrait.
         standing: the head without expression; all views see it where it is.
-        moved: its vertices, moved as an expression latent would.
+        moved: its vertices, moved as the driver's tracked expression would.
     """
     head, c, still = openhead(), store.config, standing.vertices
     v = c.views
@@ -193,7 +193,7 @@ def render_track(folder: Path, s: int) -> None:
     tracked = HeadParams.stack([*(drifting[i] for i in range(n)), *alone])
     head = openhead()
     posed, still = head.pose(tracked), head.pose(tracked.without_expression())
-    moved = head.pose(as_read(tracked, m, who, temporal=True)).vertices
+    moved = head.pose(moved_as_tracked(tracked, m, who, temporal=True)).vertices
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
     standing = _cropped(c, who * 100, still.vertices[:n])
     bare = Store(folder, writable=True)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -58,8 +58,13 @@ class StoreConfig:
     seed: int = 0
     world: int = WORLD_VERSION
     """Version of the open world: pictures of another are not mixed in."""
+    warps: int = 2
+    """Version of what a portrait is warped by: since 2, gaze moves too and `render/hidden.py` paints what is hidden."""
     parameters: Literal["disturbed", "tracked"] = "disturbed"
     """Head parameters: the truth with a tracker's error, or what our tracker sees (`tracking/relabel.py`)."""
+
+    BEFORE: ClassVar[dict[str, Any]] = {"warps": 1}
+    """What fields were in stores that are older than they."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -68,9 +73,9 @@ class StoreConfig:
     def arrays(self, verts: int) -> Arrays:
         """Return shape and type of every array, by name.
 
-        `face` and `bary` are fragments of the head at zero expression, `moved_face` and `moved_bary` as the expression
-        latent would move it; `relief` and `follows` are sheets of what surrounds the portraits' heads
-        (`render/relief.py`), `T_world_joint` of the tracked head's root and neck.
+        `face` and `bary` are fragments of the head at zero expression, `moved_face` and `moved_bary` as its
+        driver's tracked expression and gaze move it; `relief` and `follows` are sheets of what surrounds the
+        portraits' heads (`render/relief.py`), `T_world_joint` of the tracked head's root and neck.
         """
         n, half = self.shape, self.size // 2
         image = (*n, 3, self.size, self.size)
@@ -128,7 +133,9 @@ class Store:
                 f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one"
             ) from None
         try:
-            self.config = StoreConfig(**saved)
+            self.config = StoreConfig(**StoreConfig.BEFORE | saved)
+            if self.config.warps != StoreConfig.warps:
+                raise TypeError(f"warps {self.config.warps} and not {StoreConfig.warps}")
             done = self.done.all()
         except (FileNotFoundError, TypeError) as error:
             raise UserError(f"{folder} is a store of another version ({error}): remove it and build it again") from None

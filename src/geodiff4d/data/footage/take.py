@@ -113,8 +113,8 @@ class Footage(Protocol):
     ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:  # fmt: skip
         """Carry a reference to frames' heads: (image; what the portrait shows, and where the head is).
 
-        Heads are without expression, but where `moved` is true: there they move as the expression latent would say.
-        With `surroundings`, hair and shoulders beside the mesh are carried too.
+        Heads are without expression, but where `moved` is true: there they have the expression and gaze that a tracker
+        would find. With `surroundings`, hair and shoulders beside the mesh are carried too.
         """
         ...
 

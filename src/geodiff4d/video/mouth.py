@@ -1,0 +1,36 @@
+"""Give opened mouths an inside (ours, beyond the paper; embedded preset only).
+
+A portrait with closed lips shows no teeth, and a denoiser that saw little paints grey where lips part. The warped
+portrait has teeth, gums, tongue and the dark between them, lit as the face is (`render/hidden.py`): what a mouth shows
+and the portrait does not is taken from there.
+"""
+
+from dataclasses import dataclass, replace
+
+from einops import rearrange
+from torch.nn.functional import avg_pool2d
+
+from geodiff4d.video.finish import FinishContext, SampledFrames
+
+SOFT = 3
+"""Width over which frame and inside pass into each other, at 256 px [px]."""
+
+
+@dataclass(frozen=True)
+class FillMouth:
+    """Take the inside of mouths from the warped portrait, where the portrait itself does not show it.
+
+    Normals stay as they are, and so do frames of a model that is not conditioned on the warped portrait.
+    """
+
+    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
+        """Return the frames with their mouths filled."""
+        if context.warp is None:
+            return frames
+        known = context.warp()
+        assert known.warp is not None
+        assert known.opened is not None
+        carried, opened = (rearrange(x, "1 c t h w -> t c h w") for x in (known.warp, known.opened))
+        window = 2 * max(1, round(SOFT * opened.shape[-1] / 512)) + 1
+        share = avg_pool2d(opened, window, 1, window // 2, count_include_pad=False)
+        return replace(frames, rgb=frames.rgb + share * (carried - frames.rgb))
