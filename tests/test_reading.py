@@ -12,8 +12,10 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import rigid
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import HeadParams
+from geodiff4d.tracking.blend import FIT_ALONE, fitted_blend
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.fit import fit
+from geodiff4d.tracking.observe import readings_of
 from geodiff4d.tracking.points import choose_points
 from geodiff4d.tracking.problem import FRONT
 from geodiff4d.tracking.reading import Reading, frame_noise, steadied
@@ -80,7 +82,10 @@ def observed(head, params: HeadParams, reading: Reading | None) -> list[Detectio
 def says(expr: torch.Tensor, eyes: torch.Tensor, sigma: float) -> Reading:
     n = len(expr)
     doubt = torch.full_like
-    return Reading(expr, torch.zeros(n, 3), eyes, doubt(expr, sigma), torch.full((n, 3), sigma), doubt(eyes, sigma))
+    return Reading(
+        expr, torch.zeros(n, 3), eyes, doubt(expr, sigma), torch.full((n, 3), sigma), doubt(eyes, sigma),
+        FIT_ALONE.expand(n, 3, 61),
+    )  # fmt: skip
 
 
 def blinking(head) -> tuple[HeadParams, torch.Tensor, torch.Tensor]:
@@ -120,3 +125,28 @@ def test_frames_without_a_face_are_in_nobodys_prior(head):
     detections[11] = None
     got = fit(head, detections, SIZE, SIZE, 900.0).params
     assert got.expr.isfinite().all() and got.eyes_pose.isfinite().all()
+
+
+def test_fit_and_reading_are_blended(head):
+    """A reading's slopes decide; frames without a face stay as they were interpolated."""
+    params, expr, eyes = blinking(head)
+    said = says(expr, eyes, 3.0)
+    blend = torch.zeros(FRAMES, 3, 61)
+    blend[:, 1] = 0.8
+    blend[:, 2, :52] = 0.05
+    found = observed(head, params, replace(said, blend=blend))
+    found[3] = None
+    got = fit(head, found, SIZE, SIZE, 900.0).params
+    left, there = head.expression_names.index("eyeBlinkLeft"), torch.arange(FRAMES) != 3
+    assert_close(got.expr[there, left], readings_of(found).expr[there, left] * 0.8 + 0.05, atol=1e-4, rtol=0)
+    assert got.expr[3].abs().max() < 0.3 and (got.expr >= 0).all()
+
+
+def test_the_blend_finds_the_shares_of_a_known_mixture():
+    """Oracle: truth = 0.9 fit + 0.3 reading − 0.1, per target; at rest it says rest, whatever the ridge."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 6, 40, 5, generator=g)
+    x[:, :8], y[:, :8] = 0.2, 0.4
+    blend = fitted_blend(x, y, 0.9 * x + 0.3 * y - 0.1, rest=8)
+    assert_close(blend[:2], torch.tensor([[0.9], [0.3]]).expand(2, 5), atol=0.02, rtol=0)
+    assert_close(blend[0] * 0.2 + blend[1] * 0.4 + blend[2], torch.full((5,), 0.9 * 0.2 + 0.3 * 0.4 - 0.1))

@@ -16,6 +16,7 @@ def train(
 
     from geodiff4d.cli.progress import bar, record_lines
     from geodiff4d.core.files import load_model
+    from geodiff4d.evaluate.reader_blend import measured_blend
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.tracking.reader import load_reader
     from geodiff4d.tracking.reader_data import build_faces
@@ -30,5 +31,7 @@ def train(
     real = None if photographs is None else gather_photographs(photographs, progress=bar)
     first = None if start is None else load_reader(start)
     encoder = load_model(SHIPPED_MODEL / "expression")[1] if stage.from_encoder and first is None else None
-    train_reader(out, faces, val, training, first, real, record_lines(training.steps), encoder)
+    reader = train_reader(out, faces, val, training, first, real, record_lines(training.steps), encoder)
+    reader.blend.copy_(measured_blend(out / "performances", reader, *stage.measured_on, bar))
+    reader.save(out / "reader")
     print(f"{out / 'reader'}: the reader, for src/geodiff4d/assets/reader")

@@ -22,6 +22,7 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_quat, rigid
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import head_region
+from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe
@@ -82,7 +83,7 @@ def fit(
     x = minimise(Problem(small, layout, seen, K, config, pose_only), x, pose_only, steps=10, tolerance=1e-2)
     problem = Problem(small, layout, seen, K, config, everything)
     x = minimise(problem, x, everything, steps=config.steps, tolerance=config.tolerance)
-    return _result(problem, x, width, height)
+    return _result(problem, replace(x, frame=blended(layout, seen, x.frame)), width, height)
 
 
 def assumed_focal(

@@ -17,6 +17,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.video import upright
 from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection, FollowingDetector
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.fit import HeadFit, fit
@@ -121,7 +122,7 @@ class Follower:
         self.precision = sigma.square().reciprocal()
         self.K = settled.camera.K.double()
         first = int(settled.seen.nonzero()[0])
-        self.last = self._unknowns(settled.params[first : first + 1])
+        self.last = self.shown = self._unknowns(settled.params[first : first + 1])
         self.error = float("nan")
 
     @staticmethod
@@ -141,10 +142,10 @@ class Follower:
             problem.anchor = Anchor(self.last, self.precision)
             x = Unknowns(self.last, self.fixed)
             x = minimise(problem, x, self.limits, self.config.steps, self.config.fit.tolerance)
-            self.last = x.frame
-            off = (problem.project(x.frame, x.shared) - seen.points).norm(dim=-1)[0, seen.inner]
+            self.last, self.shown = x.frame, blended(self.layout, seen, x.frame)
+            off = (problem.project(self.shown, x.shared) - seen.points).norm(dim=-1)[0, seen.inner]
             self.error = float(off.mean())
-        params = self.layout.params(self.last, self.fixed[:-1][None]).map(lambda v: v[0].float())
+        params = self.layout.params(self.shown, self.fixed[:-1][None]).map(lambda v: v[0].float())
         params = replace(params, translation=params.translation - self._mean)
         return LiveFrame(params, self.settled.camera, detection is not None, self.error, image)
 

@@ -95,12 +95,12 @@ def observe(
         shape = torch.stack([_given(d.shape) for d in detections if d is not None]).mean(0).double()
     return Observed(
         points, weight * seen[:, None], sigma, index, landmarks, inner, seen, face_px, turn, centre, shape,
-        _readings(detections),
+        readings_of(detections),
     )  # fmt: skip
 
 
-def _readings(detections: Sequence[Detection | None]) -> Reading | None:
-    """Gather what the reader says of each frame, steadied where frames follow each other."""
+def readings_of(detections: Sequence[Detection | None]) -> Reading | None:
+    """Gather what the reader says of each frame, steadied where frames follow each other; None if none looked."""
     known = [d.reading for d in detections if d is not None and d.reading is not None]
     if len(known) < sum(d is not None for d in detections):
         return None
@@ -108,6 +108,7 @@ def _readings(detections: Sequence[Detection | None]) -> Reading | None:
     nothing = Reading(
         *(torch.zeros_like(v) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
         *(torch.full_like(v, torch.inf) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
+        first.blend,
     )
     whole = Reading.cat([nothing if d is None or d.reading is None else d.reading for d in detections])
     at = torch.tensor([d is not None for d in detections]).nonzero()[:, 0]

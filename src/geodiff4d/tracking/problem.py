@@ -9,10 +9,10 @@ from torch import Tensor
 from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM
 from geodiff4d.core.geometry import axis_angle_to_matrix
 from geodiff4d.heads.rig import Head, joint_transforms
+from geodiff4d.tracking.blend import reads_expression
 from geodiff4d.tracking.layout import Layout
 from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns
-from geodiff4d.world.expressions import ACTIONS
 
 FRONT = IMAGE_NORMAL_FROM_CAM
 """Rotation from the world to an upright camera that looks along -z."""
@@ -244,11 +244,6 @@ class Problem:
             moved[:, i] += DIFFERENCE
             J[..., i] = (off(moved) - r) / DIFFERENCE
         return r * scale, J * scale[..., None]
-
-
-def reads_expression(layout: Layout) -> bool:
-    """Whether the face reader's coefficients are the head's own."""
-    return layout.names == ACTIONS
 
 
 def frame_priors(

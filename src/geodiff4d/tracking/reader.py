@@ -113,6 +113,8 @@ class FaceReader(nn.Module):
     gain: Tensor
     """Calibration, target = gain × value + offset: least squares of the truth on other people."""
     offset: Tensor
+    blend: Tensor
+    """How its answers are brought together with a fit's (`blend.py`)."""
 
     def __init__(self, config: ReaderConfig):
         super().__init__()
@@ -134,6 +136,7 @@ class FaceReader(nn.Module):
         moves[list(STILL)] = 0
         for name, value in (("spread", 0.2 * moves), ("centre", 0 * moves), ("gain", moves), ("offset", 0 * moves)):
             self.register_buffer(name, value.clone())
+        self.register_buffer("blend", torch.tensor([0.5, 0.5, 0.0])[:, None].repeat(1, TARGETS))
 
     def forward(self, crops: Float[Tensor, "b 3 size size"]) -> Raw:
         eyes = torch.cat(eye_windows((crops - 0.5) * 4))
@@ -157,7 +160,8 @@ class FaceReader(nn.Module):
         value = (raw.value * self.spread + self.centre) * self.gain + self.offset
         sigma = raw.log_sigma.exp() * self.spread * self.gain
         parts, doubts = value.split([EXPRS, JAW, EYES], 1), sigma.split([EXPRS, JAW, EYES], 1)
-        return Reading(parts[0].clamp(min=0), parts[1], parts[2], *doubts)
+        blend = self.blend.expand(len(crops), -1, -1)
+        return Reading(parts[0].clamp(min=0), parts[1], parts[2], *doubts, blend)
 
     def take_trunk(self, encoder: dict[str, Tensor]) -> None:
         """Start from the trunk of an expression encoder, given its weights by name.
@@ -179,9 +183,8 @@ class FaceReader(nn.Module):
         state = {k: v for k, v in self.state_dict().items() if not k.endswith("num_batches_tracked")}
         small = packed(state)
         # Running variances can be smaller than half precision holds.
-        small |= {
-            k: v.float() for k, v in state.items() if "running" in k or k in ("spread", "centre", "gain", "offset")
-        }
+        exact = ("spread", "centre", "gain", "offset", "blend")
+        small |= {k: v.float() for k, v in state.items() if "running" in k or k in exact}
         save_model(folder, asdict(self.config), small)
 
 

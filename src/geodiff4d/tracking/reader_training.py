@@ -33,9 +33,9 @@ class ReaderTraining:
     """How the reader is trained."""
 
     model: ReaderConfig = field(default_factory=ReaderConfig)
-    steps: int = 6000
+    steps: int = 7000
     batch: int = 24
-    sizes: tuple[tuple[float, int], ...] = ((0.6, 128),)
+    sizes: tuple[tuple[float, int], ...] = ((0.65, 128),)
     """Sides of the crops at first, where steps are cheaper: (until which share of the steps, [px])."""
     backgrounds: int = 96
     lr: float = 1e-3
@@ -51,7 +51,7 @@ class ReaderTraining:
     validate_every: int = 500
     save_every: int = 250
     val_rows: int = 576
-    photographs: int = 8
+    photographs: int = 4
     """Unlabelled photographs per step, where there are any."""
     seed: int = 0
 

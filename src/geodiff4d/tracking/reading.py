@@ -17,7 +17,7 @@ ALIKE = 2.5
 
 @dataclass(frozen=True)
 class Reading:
-    """What crops of faces show; the standard deviations are the reader's own doubt."""
+    """What crops of faces show; the standard deviations are the reader's own doubt, `targets` 52 + 3 + 6."""
 
     expr: Float[Tensor, "b 52"]
     """OpenHead's coefficients, from 0; strong people go beyond 1."""
@@ -28,6 +28,8 @@ class Reading:
     expr_sigma: Float[Tensor, "b 52"]
     jaw_sigma: Float[Tensor, "b 3"]
     eyes_sigma: Float[Tensor, "b 6"]
+    blend: Float[Tensor, "b 3 targets"]
+    """How the fit and this reading are brought together (`blend.py`): slopes of both, and what is added."""
 
     def __len__(self) -> int:
         return len(self.expr)

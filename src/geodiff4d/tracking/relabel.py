@@ -24,7 +24,7 @@ from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.detect import Detection, Detector
 from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.placed import placed
-from geodiff4d.world.tracker_error import as_read
+from geodiff4d.world.tracker_error import moved_as_tracked
 
 
 def render_tracked(folder: Path, s: int) -> None:
@@ -95,6 +95,6 @@ def _write(
             params = common if found is None else found[0]
             here = replace(params, rotation=common.rotation, translation=common.translation)
             posed.append(one_of(head.pose(here), 0))
-    moved = head.pose(as_read(common, motion, c.seed * 100_000 + s * 1000 + i)).vertices[0]
+    moved = head.pose(moved_as_tracked(common, motion, c.seed * 100_000 + s * 1000 + i)).vertices[0]
     mask = foreground(take(store.normal, (s, i), 255.0))
     write_conditions(store, s, i, rgb, mask, posed, one_of(standing, 0), moved, Camera.stack(cameras))
