@@ -16,6 +16,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
+from geodiff4d.data.clip import Clip
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
@@ -187,6 +188,34 @@ def test_photo_to_clip(head, tmp_path):
     xy, _ = frame.camera.project(head.pose(frame.params).vertices[head_region(head)])
     low, high = xy.amin(0), xy.amax(0)
     assert abs(float((high - low).max()) - 64 / 1.6) < 0.5 and ((low + high) / 2 - 32).abs().max() < 0.5
+
+
+def test_a_mask_of_the_users_is_taken(head, tmp_path):
+    """It is cut as the image is; one of another size, of a video or without anything in it is refused."""
+    write_image(tmp_path / "me.png", torch.rand(3, HEIGHT, WIDTH))
+    mask = torch.zeros(1, HEIGHT, WIDTH)
+    mask[:, :, : WIDTH // 2] = 1
+    write_image(tmp_path / "mask.png", mask.expand(3, -1, -1))
+    config = TrackingConfig(size=64, mask=tmp_path / "mask.png")
+
+    [seen] = detections(head, motion(head, 1))
+
+    def tracked(source: str = "me.png", config: TrackingConfig = config) -> Clip:
+        return track(tmp_path / source, tmp_path / "clip", head, FakeDetector([seen] * 2), config)
+
+    clip = tracked()
+    left, _, side = clip.extra["crop"]
+    edge = (WIDTH / 2 - left) * 64 / side
+    got = clip.frame(0).mask[0, 28:36]  # Above and below, the crop may leave the image.
+    assert got[:, : int(edge) - 1].min() > 0.9 and got[:, int(edge) + 2 :].max() < 0.1
+    write_image(tmp_path / "small.png", mask[:, ::2, ::2].expand(3, -1, -1))
+    write_image(tmp_path / "none.png", torch.zeros(3, HEIGHT, WIDTH))
+    write_video(tmp_path / "me.mp4", [torch.rand(3, HEIGHT, WIDTH)] * 2, fps=25)
+    for name, says in (("small.png", f"expected {WIDTH}×{HEIGHT}"), ("none.png", "all of one colour")):
+        with pytest.raises(UserError, match=says):
+            tracked(config=replace(config, mask=tmp_path / name))
+    with pytest.raises(UserError, match="is a video"):
+        tracked("me.mp4")
 
 
 def test_video_to_clip(head, tmp_path):

@@ -27,6 +27,8 @@ class Args:
     """Largest number of frames of a video that are tracked."""
     focal_px: float | None = None
     """Focal length of the uncut image; by default from EXIF, else assumed."""
+    mask: Path | None = None
+    """Your own cut-out of an image: one of the same size, the person in white on black."""
 
 
 def run(args: Args) -> None:
@@ -38,7 +40,7 @@ def run(args: Args) -> None:
     from geodiff4d.tracking.track import TrackingConfig, default_detector, track
 
     refuse_foreign(args.out, args.input)
-    config = TrackingConfig(size=args.size, limit=args.limit, focal_px=args.focal_px)
+    config = TrackingConfig(size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask)
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
     clip = track(args.input, args.out, load_head(args.head), detector, config, progress.bar)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.images import encode_normals, to_uint8, write_image
+from geodiff4d.core.images import encode_normals, read_image, to_uint8, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import cut_short, write_video
 from geodiff4d.data.clip import Clip, ClipWriter
@@ -46,6 +46,8 @@ class TrackingConfig:
     """Number of frames at a video's start that are left out."""
     focal_px: float | None = None
     """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the head's size."""
+    mask: Path | None = None
+    """An image's foreground (white) in an image of the same size, where the user knows better than the detector."""
     fit: HeadFitConfig = field(default_factory=HeadFitConfig)
     """Weights of the fit to the landmarks."""
 
@@ -151,6 +153,7 @@ def track(
         return frames_of(source, config.limit, config.skip)
 
     width, height = first_size(frames())
+    mask = None if config.mask is None else _given_mask(config.mask, source, video, (height, width))
     located = locate(frames, head, detector or default_detector(), config, video, progress, source)
     result, camera, count = located.fit, located.camera, len(located.detections)
     scale = 256 / located.box[2]
@@ -170,7 +173,7 @@ def track(
 
         def written() -> Iterator[Tensor]:
             """Write frame by frame; yields each frame's overlay."""
-            cuts = cut_frames(lambda: progress(frames(), "matting", count), located, config.size)
+            cuts = cut_frames(lambda: progress(frames(), "matting", count), located, config.size, mask)
             for t, cut in enumerate(cuts):
                 writer.add_params(t, result.params[t])
                 pending.append(pool.submit(writer.add, t, 0, cut.image, camera, cut.mask, cut.normal))
@@ -223,15 +226,33 @@ def locate(
     return Located(detections, result, mesh, box, result.camera.cropped(*box, config.size), region, focal_source)
 
 
-def cut_frames(frames: FrameStream, located: Located, size: int) -> Iterator[Cut]:
-    """Yield every frame's crop with its foreground, smoothed over time, and its normals."""
+def _given_mask(path: Path, source: Path, video: bool, size: tuple[int, int]) -> Float[Tensor, "1 height width"]:
+    if video:
+        raise UserError(f"a mask is of one image, and {source} is a video: leave --mask out")
+    mask = read_image(path, "L")
+    if tuple(mask.shape[1:]) != size:
+        raise UserError(
+            f"{path} has {mask.shape[2]}×{mask.shape[1]} pixels: expected {size[1]}×{size[0]}, as {source} has"
+        )
+    if not 0.001 < float(mask.mean()) < 0.999:
+        raise UserError(f"{path} is all of one colour: expected the person in white on black")
+    return mask
+
+
+def cut_frames(
+    frames: FrameStream, located: Located, size: int, mask: Float[Tensor, "1 _height _width"] | None = None
+) -> Iterator[Cut]:
+    """Yield every frame's crop with its foreground, smoothed over time, and its normals; `mask` is the user's own."""
     waiting: list[Tensor] = []
     masks: list[Tensor] = []
     work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
     for t, (image, detection, vertices) in enumerate(work):
         crop = crop_image(image, located.box, size, fill=0.5)
         waiting.append(crop)
-        masks.append(_matte(crop, detection, image.shape[2], vertices, located))
+        if mask is None:
+            masks.append(_matte(crop, detection, image.shape[2], vertices, located))
+        else:
+            masks.append(crop_image(mask, located.box, size, fill=0.0).clamp(0, 1))
         if t:
             yield _finished(waiting, masks, t - 1, located)
     yield _finished(waiting, masks, len(masks) - 1, located)
