@@ -86,19 +86,21 @@ def test_frames_are_finished_alone(finished):
 
     finished(keep)
     [(frames, context)] = seen
-    drawn = context.warp()
+    drawn, times = context.warp(), []
 
     def done(part: slice) -> SampledFrames:
         images = ConditionImages(*(getattr(drawn, f.name)[:, :, part] for f in fields(ConditionImages)))
         here = SampledFrames(frames.rgb[part], frames.normals[part], frames.mask[part])
+        given = replace(context, warp=lambda: times.append(part) or images)
         for touch in PRESETS["debug"].sample.finish:
-            here = touch(here, replace(context, warp=lambda: images))
+            here = touch(here, given)
         return here
 
     whole, alone = done(slice(None)), [done(slice(i, i + 1)) for i in range(len(frames.rgb))]
     for name in ("rgb", "normals", "mask"):
         one_by_one = torch.cat([getattr(x, name) for x in alone])
         torch.testing.assert_close(getattr(whole, name), one_by_one, atol=1e-5, rtol=1e-5)
+    assert len(times) == 1 + len(alone), "the warped portrait is drawn once for all touches"
 
 
 def test_without_touches_the_mask_is_where_normals_are_long(finished):
@@ -122,7 +124,8 @@ def test_touches_without_their_ground_change_nothing(pair):
 def test_detail_comes_from_the_warp(pair):
     soft = torch.full((2, 3, SIZE, SIZE), 0.5)
     sharp = soft + 0.03 * torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    known = ConditionImages(*(x.movedim(0, 1)[None] for x in (soft, sharp, torch.ones(2, 2, SIZE, SIZE))))
+    ones = torch.ones(2, 2, SIZE, SIZE)
+    known = ConditionImages(*(x.movedim(0, 1)[None] for x in (soft, sharp, ones, 0 * ones[:, :1])))
     frames = SampledFrames(soft, None, torch.ones(2, 1, SIZE, SIZE))
     made = RestoreDetail(tolerance=0.2)(frames, FinishContext(pair.portrait, lambda: known))
     assert (made.rgb - sharp).abs().mean() < 0.7 * (soft - sharp).abs().mean()

@@ -140,6 +140,9 @@ def test_fit_and_reading_are_blended(head):
     left, there = head.expression_names.index("eyeBlinkLeft"), torch.arange(FRAMES) != 3
     assert_close(got.expr[there, left], readings_of(found).expr[there, left] * 0.8 + 0.05, atol=1e-4, rtol=0)
     assert got.expr[3].abs().max() < 0.3 and (got.expr >= 0).all()
+    alone = fit(head, observed(head, params, said), SIZE, SIZE, 900.0)
+    blended = fit(head, observed(head, params, replace(said, blend=blend)), SIZE, SIZE, 900.0)
+    assert_close(blended.error_px, alone.error_px, msg="the error is the fit's own, whatever the reader says then")
 
 
 def test_the_blend_finds_the_shares_of_a_known_mixture():

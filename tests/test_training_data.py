@@ -75,7 +75,7 @@ def test_folders_are_mixed_and_val_is_kept_apart(tmp_path, capsys):
 
 
 def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path, monkeypatch):
-    """Warm start and readout read both kinds; `--ablate synthetic` degrades exact normals where they are synthetic."""
+    """The warm start reads both kinds; `--ablate synthetic` degrades exact normals where they are synthetic."""
     p = preset("debug")
     build_store(tmp_path / "world/train", p.store, workers=1)
     build_store(tmp_path / "world/val", p.val_store, workers=1)

@@ -178,7 +178,7 @@ def trained(args: Args, variant: str, store: Store, codec: PatchCodec) -> VideoM
 
 
 def warmed(args: Args, samples: Samples) -> dict[str, Tensor]:
-    """Return the encoder's weights after its warm start, which variants share; the readout is fitted later."""
+    """Return the encoder's weights after its warm start, which variants share."""
     path = args.out / f"encoder_{args.warm_start}_{args.seed}.safetensors"
     if not path.exists():
         print(f"{time.strftime('%H:%M:%S')} warm start of the encoder", flush=True)

@@ -59,4 +59,5 @@ def measured_blend(
         reader.blend.copy_(blend)
     if not rows:
         raise UserError("the reader cannot be measured: no performance could be tracked; train it further")
-    return fitted_blend(*torch.stack(rows, 1), REST_FRAMES)
+    fitted, read, true = torch.stack(rows, 1)
+    return fitted_blend(fitted, read, true, REST_FRAMES)

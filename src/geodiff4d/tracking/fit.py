@@ -39,7 +39,8 @@ class HeadFit:
     camera: Camera
     """The one camera of the uncut images."""
     error_px: Float[Tensor, " frames"]
-    """Mean landmark distance per frame (outline excluded), NaN where no face was seen."""
+    """Mean landmark distance per frame (outline excluded), NaN where no face was seen. It is the fit's own, before a
+    reader has a say (`blend.py`), so that it tells whether the head lies on the face."""
     seen: Bool[Tensor, " frames"]
     """Frames in which a face was detected; the others are interpolated."""
     face_px: float
@@ -83,7 +84,7 @@ def fit(
     x = minimise(Problem(small, layout, seen, K, config, pose_only), x, pose_only, steps=10, tolerance=1e-2)
     problem = Problem(small, layout, seen, K, config, everything)
     x = minimise(problem, x, everything, steps=config.steps, tolerance=config.tolerance)
-    return _result(problem, replace(x, frame=blended(layout, seen, x.frame)), width, height)
+    return _result(problem, x, blended(layout, seen, x.frame), width, height)
 
 
 def assumed_focal(
@@ -143,12 +144,13 @@ def fill_gaps(frame: Float[Tensor, "frames unknowns"], seen: Bool[Tensor, " fram
         frame[:, k] = torch.from_numpy(np.interp(t, at, frame[seen, k].numpy()))
 
 
-def _result(problem: Problem, x: Unknowns, width: int, height: int) -> HeadFit:
+def _result(problem: Problem, x: Unknowns, shown: Tensor, width: int, height: int) -> HeadFit:
+    """Put together what was fitted (`x`), and the same frames as they are shown, after the reader's say."""
     seen, layout = problem.seen, problem.layout
     predicted = problem.project(x.frame, x.shared)
     error = (predicted - seen.points).norm(dim=-1)[:, seen.inner].mean(1)
     error[~seen.seen] = torch.nan
-    params = layout.params(x.frame, x.shared[:-1].expand(len(x.frame), -1))
+    params = layout.params(shown, x.shared[:-1].expand(len(shown), -1))
     mean = params.translation.mean(0)
     params = replace(params, translation=params.translation - mean)
     K = problem.K.clone()

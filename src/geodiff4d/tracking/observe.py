@@ -1,7 +1,7 @@
 """Observations of the fit: the points that head and detector share, their uncertainty, and first guesses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,10 +105,10 @@ def readings_of(detections: Sequence[Detection | None]) -> Reading | None:
     if len(known) < sum(d is not None for d in detections):
         return None
     first = known[0]
-    nothing = Reading(
-        *(torch.zeros_like(v) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
-        *(torch.full_like(v, torch.inf) for v in (first.expr, first.jaw_pose, first.eyes_pose)),
-        first.blend,
+    nothing = replace(
+        first,
+        **{k: torch.zeros_like(getattr(first, k)) for k in ("expr", "jaw_pose", "eyes_pose")},
+        **{k: torch.full_like(getattr(first, k), torch.inf) for k in ("expr_sigma", "jaw_sigma", "eyes_sigma")},
     )
     whole = Reading.cat([nothing if d is None or d.reading is None else d.reading for d in detections])
     at = torch.tensor([d is not None for d in detections]).nonzero()[:, 0]

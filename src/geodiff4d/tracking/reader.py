@@ -159,9 +159,10 @@ class FaceReader(nn.Module):
         raw = self(crops)
         value = (raw.value * self.spread + self.centre) * self.gain + self.offset
         sigma = raw.log_sigma.exp() * self.spread * self.gain
-        parts, doubts = value.split([EXPRS, JAW, EYES], 1), sigma.split([EXPRS, JAW, EYES], 1)
+        expr, jaw, eyes = value.split([EXPRS, JAW, EYES], 1)
+        expr_sigma, jaw_sigma, eyes_sigma = sigma.split([EXPRS, JAW, EYES], 1)
         blend = self.blend.expand(len(crops), -1, -1)
-        return Reading(parts[0].clamp(min=0), parts[1], parts[2], *doubts, blend)
+        return Reading(expr.clamp(min=0), jaw, eyes, expr_sigma, jaw_sigma, eyes_sigma, blend)
 
     def take_trunk(self, encoder: dict[str, Tensor]) -> None:
         """Start from the trunk of an expression encoder, given its weights by name.

@@ -11,7 +11,6 @@ nothing is known, the frame stays as it is.
 from dataclasses import dataclass, replace
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
@@ -45,14 +44,11 @@ class RestoreDetail:
 
     def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the frames with their detail restored."""
-        if context.warp is None:
+        known = context.warped
+        if known is None:
             return frames
-        known = context.warp()
-        assert known.warp is not None
-        assert known.visibility is not None
-        carried, visibility = (rearrange(x, "1 c t h w -> t c h w") for x in (known.warp, known.visibility))
-        seen, inside = visibility.split(1, 1)
-        rgb = restore_detail(frames.rgb, carried, seen, torch.maximum(seen, inside), self.tolerance)
+        shown = torch.maximum(known.seen, known.inside)
+        rgb = restore_detail(frames.rgb, known.rgb, known.seen, shown, self.tolerance)
         return replace(frames, rgb=rgb)
 
 

@@ -6,8 +6,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,12 +30,39 @@ class SampledFrames:
 
 
 @dataclass(frozen=True)
+class WarpedFrames:
+    """The warped portrait in each frame."""
+
+    rgb: Float[Tensor, "t 3 height width"]
+    seen: Float[Tensor, "t 1 height width"]
+    """Where the portrait itself shows the place, 0 to 1."""
+    inside: Float[Tensor, "t 1 height width"]
+    """Where the head's mesh is, 0 to 1."""
+    opened: Float[Tensor, "t 1 height width"]
+    """Where the inside of the mouth is that the portrait hides, 0 to 1."""
+
+
+@dataclass(frozen=True)
 class FinishContext:
     """What is known of the frames beside what was decoded."""
 
     portrait: Portrait
     warp: Callable[[], ConditionImages] | None
     """Draws the frames' condition images; None for a model that is not conditioned on the warped portrait."""
+
+    @cached_property
+    def warped(self) -> WarpedFrames | None:
+        """The frames' warped portraits, drawn once for all touches; None where the model knows none."""
+        if self.warp is None:
+            return None
+        drawn = self.warp()
+        assert drawn.warp is not None
+        assert drawn.visibility is not None
+        assert drawn.opened is not None
+        rgb, visibility, opened = (
+            rearrange(x, "1 c t h w -> t c h w") for x in (drawn.warp, drawn.visibility, drawn.opened)
+        )
+        return WarpedFrames(rgb, visibility[:, :1], visibility[:, 1:], opened)
 
 
 @runtime_checkable

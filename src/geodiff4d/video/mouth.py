@@ -7,7 +7,6 @@ and the portrait does not is taken from there.
 
 from dataclasses import dataclass, replace
 
-from einops import rearrange
 from torch.nn.functional import avg_pool2d
 
 from geodiff4d.video.finish import FinishContext, SampledFrames
@@ -25,12 +24,9 @@ class FillMouth:
 
     def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
         """Return the frames with their mouths filled."""
-        if context.warp is None:
+        known = context.warped
+        if known is None:
             return frames
-        known = context.warp()
-        assert known.warp is not None
-        assert known.opened is not None
-        carried, opened = (rearrange(x, "1 c t h w -> t c h w") for x in (known.warp, known.opened))
-        window = 2 * max(1, round(SOFT * opened.shape[-1] / 512)) + 1
-        share = avg_pool2d(opened, window, 1, window // 2, count_include_pad=False)
-        return replace(frames, rgb=frames.rgb + share * (carried - frames.rgb))
+        window = 2 * max(1, round(SOFT * known.opened.shape[-1] / 512)) + 1
+        share = avg_pool2d(known.opened, window, 1, window // 2, count_include_pad=False)
+        return replace(frames, rgb=frames.rgb + share * (known.rgb - frames.rgb))

@@ -56,7 +56,7 @@ def range_of_motion(head: Head, crop: int) -> Driving:
     """
     if head.name != "openhead":
         raise UserError(
-            f"the range of motion is played on OpenHead and the head is {head.name}: leave --range-of-motion out"
+            f"the range of motion is played on OpenHead and the head is {head.name}: give a driver to train with"
         )
     return _played(crop)
 
