@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from geodiff4d.avatar.frames import FitFrames, HoldOut
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip
+from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.heads import Head, HeadParams, load_head
+from geodiff4d.pipeline import driver_clip_index
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking import track as tracking
@@ -34,6 +37,7 @@ from geodiff4d.tracking.source import focal_length
 from geodiff4d.tracking.squares import HeadSquare
 from geodiff4d.tracking.track import TrackingConfig, track, track_frames
 from geodiff4d.tracking.turn import apparent_turn
+from geodiff4d.video.inputs import load_driving
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 640.0
 
@@ -286,6 +290,39 @@ def test_frames_in_memory_with_a_gap(head):
     inside = tracked.masks[0, 0] > 0.5
     assert inside.any() and (tracked.normals[0, 2][inside] > 0.99).float().mean() > 0.95
     assert tracked.masks[2].max() > 0.9, "without a segmentation the mask is the head's"
+
+
+def test_of_a_film_with_cuts_the_longest_shot_is_tracked(head, tmp_path):
+    g = torch.Generator().manual_seed(3)
+    a, b = (torch.nn.functional.interpolate(x[None], (HEIGHT, WIDTH), mode="bicubic")[0].clamp(0, 1)
+            for x in torch.rand(2, 3, 5, 6, generator=g))  # fmt: skip
+    truth = motion(head, 8)
+    kept: list[Detection | None] = [*perceived(head, truth)]
+    kept[3] = None
+    kept[5] = replace(kept[4], points=kept[4].points + 40 * torch.randn(kept[4].points.shape, generator=g))
+    write_video(tmp_path / "cut.mp4", [a] * 5 + [b] * 8, 24)
+
+    class Followed:
+        """Follows the first person's face into the second shot, unless it is asked about that shot alone."""
+
+        def detect(self, images, video=False):
+            n = len(list(images))
+            return kept if n == 8 else [kept[0]] * n
+
+    clip = track(tmp_path / "cut.mp4", tmp_path / "clip", head, Followed(), TrackingConfig(size=48, focal_px=FOCAL))
+    assert clip.extra["shots"] == [[0, 5], [5, 13]] and clip.extra["first_frame"] == 5 and len(clip) == 8
+    assert any("2 shots (cuts before frames 5)" in note for note in clip.extra["notes"])
+    assert clip.extra["lost_frames"] == [3] and clip.extra["doubtful_frames"] == [5]
+    assert [r.timestep for r in clip.records if r.unread] == [3, 5]
+    assert rotation_error_deg(HeadParams.stack([clip.params(t) for t in range(3)]).rotation, truth.rotation[:3]).max() < 4
+
+    driving = load_driving(clip, head, 32)
+    assert driving.unread == (3, 5) and len(driving) == 8, "a film stays in time"
+    assert torch.equal(driving.crops[3], driving.crops[2]) and not torch.equal(driving.crops[4], driving.crops[2])
+    assert set(driver_clip_index(driving, 8)) == {0, 1, 2, 4, 6, 7}
+    assert ClipFootage(clip.folder).takes[0].present.sum() == 6
+    frames = FitFrames(clip, head, HoldOut(every=0))
+    assert frames.train == [0, 1, 2, 4, 6, 7]
 
 
 def test_live_follows_a_growing_file(head, tmp_path):

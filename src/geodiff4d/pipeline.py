@@ -154,6 +154,8 @@ def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Drivi
     driver that is itself instants is shown like one.
     """
     portrait, driving = request.portrait, request.driving
+    if motion is None and driving.unread:
+        driving = driving.select([k for k in range(len(driving)) if k not in driving.unread])
     if motion is None and driving.temporal:
         shots = plan_shots(len(driving), views, frames)
     elif motion is None:
@@ -194,8 +196,10 @@ def synthesize(plan: ClipPlan, generator: Generator, out: Path, progress: Progre
 
 
 def driver_clip_index(driving: Driving, count: int) -> list[int]:
-    """Pick `count` frames spread evenly over a driving clip."""
-    return np.linspace(0, len(driving) - 1, min(count, len(driving))).round().astype(int).tolist()
+    """Pick `count` frames spread evenly over a driving clip's frames in which a face was read."""
+    read = [k for k in range(len(driving)) if k not in driving.unread]
+    index = np.linspace(0, len(read) - 1, min(count, len(read))).round().astype(int)
+    return [read[i] for i in index]
 
 
 def reconstruct(

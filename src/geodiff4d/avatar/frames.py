@@ -85,7 +85,10 @@ class FitFrames:
         self._stored = [self._read(i, rows) for i in range(len(clip))]
 
     def _split(self, hold_out: HoldOut, rows: dict[int, int]) -> None:
-        """Sort frames into `train`, `held_out_views`, `held_out_times` and `held_out` (all that are only scored)."""
+        """Sort frames into `train`, `held_out_views`, `held_out_times` and `held_out` (all that are only scored).
+
+        Frames whose head nobody read are in none of them.
+        """
         columns = {c: i for i, c in enumerate(self.clip.camera_indices)}
         views, times = len(columns), len(rows)
         if hold_out.views >= views and hold_out.views:
@@ -98,6 +101,8 @@ class FitFrames:
         held_views = {round((i + 1) * views / (hold_out.views + 1)) for i in range(hold_out.views)}
         self.train, self.held_out, self.held_out_views, self.held_out_times = [], [], [], []
         for i, record in enumerate(self.clip.records):
+            if record.unread:
+                continue
             t, c = rows[record.timestep], columns[record.camera_index]
             late, aside = t >= kept_times, c in held_views
             # Rotates through the cameras.
@@ -108,6 +113,8 @@ class FitFrames:
             if late and not aside:
                 self.held_out_times.append(i)
         self.train = self.train or self.held_out
+        if not self.train:
+            raise UserError(f"{self.clip.folder} has no frame whose head was read: track another film or photograph")
 
     def _read(self, index: int, rows: dict[int, int]) -> _Stored:
         frame = self.clip.frame(index)

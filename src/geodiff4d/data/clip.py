@@ -90,6 +90,9 @@ class FrameRecord:
     mask_path: Path | None
     normal_path: Path | None
     params_path: Path | None
+    unread: bool = False
+    """Whether its parameters were not read off the image (no face was seen, or a doubtful one) but off its neighbours:
+    such a frame is neither trained on nor read for expressions."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class Clip:
 
         return FrameRecord(
             int(frame["timestep_index"]), int(frame["camera_index"]), camera, place(frame["file_path"]),
-            path("fg_mask_path"), path("normal_path"), path("flame_param_path"),
+            path("fg_mask_path"), path("normal_path"), path("flame_param_path"), bool(frame.get("unread")),
         )  # fmt: skip
 
     def __len__(self) -> int:
@@ -283,6 +286,7 @@ class ClipWriter:
         self.folder, self.head, self.fps, self.extra = Path(folder), head, fps, extra or {}
         self._frames: list[dict] = []
         self._with_params: set[int] = set()
+        self._unread: set[int] = set()
         self._fresh = fresh_folder(self.folder)
 
     def __enter__(self) -> "ClipWriter":
@@ -300,6 +304,10 @@ class ClipWriter:
             canonical = replace(zero, shape=params.shape, static_offset=params.static_offset, jaw_pose=open_mouth)
             write_params(self.path / "canonical_flame_param.npz", canonical)
         self._with_params.add(timestep)
+
+    def mark_unread(self, timestep: int) -> None:
+        """Say that a timestep's parameters were not read off its images: no face was seen, or a doubtful one."""
+        self._unread.add(timestep)
 
     def add(
         self, timestep: int, camera_index: int, image: Float[Tensor, "3 height width"], camera: Camera,
@@ -350,6 +358,8 @@ class ClipWriter:
         for frame in self._frames:
             if frame["timestep_index"] not in self._with_params:
                 del frame["flame_param_path"]
+            if frame["timestep_index"] in self._unread:
+                frame["unread"] = True
         first = self._frames[0] if self._frames else {}
         top = {k: first.get(k) for k in ("cx", "cy", "fl_x", "fl_y", "h", "w", "camera_angle_x", "camera_angle_y")}
         top["timestep_indices"] = sorted({f["timestep_index"] for f in self._frames})

@@ -8,6 +8,7 @@ over the images.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,11 @@ from geodiff4d.tracking.detect import Box, Detection, Detector
 from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
 from geodiff4d.tracking.problem import HeadFitConfig
+from geodiff4d.tracking.shots import Shots, longest
 from geodiff4d.tracking.source import first_size, focal_length, frame_rate, frames_of, is_video
+
+DOUBTFUL, DOUBTFUL_FACE = 3.0, 0.06
+"""A frame is doubtful where the fit is off by this many times the film's median, and this share of the face's side."""
 
 FrameStream = Callable[[], Iterable[Tensor]]
 """Returns the frames from the start, RGB in [0, 1]; it is called more than once."""
@@ -77,11 +82,22 @@ class Located:
     """The head without neck and shoulders (`render.crops.head_region`)."""
     focal_source: str
     """Where the focal length is from: `given`, `exif (… mm)` or `assumed`."""
+    shots: list[tuple[int, int]] = field(default_factory=list)
+    """First and last frame of every shot of a film, the last not included."""
+    span: tuple[int, int] | None = None
+    """The shot that everything above is of; None: all frames."""
 
     @property
     def lost(self) -> list[int]:
         """Return the frames in which no face was seen, whose head is interpolated."""
         return [t for t, d in enumerate(self.detections) if d is None]
+
+    @property
+    def doubtful(self) -> list[int]:
+        """Return the frames whose landmarks the head does not meet: something else was taken for the face."""
+        error = self.fit.error_px
+        most = max(DOUBTFUL * float(error[self.fit.seen].median()), DOUBTFUL_FACE * self.fit.face_px)
+        return [t for t in range(len(error)) if bool(self.fit.seen[t]) and float(error[t]) > most]
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,8 @@ def track_frames(
         torch.Size([1, 3])
     """
     located = locate(lambda: images, head, detector or default_detector(), config, video, progress)
-    cuts = list(cut_frames(lambda: progress(images, "matting"), located, config.size))
+    first, last = located.span or (0, len(images))
+    cuts = list(cut_frames(lambda: progress(images[first:last], "matting"), located, config.size))
     normals = [c.normal for c in cuts]
     blank = torch.zeros(3, config.size, config.size)
     return Tracked(
@@ -156,12 +173,17 @@ def track(
     mask = None if config.mask is None else _given_mask(config.mask, source, video, (height, width))
     located = locate(frames, head, detector or default_detector(), config, video, progress, source)
     result, camera, count = located.fit, located.camera, len(located.detections)
+    first, last = located.span or (0, count)
+    unread = {*located.lost, *located.doubtful}
     scale = 256 / located.box[2]
-    short = cut_short(source, count) if video and (config.limit is None or count < config.limit) else None
+    read = located.shots[-1][1] if located.shots else count
+    short = cut_short(source, read) if video and (config.limit is None or read < config.limit) else None
     extra = {
         "source": source.name, "source_size": [width, height], "crop": list(located.box),
         "focal_source": located.focal_source, "focal_px": float(result.camera.K[0, 0]),
-        "notes": notes(source, located.detections) + ([short] if short else []), "lost_frames": located.lost,
+        "notes": notes(source, located) + ([short] if short else []),
+        "shots": located.shots, "first_frame": config.skip + first, "lost_frames": located.lost,
+        "doubtful_frames": located.doubtful,
         "normals": "detector" if any(d is not None and d.normal is not None for d in located.detections) else None,
         "error_px_at_256": result.error * scale,
         "errors_px_at_256": [None if e != e else round(e * scale, 3) for e in result.error_px.tolist()],
@@ -173,9 +195,12 @@ def track(
 
         def written() -> Iterator[Tensor]:
             """Write frame by frame; yields each frame's overlay."""
-            cuts = cut_frames(lambda: progress(frames(), "matting", count), located, config.size, mask)
+            shot = lambda: islice(frames(), first, last)  # noqa: E731
+            cuts = cut_frames(lambda: progress(shot(), "matting", count), located, config.size, mask)
             for t, cut in enumerate(cuts):
                 writer.add_params(t, result.params[t])
+                if t in unread:
+                    writer.mark_unread(t)
                 pending.append(pool.submit(writer.add, t, 0, cut.image, camera, cut.mask, cut.normal))
                 if t == 0:
                     writer.set_reference(cut.image, cut.normal)
@@ -213,7 +238,13 @@ def locate(
     """
     width, height = first_size(iter(frames()))
     focal_px, focal_source = focal_length(source, width, height, config.focal_px)
-    detections = detector.detect(progress(frames(), "detecting"), video=video)
+    seen = Shots()
+    detections = detector.detect(seen.watched(progress(frames(), "detecting")), video=video)
+    shots, span = (seen.spans() if video else []), None
+    if len(shots) > 1:
+        span = longest(shots, detections)
+        # What was followed into a shot out of the one before may be somebody else's face.
+        detections = detector.detect(islice(frames(), *span), video=True)
     if not any(detections):
         raise UserError(
             f"{source or 'the images'} shows no face: expected one face, seen from the front or up to 60° from it; "
@@ -223,7 +254,8 @@ def locate(
     mesh = head.pose(result.params)
     region = head_region(head)
     box = canonical_crop_box(result.camera, mesh.vertices[:, region])
-    return Located(detections, result, mesh, box, result.camera.cropped(*box, config.size), region, focal_source)
+    crop = result.camera.cropped(*box, config.size)
+    return Located(detections, result, mesh, box, crop, region, focal_source, shots, span)
 
 
 def _given_mask(path: Path, source: Path, video: bool, size: tuple[int, int]) -> Float[Tensor, "1 height width"]:
@@ -267,20 +299,34 @@ def _finished(crops: list[Tensor], masks: list[Tensor], t: int, located: Located
     return Cut(crop, mask, _normal(located.detections[t], mask, located.box))
 
 
-def notes(source: Path, detections: list[Detection | None]) -> list[str]:
-    """Return notes for the user: several faces in one image, frames without a face."""
-    out = []
+def notes(source: Path, located: Located) -> list[str]:
+    """Return notes for the user: cuts, several faces in one image, frames without a face or with a doubtful one."""
+    out, detections = [], located.detections
+    if located.span is not None:
+        first, last = located.span
+        cuts = _listed([a for a, _ in located.shots[1:]])
+        out.append(
+            f"{source.name} has {len(located.shots)} shots (cuts before frames {cuts}): the longest that shows a face, "
+            f"frames {first} to {last - 1}, was tracked; cut the film to track another"
+        )
     most = max(d.faces for d in detections if d is not None)
     if most > 1:
         out.append(f"{source.name} shows {most} faces: the largest was taken; crop the image to another to choose it")
-    missing = [t for t, d in enumerate(detections) if d is None]
-    if missing:
-        which = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+    if located.lost:
         out.append(
-            f"no face in {len(missing)} of {len(detections)} frames ({which}): their head is interpolated, "
-            "and marked red in the overlay"
+            f"no face in {len(located.lost)} of {len(detections)} frames ({_listed(located.lost)}): their head is "
+            "interpolated, and marked red in the overlay; they are neither trained on nor read for expressions"
+        )
+    if located.doubtful:
+        out.append(
+            f"a doubtful face in {len(located.doubtful)} of {len(detections)} frames ({_listed(located.doubtful)}): "
+            "the head does not meet it; they are neither trained on nor read for expressions"
         )
     return out
+
+
+def _listed(frames: Sequence[int], most: int = 8) -> str:
+    return ", ".join(map(str, frames[:most])) + (" …" if len(frames) > most else "")
 
 
 def _matte(crop: Tensor, detection: Detection | None, width: int, vertices: Tensor, located: Located) -> Tensor:

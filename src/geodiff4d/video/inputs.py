@@ -41,6 +41,14 @@ class Portrait:
         )
 
 
+    def resized(self, size: int) -> "Portrait":
+        """Return the portrait at another size; at its own it is returned as it is."""
+        if self.image.shape[-1] == size:
+            return self
+        frame = resized_frame(ClipFrame(0, 0, self.camera, self.image, self.mask, self.normal, self.params), size)
+        return Portrait(frame.image, frame.mask, frame.camera, self.params, frame.normal)
+
+
 @dataclass(frozen=True)
 class Driving:
     """What drives a head: motion, and the face crops that the expression encoder reads."""
@@ -54,14 +62,17 @@ class Driving:
     """The driver's own, if one saw all frames."""
     temporal: bool = True
     """Whether frames follow each other; off, they are instants, and temporal modules see each by itself."""
+    unread: tuple[int, ...] = ()
+    """Frames whose motion was not read but continues their neighbours', with the nearest frame's crop: they keep a film
+    in time, and no instant is taken from them."""
 
     def __len__(self) -> int:
         return len(self.crops)
 
     def select(self, index: list[int]) -> "Driving":
         """Return the frames of an index, in its order."""
-        i = torch.tensor(index)
-        return replace(self, params=self.params[i], crops=self.crops[i])
+        i, unread = torch.tensor(index), tuple(k for k, t in enumerate(index) if t in self.unread)
+        return replace(self, params=self.params[i], crops=self.crops[i], unread=unread)
 
     def and_instants(self, others: "Driving") -> "Driving":
         """Return these frames and then the others, each an instant of its own."""
@@ -145,7 +156,7 @@ def load_driving(
     Takes at most `limit` timesteps, after the first `skip`.
 
     Raises:
-        UserError: the clip has no frames with head parameters, or none after the first `skip`.
+        UserError: the clip has no frames with head parameters, or none after the first `skip`, or shows no face in them.
     """
     first = {}
     for i, record in enumerate(clip.records):
@@ -155,15 +166,27 @@ def load_driving(
         raise UserError(f"{clip.folder} has no frames with head parameters: run `geodiff4d track` on the video first")
     if skip >= len(first):
         raise UserError(f"{clip.folder} has {len(first)} frames: expected more than the {skip} that are left out")
-    params, crops, cameras = [], [], []
-    for i in progress([first[t] for t in sorted(first)][skip:][:limit], "driver"):
+    chosen = [first[t] for t in sorted(first)][skip:][:limit]
+    unread = tuple(k for k, i in enumerate(chosen) if clip.records[i].unread)
+    read = [k for k in range(len(chosen)) if k not in unread]
+    if not read:
+        raise UserError(f"{clip.folder} shows no face in its {len(chosen)} frames: take other frames, or another film")
+    params, cameras = [], []
+    crops: dict[int, Tensor] = {}
+    for k, i in enumerate(progress(chosen, "driver")):
+        if k in unread:
+            params.append(clip.params(clip.records[i].timestep))
+            cameras.append(clip.records[i].camera)
+            continue
         frame = clip.frame(i)
         assert frame.params is not None
         params.append(frame.params)
         cameras.append(frame.camera)
-        crops.append(driving_crop(composite(frame.image, frame.mask), head, frame.params, frame.camera, crop))
+        crops[k] = driving_crop(composite(frame.image, frame.mask), head, frame.params, frame.camera, crop)
+    nearest = [min(read, key=lambda r, k=k: abs(r - k)) for k in range(len(chosen))]
     one = all(_same(c, cameras[0]) for c in cameras)
-    return Driving(HeadParams.stack(params), torch.stack(crops), clip.fps, cameras[0] if one else None)
+    images = torch.stack([crops[k] for k in nearest])
+    return Driving(HeadParams.stack(params), images, clip.fps, cameras[0] if one else None, unread=unread)
 
 
 def _same(a: Camera, b: Camera) -> bool:

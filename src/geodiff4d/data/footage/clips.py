@@ -57,8 +57,8 @@ class ClipFootage:
     """A clip, or a folder of clips, which share subjects by `subject` or `participant` in their `extra`.
 
     A clip whose `extra` says `"stills": true` holds another person at every timestep; each becomes a take of its own.
-    Frames without head parameters cannot serve and count as holes. What lies in a folder `val` below is
-    left out, or, with `held_out`, all there is.
+    Frames without head parameters, or whose parameters nobody read, cannot serve and count as holes. What lies in a
+    folder `val` below is left out, or, with `held_out`, all there is.
 
     Args:
         head: path of the head that clips on FLAME need.
@@ -92,7 +92,8 @@ class ClipFootage:
         header = read_header(path)
         try:
             pairs = [
-                (int(f["timestep_index"]), int(f["camera_index"])) for f in header.frames if f.get("flame_param_path")
+                (int(f["timestep_index"]), int(f["camera_index"])) for f in header.frames
+                if f.get("flame_param_path") and not f.get("unread")
             ]
         except (KeyError, TypeError, ValueError) as error:
             raise not_a_clip(path, error) from None
