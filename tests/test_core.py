@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scipy.linalg import expm
 
 from geodiff4d.core import camera as cameras
-from geodiff4d.core import files, geometry, images, packing, topology, video
+from geodiff4d.core import files, geometry, images, packing, presentation, topology, video
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import advancing, silent
 from geodiff4d.core.rundir import RunFolder
@@ -397,24 +397,9 @@ def test_a_cut_copy_of_an_mp4_is_noted(tmp_path):
     assert f"a.mp4 ends after {count} of about 40 frames" in (video.cut_short(path, count) or "")
 
 
-@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
-def test_videos_of_telephones_are_turned_upright(tmp_path, matrix, turns):
-    frame = torch.zeros(3, 32, 64)
-    frame[0, :, :32], frame[1, :16] = 1, 1
-    path = tmp_path / "a.mp4"
-    video.write_video(path, [frame] * 2)
-    data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 44  # where its display matrix is (ISO 14496-12, 8.3.2)
-    a, b, c, d = (int(x * 65536).to_bytes(4, "big", signed=True) for x in matrix)
-    data[at : at + 36] = a + b + bytes(4) + c + d + bytes(12) + (1 << 30).to_bytes(4, "big")
-    path.write_bytes(data)
-    expected = torch.rot90(frame, turns, (1, 2))
-    torch.testing.assert_close(next(video.read_video(path)), expected, atol=0.35, rtol=0)
-
-
 def test_videos_too_large_are_refused(tmp_path, monkeypatch):
     video.write_video(tmp_path / "a.mp4", frames_of_colour(1))
-    monkeypatch.setattr(video, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(presentation, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="48×32 pixels: at most 1,000"):
         next(video.read_video(tmp_path / "a.mp4"))
 

@@ -18,16 +18,45 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What is opened, whatever a file's name is: for others, such as EPS, Pillow would start programs of the system."""
 
 
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def is_heif(path: Path) -> bool:
+    """Say whether a file is a HEIF photograph, as telephones write it: a grid of tiles, each coded as a video."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS
+
+
+def _allow_heif(path: Path) -> None:
+    """Let Pillow open HEIF, if pillow-heif is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(
+            f"{path} is a HEIF photograph (HEIC): export it as JPEG, or `pip install pillow-heif`, which reads it"
+        ) from None
+    pillow_heif.register_heif_opener()
+
+
 def open_image(source: Path | io.BytesIO) -> Image.Image:
     """Open a picture of one of `FORMATS` lazily, as `PIL.Image.open` does."""
     Image.init()
-    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+    return Image.open(source, formats=[name for name in (*FORMATS, "HEIF") if name in Image.OPEN])
 
 
 def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height width"]:
     """Read a picture as float32 in [0, 1], turned upright by its EXIF tag; `mode` is RGB or L.
 
-    An alpha channel is ignored, and of 16 bits the upper eight are read.
+    What is transparent is grey: colours below it were erased, and nobody sees them. Of 16 bits the upper eight are
+    read.
 
     Raises:
         UserError: missing, a directory, truncated, too large or not an image.
@@ -37,6 +66,8 @@ def read_image(path: Path, mode: str = "RGB") -> Float[Tensor, "channels height 
         raise UserError(f"{path} is a directory: expected one image file (PNG, JPEG, WebP)")
     if not path.exists():
         raise UserError(f"{path} does not exist: expected an image file (PNG, JPEG, WebP)")
+    if is_heif(path):
+        _allow_heif(path)
     return _decode(path, str(path), mode)
 
 
@@ -59,7 +90,7 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
                 )
             from PIL import ImageOps
 
-            array = np.asarray(_eight_bits(ImageOps.exif_transpose(image), name).convert(mode))
+            array = np.asarray(_opaque(_eight_bits(ImageOps.exif_transpose(image), name), mode).convert(mode))
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read: expected PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
@@ -72,6 +103,14 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
         raise UserError(f"{name} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
     tensor = torch.from_numpy(array.copy()).float() / 255
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _opaque(image: Image.Image, mode: str) -> Image.Image:
+    """Put a picture with transparency on grey, and a mask (`mode` L) on black: what is erased is not foreground."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (*[0 if mode == "L" else 128] * 3, 255)), image)
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

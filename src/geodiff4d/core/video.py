@@ -5,18 +5,26 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file
-from geodiff4d.core.images import MAX_PIXELS, to_uint8
+from geodiff4d.core.images import to_uint8
+from geodiff4d.core.presentation import check_size, presented
+
+EVEN = 0.1
+"""A frame counts as on time if it comes this near to a frame after the last [frames]."""
+LONGEST_S = 5.0
+"""A frame that would be shown longer than this [s] is shown once."""
 
 
 def read_video(path: Path, limit: int | None = None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
-    """Stream a video's frames, upright, as float32 RGB in [0, 1]; at most `limit` of them, after the first `skip`.
+    """Stream a video's frames as they are meant to be seen (`presented`); at most `limit`, after the first `skip`.
+
+    Frames come at the video's mean rate: of one whose rate varies, each moment shows the frame that a player would, so
+    that a frame's number tells its time.
 
     Raises:
         UserError: missing, a directory, not a video, too large or without frames. A file cut short yields the frames
@@ -34,13 +42,17 @@ def read_video(path: Path, limit: int | None = None, skip: int = 0) -> Iterator[
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise UserError(f"{path} has no video stream: expected a video with at least one frame")
-            _check_size(container.streams.video[0], path)
-            for frame in container.decode(video=0):
-                if limit is not None and count >= limit:
-                    return
-                count += 1
-                if count > 0:
-                    yield upright(frame, path)
+            stream = container.streams.video[0]
+            check_size(stream, path)
+            for frame, times in _in_time(container.decode(stream), stream):
+                shown = None
+                for _ in range(times):
+                    if limit is not None and count >= limit:
+                        return
+                    count += 1
+                    if count > 0:
+                        shown = presented(frame, path, stream.sample_aspect_ratio) if shown is None else shown
+                        yield shown
     except av.FFmpegError as error:
         if count == -skip:
             raise UserError(
@@ -53,24 +65,35 @@ def read_video(path: Path, limit: int | None = None, skip: int = 0) -> Iterator[
         raise UserError(f"{path} has no frames: expected a video with at least one frame")
 
 
-def upright(frame: Any, path: Path) -> Float[Tensor, "3 height width"]:
-    """Return PyAV's frame as float32 RGB in [0, 1], turned as its display matrix says (telephones write it).
+def _in_time(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, int]]:
+    """Yield frames and how many moments each is shown, at the stream's mean rate.
 
-    Raises:
-        UserError: it is too large.
+    A moment shows the last frame that began before it ended. Frames without a time stamp are shown once, and so is one
+    before a gap of seconds, which is damage. A mean rate is a little off where the last frame's duration is: frames
+    that follow each other as they should are never doubled or left out for that.
     """
-    _check_size(frame, path)
-    turns = round(frame.rotation / 90) % 4
-    array = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-    return torch.from_numpy(array).permute(2, 0, 1).float() / 255
-
-
-def _check_size(sized: Any, path: Path) -> None:
-    if sized.width * sized.height > MAX_PIXELS:
-        raise UserError(
-            f"{path} has frames of {sized.width}×{sized.height} pixels: at most {MAX_PIXELS:,} are read; "
-            "downscale it first"
-        )
+    rate = stream.average_rate
+    moment, clock, last, waiting = 0, 0.0, None, None
+    for frame in frames:
+        if frame.pts is None or frame.time_base is None or not rate or not 0 < rate <= 1000:
+            if waiting is not None:
+                yield waiting, 1
+                moment, clock = moment + 1, clock + 1
+            waiting = frame
+            continue
+        step = 1.0 if last is None else float((frame.pts - last) * frame.time_base * rate)
+        last = frame.pts
+        if waiting is not None:
+            if abs(step - 1) < EVEN or step > LONGEST_S * rate:
+                step = 1.0
+            clock += step
+            times = max(round(clock) - moment, 0)
+            if times:
+                yield waiting, times
+            moment += times
+        waiting = frame
+    if waiting is not None:
+        yield waiting, 1
 
 
 def cut_short(path: Path, count: int) -> str | None:
@@ -82,7 +105,8 @@ def cut_short(path: Path, count: int) -> str | None:
         stream = container.streams.video[0]
         try:
             for packet in container.demux(stream):
-                if packet.pts is not None:
+                # An edit list leaves packets out; they are decoded, and shown to nobody.
+                if packet.pts is not None and not packet.is_discard:
                     packets, end = packets + 1, max(end, packet.pts + (packet.duration or 0))
         except av.FFmpegError:
             pass  # what cannot be read is what is missing

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.images import open_image, read_image
+from geodiff4d.core.images import is_heif, open_image, read_image
 from geodiff4d.core.video import read_video
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -24,7 +24,7 @@ def is_video(source: Path) -> bool:
         raise UserError(f"{source} is a directory: expected one image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if not source.exists():
         raise UserError(f"{source} does not exist: expected an image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
-    if source.suffix.lower() in IMAGE_SUFFIXES:
+    if source.suffix.lower() in IMAGE_SUFFIXES or is_heif(source):
         return False
     try:
         with open_image(source):
