@@ -11,7 +11,8 @@ from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.presets import PRESETS
 from geodiff4d.video.detail import RestoreDetail
-from geodiff4d.video.finish import Finish, FinishContext, SampledFrames, surface_mask
+from geodiff4d.video.finish import Finish, FinishContext, surface_mask
+from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Portrait, with_identity_of
 from geodiff4d.video.model import ConditionImages

@@ -314,7 +314,9 @@ def test_of_a_film_with_cuts_the_longest_shot_is_tracked(head, tmp_path):
     assert any("2 shots (cuts before frames 5)" in note for note in clip.extra["notes"])
     assert clip.extra["lost_frames"] == [3] and clip.extra["doubtful_frames"] == [5]
     assert [r.timestep for r in clip.records if r.unread] == [3, 5]
-    assert rotation_error_deg(HeadParams.stack([clip.params(t) for t in range(3)]).rotation, truth.rotation[:3]).max() < 4
+    assert (
+        rotation_error_deg(HeadParams.stack([clip.params(t) for t in range(3)]).rotation, truth.rotation[:3]).max() < 4
+    )
 
     driving = load_driving(clip, head, 32)
     assert driving.unread == (3, 5) and len(driving) == 8, "a film stays in time"

@@ -207,6 +207,32 @@ RECIPES = [
         prepare=photographs,
     ),
     Recipe(
+        "import portraits photographs portraits --size 128 --workers 1",
+        ("portraits/anna_1/transforms.json", "portraits/left_1/overlay.png"),
+        says="3 tracked portraits, 0 photographs left out",
+    ),
+    Recipe(
+        "train decoder --preset debug --data rows --start runs/image/model --photographs portraits --workers 1 "
+        "--out runs/decoder",
+        ("runs/decoder/model/decoder/model.safetensors", "rows/photographs/rgb.npy", "rows/world_val/rgb.npy"),
+        says="world_val_psnr",
+    ),
+    Recipe(
+        "evaluate photographs portraits --preset debug --model runs/decoder/model --size 128 --out runs/photographs",
+        ("runs/photographs/metrics.json", "runs/photographs/table.md", "runs/photographs/sheet.jpg"),
+        says="3 photographs at 128 px",
+    ),
+    Recipe(
+        "animate --portrait portraits/anna_1 --driving world/train_1 --preset debug --model runs/decoder/model "
+        "--size 128 --frames 2 --out runs/large",
+        ("runs/large/video.mp4",),
+        says="2 frames",
+    ),
+    bad(f"animate {PEOPLE} {MODEL} --size 128", says="no guided decoder"),
+    bad(f"animate {PEOPLE} --preset debug --model runs/decoder/model --size 70", says="a multiple of 4 from 64"),
+    bad("evaluate photographs nowhere --preset debug", says="nowhere is not a folder"),
+    bad("import portraits world/train_0/flame_param nothing", says="has no photographs"),
+    Recipe(
         f"evaluate driving --portraits me.png --drivers world/train_1 {MODEL} --methods video_model mesh_warp avatar "
         "--frames 3 --out runs/driving",
         ("runs/driving/metrics.json", "runs/driving/table.md", "runs/driving/videos/me_by_train_1_avatar.mp4"),

@@ -23,6 +23,8 @@ from geodiff4d.tracking.reader import ReaderConfig
 from geodiff4d.tracking.reader_data import FacesConfig
 from geodiff4d.tracking.reader_training import ReaderTraining
 from geodiff4d.video.batches import WeightConfig
+from geodiff4d.video.decoder import DecoderConfig
+from geodiff4d.video.decoder_rows import DecoderRowsConfig
 from geodiff4d.video.detail import RestoreDetail
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
@@ -33,6 +35,7 @@ from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
 from geodiff4d.video.train import VideoTraining
 from geodiff4d.video.train_codec import CodecTraining
+from geodiff4d.video.train_decoder import DecoderTraining
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodecConfig
 
@@ -59,6 +62,17 @@ class ReaderStage:
     """People and frames of the performances on which the weights of fit and reading are measured."""
     from_encoder: bool = False
     """Start the trunk from the expression encoder of the video model that ships."""
+
+
+@dataclass(frozen=True)
+class DecoderStage:
+    """How the guided decoder is trained, and on what."""
+
+    training: DecoderTraining
+    rows: DecoderRowsConfig
+    """Sizes of the rows; the command names model and photographs."""
+    people: int
+    val_people: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,8 @@ class Preset:
     """What tracking looks with; None where it is not trained."""
     reader: ReaderStage | None = None
     """What tracking reads expression and gaze with; None where it is not trained."""
+    decoder: DecoderStage | None = None
+    """What finishes the video model's frames; None where it is not trained."""
     bench: BenchSizes = BenchSizes()
     trackable: bool = True
     """Whether heads can be tracked in images of this size; where not, evaluations disturb the true parameters as a
@@ -184,6 +200,13 @@ _ROWS = (
             val_faces=FacesConfig("val", subjects=1, instants=2, size=96, supersample=1),
             measured_on=(1, 4),
         ),
+        decoder=DecoderStage(
+            DecoderTraining(
+                DecoderConfig((8, 8), (1, 1)), steps=4, batch=2, size=64, warmup=1, log_every=1, validate_every=2,
+                save_every=2, val_rows=2,
+            ),
+            DecoderRowsConfig(rows=2, size=128, low=64), people=2, val_people=1,
+        ),
         bench=BenchSizes(people=1, images=2, steps=2, scenes=((48, 300, 3.0), (64, 600, 3.0))),
         trackable=False,
         temporal=(1, 2, 1),
@@ -215,6 +238,7 @@ _ROWS = (
         fit=FitConfig(),
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
         reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120), from_encoder=True),
+        decoder=DecoderStage(DecoderTraining(), DecoderRowsConfig(), people=240, val_people=16),
         temporal=(1, 2, 4),
     ),
     Preset(

@@ -18,20 +18,25 @@ if TYPE_CHECKING:
     from geodiff4d.video.generate import GenerationRequest, Generator
     from geodiff4d.video.inputs import Driving
 
+MOST_PX = 2048
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationArgs:
     """Options that animate, synthesize and reconstruct have in common."""
 
     portrait: Path
-    """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too where FFmpeg reads it, but JPEG keeps
-    the focal length), or a tracked folder."""
+    """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too if
+    pillow-heif is installed), or a tracked folder."""
     driving: Path
     """Video of one face, or a tracked or synthetic clip folder."""
     start: float = 0.0
     """Take the driver from this second on."""
     seconds: float | None = None
     """Take at most so many seconds of the driver; by default as many as there are frames to make."""
+    size: int | None = None
+    """Side of the frames [px]; by default the model's. What is larger takes a model with a guided decoder (the shipped
+    one) or --generator warp: 512 shows the detail that the portrait has at that size."""
     generator: Literal["diffusion", "warp"] = "diffusion"
     """diffusion: the video model. warp: the portrait's texture on the head, without a model."""
     preset: Literal["debug", "embedded", "paper"] | None = None
@@ -62,9 +67,11 @@ class Setup:
     head: "Head"
     generator: "Generator"
     size: int
-    """Side of the generated images [px]."""
+    """Side at which the model works, and drivers are tracked [px]."""
     crop: int
     """Side of the driving crops [px]."""
+    frame_size: int
+    """Side of the generated images [px]."""
 
 
 def set_up(args: GenerationArgs) -> Setup:
@@ -90,7 +97,27 @@ def set_up(args: GenerationArgs) -> Setup:
     from geodiff4d.video.generate import WarpGenerator
 
     p = preset(args.preset or "embedded")
-    return Setup(p, head, WarpGenerator(), p.model.size, p.model.expression.size)
+    side = frame_side(args.size, p.model.size, 2)
+    return Setup(p, head, WarpGenerator(), p.model.size, p.model.expression.size, side)
+
+
+def frame_side(asked: int | None, own: int, multiple: int | None) -> int:
+    """Return the side of the frames [px]: as asked, or a model's own.
+
+    `multiple` is what sides must be multiples of; None: only the model's own will do.
+
+    Raises:
+        UserError: the model cannot make frames of that size.
+    """
+    from geodiff4d.core.errors import UserError
+
+    if asked is None or asked == own:
+        return own
+    if multiple is None:
+        raise UserError(f"--size {asked}: this model has no guided decoder: expected {own}, or leave the option out")
+    if asked % multiple or not own <= asked <= MOST_PX:
+        raise UserError(f"--size {asked}: expected a multiple of {multiple} from {own} to {MOST_PX}")
+    return asked
 
 
 def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Setup:
@@ -105,7 +132,9 @@ def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Se
         wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}
     p = preset(args.preset) if args.preset else default_preset(model)
     generator = DiffusionGenerator(model, replace(p.sample, seed=args.seed, **wanted))
-    return Setup(p, head, generator, model.config.size, model.config.expression.size)
+    own, decoder = model.config.size, model.decoder
+    side = frame_side(args.size, own, None if decoder is None else decoder.stride)
+    return Setup(p, head, generator, own, model.config.expression.size, side)
 
 
 def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:
@@ -142,9 +171,16 @@ def prepare(
     from geodiff4d.video.inputs import load_portrait
 
     with tempfile.TemporaryDirectory(prefix="geodiff4d-") as name:
-        clip = tracked(args.portrait, setup.head, setup.size, tracked_to or Path(name) / "portrait", 1, progress)
+        side = setup.frame_size
+        clip = tracked(args.portrait, setup.head, side, tracked_to or Path(name) / "portrait", 1, progress)
         _tell("portrait", clip)
-        portrait = load_portrait(clip, setup.size)
+        if side > setup.size and (shown := clip.extra.get("crop", (0, 0, side))[2]) < 0.75 * side:
+            print(
+                f"note: portrait: its head spans {shown:.0f} px of the image: frames of {side} px will not be sharper "
+                f"than of {setup.size}",
+                file=sys.stderr,
+            )
+        portrait = load_portrait(clip, side)
         driving = _driver(args, setup, Path(name) / "driving", limit, progress)
     return GenerationRequest(portrait, driving, setup.head)
 

@@ -11,11 +11,12 @@ import tyro
 class Args:
     """Options of `geodiff4d train`."""
 
-    stage: Annotated[Literal["vae", "image", "video", "perception", "reader"], tyro.conf.Positional]
+    stage: Annotated[Literal["vae", "image", "video", "decoder", "perception", "reader"], tyro.conf.Positional]
     """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: its
-    second stage, temporal modules alone, from a stage-1 model. perception: what tracking looks with (landmarks, mask,
-    normals). reader: what reads expression and gaze from close crops of faces. The last two know preset, data, start,
-    steps, workers and seed of the options below."""
+    second stage, temporal modules alone, from a stage-1 model. decoder: what finishes a model's frames, with the warped
+    portrait. perception: what tracking looks with (landmarks, mask, normals). reader: what reads expression and gaze
+    from close crops of faces. The last three know preset, data, start, steps, workers and seed of the options below,
+    decoder and reader photographs too."""
     out: Path
     """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
@@ -37,8 +38,9 @@ class Args:
     video stage and none in the others. Another patch codec's weights are carried over; paper
     then needs no --sd."""
     photographs: Path | None = None
-    """Folder with photographs of faces, without labels, that the reader stage learns to read alike however they are cut
-    and spoiled; of two named ID_neutral and ID_smiling, that the second smiles more."""
+    """Folder with photographs of faces. The reader stage learns to read them alike however they are cut and spoiled; of
+    two named ID_neutral and ID_smiling, that the second smiles no less. For the decoder stage they are the truth for
+    what a portrait hides (clips of `import portraits` too; what lies in a folder `val` below is held out)."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()

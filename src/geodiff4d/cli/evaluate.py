@@ -1,4 +1,5 @@
-"""Measure: the paper's protocols (self, cross, cross-view), pairs, driving, tracking, or what the model generates."""
+"""Measure: the paper's protocols (self, cross, cross-view), pairs, photographs, driving, tracking, or what the model
+generates."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class ProtocolArgs:
 
 @dataclass(frozen=True)
 class FootageArgs:
-    """Options of pairs and driving: photographs and videos of yours (docs/EVALUATION.md)."""
+    """Options of pairs, photographs and driving: your own images and videos (docs/EVALUATION.md)."""
 
     portraits: tuple[Path, ...] = ()
     """Of driving: pictures of one face, or tracked folders."""
@@ -73,18 +74,21 @@ class Args:
     """Options of `geodiff4d evaluate`."""
 
     what: Annotated[
-        Literal["self", "cross", "cross-view", "pairs", "driving", "tracking", "video"], tyro.conf.Positional
+        Literal["self", "cross", "cross-view", "pairs", "photographs", "driving", "tracking", "video"],
+        tyro.conf.Positional,
     ]
     """self: a person's reference driven by the same person's film from another camera. cross: by another person's.
     cross-view: one performance, seen by twelve cameras, must drive to one film. pairs: two photographs a person, of
-    which the second drives the first and is the truth. driving: portraits driven by videos. tracking: images, or with
-    --sequences videos, of people that nothing was trained on, tracked by each detector (docs/TRACKING.md). video: is a
-    generated frame nearest to its own person and expression, and how much does it flicker."""
+    which the second drives the first and is the truth. photographs: single ones, seen from other sides. driving:
+    portraits driven by videos. tracking: images, or with --sequences videos, of people that nothing was trained on,
+    tracked by each detector (docs/TRACKING.md). video: is a generated frame nearest to its own person and expression,
+    and how much does it flicker."""
     out: Path
     """Folder for metrics.json; also table.md, report.html, frames or videos, where there are any. The same command goes
     on where it was."""
     folder: Annotated[Path | None, tyro.conf.Positional] = None
-    """Of pairs: images named PERSON_….jpg, two for each person; by name, the first is the portrait."""
+    """Of pairs: images named PERSON_….jpg, two for each person; by name, the first is the portrait. Of photographs:
+    images of one face each, or clips of `import portraits`."""
     detectors: tuple[Literal["embedded", "mediapipe"], ...] = ("embedded",)
     """Of tracking: who finds the landmarks; figures stand side by side."""
     model: Path | None = None
@@ -97,7 +101,8 @@ class Args:
     split: Literal["val", "test"] = "test"
     """Of the open world's people."""
     size: int = 256
-    """Of tracking: side of the canonical crop, and of the videos with --sequences [px]."""
+    """Of tracking: side of the canonical crop, and of the videos with --sequences; of photographs: side of portraits
+    and frames [px]."""
     device: DeviceName = "auto"
     """Of protocols and video: where the model computes; auto: on CUDA if there is any, protocols on all its GPUs."""
     protocol: Annotated[ProtocolArgs, tyro.conf.arg(name="")] = field(default_factory=ProtocolArgs)
@@ -115,6 +120,7 @@ READS = {
     "cross": _PROTOCOL,
     "cross-view": _CROSS_VIEW,
     "pairs": _FOOTAGE | {"folder"},
+    "photographs": _FOOTAGE | {"folder", "size", "workers"},
     "driving": _FOOTAGE | {"portraits", "drivers", "frames"},
     "tracking": {"detectors", "model", "count", "split", "size", "sequences", "frames"},
     "video": {"model", "preset", "count", "split", "device"},
@@ -149,7 +155,7 @@ def run(args: Args) -> None:
         _tracking_videos(args, args.count or 10)
     elif args.what == "tracking":
         _tracking(args, args.count or 100)
-    elif args.what in ("pairs", "driving"):
+    elif args.what in ("pairs", "photographs", "driving"):
         _footage(args)
     elif args.what == "video":
         _video(args, args.count or 10)
@@ -264,6 +270,13 @@ def _footage(args: Args) -> None:
         if args.folder is None:
             raise UserError("evaluate pairs needs a folder: expected images named PERSON_….jpg, two for each person")
         run_pairs(args.folder, settings, footage.judges, progress.bar)
+    elif args.what == "photographs":
+        from geodiff4d.evaluate.photographs import run_photographs
+
+        if args.folder is None:
+            raise UserError("evaluate photographs needs a folder: expected images of one face each")
+        workers = workers_for(p.workers, ("cpu",))
+        run_photographs(args.folder, settings, args.size, footage.judges, workers, progress.bar)
     else:
         from geodiff4d.evaluate.driving import run_driving
 

@@ -1,5 +1,5 @@
-"""Import data sets or trackers' results as clips (NeRSemble v2, RenderMe-360, SynthHuman, VHAP, Pixel3DMM, CAP4D), or
-avatars (GaussianAvatars, compact)."""
+"""Import data sets or trackers' results as clips (NeRSemble v2, RenderMe-360, SynthHuman, VHAP, Pixel3DMM, CAP4D),
+photographs (portraits), or avatars (GaussianAvatars, compact)."""
 
 import sys
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 Dataset = Literal[
-    "nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d", "gaussian-avatars", "compact"
+    "nersemble", "renderme360", "synthhuman", "vhap", "pixel3dmm", "cap4d", "portraits", "gaussian-avatars", "compact"
 ]  # fmt: skip
 
 SHOWN_WARNINGS = 20
@@ -34,7 +34,7 @@ class Args:
     only: tuple[str, ...] = ()
     """Only clips whose name matches one of these patterns, such as '017_EXP-*'."""
     size: int | None = None
-    """Scale images down to this many pixels on their longer side."""
+    """Scale images down to this many pixels on their longer side; portraits: side of the tracked crops (512)."""
     masks: Path | None = None
     """Folder of foreground masks by frame (docs/DATA.md has the file names)."""
     normals: Path | None = None
@@ -45,6 +45,8 @@ class Args:
     """The head that the parameters belong to: your FLAME file (.pkl; docs/FLAME.md), or openhead. --params needs it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that a DAViD network runs on."""
+    workers: int = 2
+    """Processes that track portraits."""
 
 
 def run(args: Args) -> None:
@@ -63,6 +65,9 @@ def run(args: Args) -> None:
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
     if args.dataset in ("gaussian-avatars", "compact"):
         _avatar(args)
+        return
+    if args.dataset == "portraits":
+        _portraits(args)
         return
     choice = Choice(args.limit, args.every, args.cameras, args.only)
     if args.params is not None and args.head is None:
@@ -90,6 +95,19 @@ def run(args: Args) -> None:
         print(f"warning: {line}", file=sys.stderr)
     warned = f"; all {len(report)} warnings: {args.out}/import_report.json" if len(report) else ""
     print(f"look at {clips[0]}/sheet.png{warned}")
+
+
+def _portraits(args: Args) -> None:
+    """Track photographs, each to a clip of one frame."""
+    from geodiff4d.cli import progress
+    from geodiff4d.tracking.portraits import track_portraits
+    from geodiff4d.tracking.track import TrackingConfig
+
+    config = TrackingConfig(size=args.size or 512)
+    made = track_portraits(args.src, args.out, config, args.head or "openhead", args.workers, progress.bar)
+    for path, problem in list(made.refused.items())[:SHOWN_WARNINGS]:
+        print(f"warning: {path} was left out: {problem}", file=sys.stderr)
+    print(f"{args.out}: {len(made.clips)} tracked portraits, {len(made.refused)} photographs left out")
 
 
 def _avatar(args: Args) -> None:

@@ -1,4 +1,5 @@
-"""Train the codec, the image model, the video model, or the networks of tracking; the same command resumes."""
+"""Train the codec, the image model, the video model and its decoder, or the networks of tracking; the same command
+resumes."""
 
 from dataclasses import fields
 
@@ -8,6 +9,7 @@ _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
 _LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes"}
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
+    "decoder": _COMMON | {"start", "photographs"},
     "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
 }  # fmt: skip
 """Options that each stage reads."""
@@ -29,10 +31,10 @@ def run(args: Args) -> None:
             f"--ablate {' '.join(sorted(unread))}: the video stage knows cross-view alone; other parts are switched "
             "off in the image stage, whose model it takes"
         )
-    if args.stage in ("vae", "perception", "reader") and len(args.data) > 1:
+    if args.stage in ("vae", "decoder", "perception", "reader") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
-    if args.stage in ("perception", "reader"):
-        from geodiff4d.cli import _perception, _reader
+    if args.stage in ("decoder", "perception", "reader"):
+        from geodiff4d.cli import _decoder, _perception, _reader
         from geodiff4d.presets import preset
 
         p, folder = preset(args.preset), args.data[0] if args.data else None
@@ -41,6 +43,8 @@ def run(args: Args) -> None:
             _perception.train(args.out, p.perception, *rest)
         elif args.stage == "reader" and p.reader is not None:
             _reader.train(args.out, p.reader, *rest, args.photographs)
+        elif args.stage == "decoder" and p.decoder is not None:
+            _decoder.train(args.out, p.decoder, *rest, args.photographs)
         else:
             raise UserError(f"--preset {args.preset} has no {args.stage} stage: expected debug or embedded")
         return

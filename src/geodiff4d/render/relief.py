@@ -22,9 +22,15 @@ from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_no
 from geodiff4d.render.warp import CompletedHead, complete, push_pull, sample_completed
 
 CELL_PX = 4
-"""Pixels of the portrait per cell of the sheet."""
+"""Pixels of the portrait per cell of the sheet, up to a width of 256; a wider portrait has no more cells than that."""
+MOST_CELLS = 64
 OUTLINE_CELLS = 2
 """Width of the rim inside the mesh's outline whose depth the surroundings continue [cells]."""
+
+
+def cells(side: int) -> int:
+    """Return the number of cells along a side of a portrait [px]."""
+    return min(side // CELL_PX, MOST_CELLS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 hei
         mesh: the tracked head, without a batch axis.
         mask: the portrait's foreground.
     """
-    rows, columns = mask.shape[-2] // CELL_PX, mask.shape[-1] // CELL_PX
+    rows, columns = (cells(n) for n in mask.shape[-2:])
     small = camera.resized(columns, rows)
     fragments = rasterize(mesh.vertices, mesh.faces, small)
     inside = fragments.mask[None].float()
@@ -81,7 +87,7 @@ def carry_relief(
         image: the portrait (RGB, 0 to 1) and its mask as the fourth channel.
         camera: the target views; the sheet is drawn at `1 / coarse` of their size and its coordinates resampled.
     """
-    height, width = image.shape[-2] // CELL_PX, image.shape[-1] // CELL_PX
+    height, width = (cells(n) for n in image.shape[-2:])
     target = camera.resized(camera.width // coarse, camera.height // coarse)
     faces = _faces(height, width, image.device)
     fragments = rasterize(relief.pose(T_world_joint), faces, target, cull_backfaces=False)

@@ -4,6 +4,7 @@ A film with cuts shows other people, or the same from elsewhere: one head before
 tracker keeps one shot (`longest`) and says which frames it left out.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,9 @@ class Shots:
     def __init__(self) -> None:
         self._small: list[Tensor] = []
 
-    def watched(self, frames: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Float[Tensor, "3 _height _width"]]:
+    def watched(
+        self, frames: Iterable[Float[Tensor, "3 _height _width"]]
+    ) -> Iterator[Float[Tensor, "3 _height _width"]]:
         """Pass frames on, and remember a few pixels of each."""
         for frame in frames:
             small = interpolate(frame[None], SIDE, mode="area")[0]
@@ -44,7 +47,7 @@ class Shots:
     def spans(self) -> list[tuple[int, int]]:
         """Return first and last frame of each shot, the last not included."""
         cuts = [0, *self._cuts(), len(self._small)]
-        return [(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+        return [(a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
     def _cuts(self) -> list[int]:
         x = torch.stack(self._small) if self._small else torch.zeros(0, 3, *SIDE)

@@ -15,7 +15,7 @@ from geodiff4d.video.inputs import Portrait
 from geodiff4d.video.model import ConditionImages
 
 TEXELS = 256
-"""Side of the completed texture; the same as in training."""
+"""Side of the completed texture, the same as in training, up to a portrait of that size; else the portrait's."""
 
 
 def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait:
@@ -23,8 +23,8 @@ def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait
 
     `surroundings` adds hair and shoulders.
     """
-    mesh = head.pose(portrait.params)
-    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, TEXELS, surroundings)
+    mesh, texels = head.pose(portrait.params), max(TEXELS, portrait.image.shape[-1])
+    return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, texels, surroundings)
 
 
 def condition_images(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.video.finish import FinishContext, SampledFrames
+from geodiff4d.video.finish import FinishContext
+from geodiff4d.video.frames import SampledFrames
 
 COARSE, WINDOW = 64, 9
 """Side at which images are compared, and the window's, applied three times: a Gaussian of 4.5 px, 18 at 256 px."""

@@ -13,33 +13,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from geodiff4d.video.frames import SampledFrames, WarpedFrames
 from geodiff4d.video.inputs import Portrait
 from geodiff4d.video.model import ConditionImages
-
-
-@dataclass(frozen=True)
-class SampledFrames:
-    """Consecutive frames of a clip, as decoded or after some finishing touches."""
-
-    rgb: Float[Tensor, "t 3 height width"]
-    """In [0, 1]."""
-    normals: Float[Tensor, "t 3 height width"] | None
-    """As images (`encode_normals`); None if the model generates none."""
-    mask: Float[Tensor, "t 1 height width"]
-    """Foreground in [0, 1], at first `surface_mask`; 1 everywhere if there are no normals."""
-
-
-@dataclass(frozen=True)
-class WarpedFrames:
-    """The warped portrait in each frame."""
-
-    rgb: Float[Tensor, "t 3 height width"]
-    seen: Float[Tensor, "t 1 height width"]
-    """Where the portrait itself shows the place, 0 to 1."""
-    inside: Float[Tensor, "t 1 height width"]
-    """Where the head's mesh is, 0 to 1."""
-    opened: Float[Tensor, "t 1 height width"]
-    """Where the inside of the mouth is that the portrait hides, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +35,10 @@ class FinishContext:
         assert drawn.warp is not None
         assert drawn.visibility is not None
         assert drawn.opened is not None
-        rgb, visibility, opened = (
-            rearrange(x, "1 c t h w -> t c h w") for x in (drawn.warp, drawn.visibility, drawn.opened)
+        rgb, visibility, opened, pose = (
+            rearrange(x, "1 c t h w -> t c h w") for x in (drawn.warp, drawn.visibility, drawn.opened, drawn.pose)
         )
-        return WarpedFrames(rgb, visibility[:, :1], visibility[:, 1:], opened)
+        return WarpedFrames(rgb, visibility[:, :1], visibility[:, 1:], opened, pose)
 
 
 @runtime_checkable

@@ -19,7 +19,8 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.video.conditions import Targets, condition_images, lifted
-from geodiff4d.video.finish import FinishContext, SampledFrames, surface_mask
+from geodiff4d.video.finish import FinishContext, surface_mask
+from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
 from geodiff4d.video.model import Conditions, VideoModel
@@ -102,6 +103,19 @@ MEMORY_OPTIONS = ("offload", "batched_cfg", "chunk")
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Latents of frames, before they are decoded, and what is known of the frames beside them."""
+
+    latents: Float[Tensor, "1 domains c t h w"]
+    tokens: Float[Tensor, "t tokens channels"]
+    """Expression tokens, on the CPU."""
+    targets: Targets
+    """The frames at the size that is wanted."""
+    portrait: Portrait
+    """The portrait that the targets show."""
+
+
+@dataclass(frozen=True)
 class DiffusionGenerator:
     """The video model, sampled in one way."""
 
@@ -117,9 +131,25 @@ class DiffusionGenerator:
         The pose is the parameters', and so is the expression that the warped portrait moves by (ours); the expression
         tokens are read from the crops alone (Sec. 3.1, 3.2).
         """
+        frames = self.sampled(request, cameras, progress)
+        model, made = self.model, []
+        with alone(model, "codec", offload=self.sample.offload):
+            for part, here in frames.targets.chunks(self.sample.chunk):
+                context = FinishContext(frames.portrait, here.images if model.config.warp else None)
+                made.append(self._finished(frames.latents[:, :, :, part], context))
+        rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
+        return Generated(rgb, normal, mask, frames.tokens)
+
+    @torch.no_grad()
+    def sampled(self, request: GenerationRequest, cameras: Camera, progress: Progress = silent) -> Sampled:
+        """Sample the frames' latents, and say what they are to show, on the model's device.
+
+        A model with a guided decoder gives frames of the cameras' size, whatever its own is.
+        """
         model, config, device = self.model, self.sample, self.model.device
-        head, portrait = request.head.to(device), request.portrait.to(device)
+        head, whole = request.head.to(device), request.portrait.to(device)
         params, cameras = request.driving.params.to(device), cameras.to(device)
+        portrait, small = whole.resized(model.config.size), cameras.resized(model.config.size, model.config.size)
         reading = _Reading(model, head, portrait)
         latents = model.encode_expressions(request.driving.crops.to(device))
         tokens = model.expression.tokens(latents)[0].cpu()
@@ -127,7 +157,7 @@ class DiffusionGenerator:
             latents = torch.zeros_like(latents)
         # A model that never saw a warped portrait move is shown one at rest.
         moved = params if model.config.moves and not self.drop_expression else None
-        targets = Targets(head, reading.texture, params, cameras, moved)
+        targets = Targets(head, reading.texture, params, small, moved)
         parts = [model.conditions(part.images()) for _, part in targets.chunks(config.chunk)]
         conditions = Conditions(torch.cat([p.planes for p in parts], 2), torch.cat([p.base for p in parts], 3))
         runs = runs_of(cameras) if request.driving.temporal else [1] * len(params.expr)
@@ -135,18 +165,18 @@ class DiffusionGenerator:
             conditions, latents, reading.reference, reading.start(config), reading.image_context, runs
         )  # fmt: skip
         z = sample(model, given, config, progress)
-        made = []
-        with alone(model, "codec", offload=config.offload):
-            for part, here in targets.chunks(config.chunk):
-                context = FinishContext(portrait, here.images if model.config.warp else None)
-                made.append(self._finished(z[:, :, :, part], context))
-        rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
-        return Generated(rgb, normal, mask, tokens)
+        if model.decoder is None or cameras.width == model.config.size:
+            return Sampled(z, tokens, targets, portrait)
+        texture = lifted(head, whole, model.config.surroundings)
+        return Sampled(z, tokens, replace(targets, portrait=texture, cameras=cameras), whole)
 
     def _finished(self, z: Float[Tensor, "1 d c t h w"], context: FinishContext) -> tuple[Tensor, Tensor, Tensor]:
         """Decode latents and finish the frames; returns (rgb, normals, mask) as `Generated` has them."""
         images = rearrange(self.model.decode_latents(z), "1 d c t h w -> d t c h w")
-        if self.model.config.normals:
+        decoder, warped = self.model.decoder, context.warped
+        if decoder is not None and warped is not None:
+            frames = decoder.decode(images[0], images[1], warped)
+        elif self.model.config.normals:
             frames = SampledFrames(images[0], images[1], surface_mask(images[1]))
         else:
             frames = SampledFrames(images[0], None, torch.ones_like(images[0, :, :1]))

@@ -40,7 +40,6 @@ class Portrait:
             self.image.to(device), self.mask.to(device), self.camera.to(device), self.params.to(device), normal
         )
 
-
     def resized(self, size: int) -> "Portrait":
         """Return the portrait at another size; at its own it is returned as it is."""
         if self.image.shape[-1] == size:
@@ -156,7 +155,7 @@ def load_driving(
     Takes at most `limit` timesteps, after the first `skip`.
 
     Raises:
-        UserError: the clip has no frames with head parameters, or none after the first `skip`, or shows no face in them.
+        UserError: the clip has no frames with head parameters, none after the first `skip`, or none that shows a face.
     """
     first = {}
     for i, record in enumerate(clip.records):

@@ -17,6 +17,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.video.attention import ReferenceKV
+from geodiff4d.video.decoder import GuidedDecoder, load_decoder
 from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig, ExpressionEncoder
 from geodiff4d.video.image_encoder import ImageEncoder, load_image_encoder
@@ -88,8 +89,12 @@ def _fold(x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "n c h w"]:
 class VideoModel(nn.Module):
     """Everything that is trained together, and the codec."""
 
-    def __init__(self, config: VideoModelConfig, codec: Codec, image_encoder: ImageEncoder | None = None):
-        """`image_encoder` makes the token that SD's text attention reads, where there is one."""
+    def __init__(
+        self, config: VideoModelConfig, codec: Codec, image_encoder: ImageEncoder | None = None,
+        decoder: GuidedDecoder | None = None,
+    ):  # fmt: skip
+        """`image_encoder` makes the token that SD's text attention reads, where there is one; `decoder` finishes what
+        the codec decodes."""
         super().__init__()
         pose = codec.channels if config.pose == "codec" else 3
         needed = codec.channels + pose + (codec.channels + 2 if config.warp else 0)
@@ -106,7 +111,7 @@ class VideoModel(nn.Module):
                 f"the image encoder's token has {image_encoder.config.projection_dim} numbers, but unet.cross_dim is "
                 f"{config.unet.cross_dim}"
             )
-        self.config, self.codec, self.image_encoder = config, codec, image_encoder
+        self.config, self.codec, self.image_encoder, self.decoder = config, codec, image_encoder, decoder
         self.unet = UNet(config.unet)
         self.reference = UNet(config.reference)
         self.expression = ExpressionEncoder(config.expression)
@@ -264,6 +269,8 @@ class VideoModel(nn.Module):
         self.codec.save(folder / "vae")
         if self.image_encoder is not None:
             self.image_encoder.save(folder / "image_encoder")
+        if self.decoder is not None:
+            self.decoder.save(folder / "decoder")
 
 
 def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
@@ -303,8 +310,9 @@ def load_video_model(folder: Path) -> VideoModel:
     saved, _ = load_model(folder / "unet")
     config, codec = config_from_dict(saved.get("video_model", {})), load_codec(folder / "vae")
     eyes = load_image_encoder(folder / "image_encoder") if (folder / "image_encoder").is_dir() else None
+    finish = load_decoder(folder / "decoder") if (folder / "decoder").is_dir() else None
     try:
-        model = VideoModel(config, codec, eyes)
+        model = VideoModel(config, codec, eyes, finish)
     except ValueError as error:
         raise UserError(f"{folder} holds parts of different models ({error}): copy the folder again") from None
     for name, network in model.networks().items():

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch.nn.functional import avg_pool2d
 
-from geodiff4d.video.finish import FinishContext, SampledFrames
+from geodiff4d.video.finish import FinishContext
+from geodiff4d.video.frames import SampledFrames
 
 SOFT = 3
 """Width over which frame and inside pass into each other, at 256 px [px]."""

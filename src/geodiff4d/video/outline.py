@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from geodiff4d.video.finish import FinishContext, SampledFrames
+from geodiff4d.video.finish import FinishContext
+from geodiff4d.video.frames import SampledFrames
 
 BARE, SOLID = 0.25, 0.5
 """Coverage at which a pixel is background, and foreground: an outline that the model is unsure of becomes a line."""

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.video.finish import FinishContext, SampledFrames
+from geodiff4d.video.finish import FinishContext
+from geodiff4d.video.frames import SampledFrames
 
 LEAST = 200
 """Fewest pixels of a surface that tell a tone."""

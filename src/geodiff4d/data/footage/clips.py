@@ -92,7 +92,8 @@ class ClipFootage:
         header = read_header(path)
         try:
             pairs = [
-                (int(f["timestep_index"]), int(f["camera_index"])) for f in header.frames
+                (int(f["timestep_index"]), int(f["camera_index"]))
+                for f in header.frames
                 if f.get("flame_param_path") and not f.get("unread")
             ]
         except (KeyError, TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, FrameKey, T
 from geodiff4d.data.rowstore import Arrays, open_rows, take
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import Fragments
-from geodiff4d.render.relief import CELL_PX, LiftedPortrait, Relief
+from geodiff4d.render.relief import LiftedPortrait, Relief, cells
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.render.warp import Carried, CompletedHead
 from geodiff4d.world.seeds import Split
@@ -79,7 +79,7 @@ class StoreConfig:
         """
         n, half = self.shape, self.size // 2
         image = (*n, 3, self.size, self.size)
-        portraits, points = (*n[:2], self.reference_views), (self.size // CELL_PX) ** 2
+        portraits, points = (*n[:2], self.reference_views), cells(self.size) ** 2
         return {
             "rgb": (image, "u1"), "normal": (image, "u1"), "pose": (image, "u1"),
             "face": ((*n, half, half), "i2"), "bary": ((*n, 2, half, half), "u1"),

@@ -1,0 +1,189 @@
+"""The guided decoder: what it is before training, at which sizes it works, and what it is trained on."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.data.clip import ClipWriter
+from geodiff4d.heads import load_head
+from geodiff4d.pipeline import load_model
+from geodiff4d.presets import PRESETS
+from geodiff4d.video.conditions import lifted
+from geodiff4d.video.decoder import DecoderConfig, GuidedDecoder, load_decoder
+from geodiff4d.video.decoder_rows import DecoderRows, build_decoder_rows, twin_of
+from geodiff4d.video.frames import WarpedFrames
+from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
+from geodiff4d.video.inputs import with_identity_of
+from geodiff4d.video.train_decoder import at, mirrored, train_decoder, weights
+from geodiff4d.video.warp_back import around, seen_turned
+
+STAGE = PRESETS["debug"].decoder
+TINY = DecoderConfig((8, 8), (1, 1))
+
+
+def frames(n: int = 2, low: int = 16, size: int = 32, seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(c: int, side: int):
+        return torch.rand(n, c, side, side, generator=g)
+
+    return random(3, low), random(3, low), WarpedFrames(*(random(c, size) for c in (3, 1, 1, 1)), random(3, low))
+
+
+def test_before_training_what_is_seen_is_the_portraits():
+    rgb, normals, warped = frames()
+    seen = torch.zeros(2, 1, 32, 32)
+    seen[..., :16] = 1
+    out = GuidedDecoder(TINY).decode(rgb, normals, replace(warped, seen=seen))
+    low = torch.nn.functional.interpolate(rgb, (32, 32), mode="bilinear")
+    assert (out.rgb - warped.rgb)[..., :16].abs().max() < 0.06 and (out.rgb - low)[..., 16:].abs().max() < 0.06
+    assert out.rgb.shape == (2, 3, 32, 32) and out.mask.shape == (2, 1, 32, 32)
+    assert out.normals is not None and out.normals.shape == (2, 3, 32, 32)
+
+
+def test_weights_are_kept_and_serve_every_size(tmp_path):
+    torch.manual_seed(0)
+    decoder = GuidedDecoder(TINY)
+    torch.nn.init.normal_(decoder.leave.weight, std=0.1)
+    decoder.save(tmp_path / "decoder")
+    again = load_decoder(tmp_path / "decoder")
+    for size in (16, 32, 64):
+        rgb, normals, warped = frames(size=size)
+        a, b = (d.decode(rgb, normals, warped) for d in (decoder, again))
+        torch.testing.assert_close(a.rgb, b.rgb, atol=2e-3, rtol=0)
+        # A frame does not depend on those beside it.
+        alone = again.decode(rgb[1:], normals[1:], warped[1])
+        assert torch.equal(alone.rgb, b.rgb[1:])
+    (tmp_path / "decoder" / "config.json").write_text('{"widths": [8], "blocks": [1]}')
+    with pytest.raises(UserError, match="no guided decoder of this version"):
+        load_decoder(tmp_path / "decoder")
+
+
+@pytest.fixture(scope="module")
+def photograph(pair):
+    """The pair's portrait, as large as a decoder's row."""
+    size = STAGE.rows.size
+    return pair.portrait.resized(size)
+
+
+@pytest.fixture(scope="module")
+def clips(photograph, tmp_path_factory):
+    """One person's two photographs, tracked, and another's."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for k, name in enumerate(("anna_neutral", "anna_smiling", "berta")):
+        with ClipWriter(folder / name) as clip:
+            clip.add_params(0, photograph.params)
+            clip.add(0, 0, photograph.image * (1 - 0.1 * k), photograph.camera, photograph.mask)
+    return tuple(str(folder / name) for name in ("anna_neutral", "anna_smiling", "berta"))
+
+
+def test_a_portrait_seen_from_the_side_has_only_what_it_shows(photograph):
+    head = load_head()
+    texture = lifted(head, photograph, True)
+    own = seen_turned(head, photograph, texture, 0.0, 0.0)
+    side = seen_turned(head, photograph, texture, 50.0, 0.0)
+    inside = (own.mask > 0) & (photograph.mask > 0.9)
+    assert inside.float().mean() > 0.15
+    assert ((own.image - photograph.on_grey).abs() * inside).sum() / inside.sum() / 3 < 0.03
+    assert side.mask.sum() < own.mask.sum(), "half of the head is hidden"
+    back = around(head, replace(photograph, camera=side.camera), -50.0)
+    torch.testing.assert_close(back.T_cam_world, photograph.camera.T_cam_world, atol=1e-5, rtol=0)
+
+
+def test_twins_are_photographs_of_one_person():
+    clips = ("a/1_x", "a/1_y", "a/2_x", "b/1_z", "a/3")
+    assert [twin_of(clips, s) for s in range(5)] == ["a/1_y", "a/1_x", None, None, None]
+
+
+@pytest.fixture(scope="module")
+def rows(model, clips, tmp_path_factory):
+    """Rows of rendered people and of photographs."""
+    folder = tmp_path_factory.mktemp("rows")
+    config = replace(STAGE.rows, model=str(model), people=1)
+    world = build_decoder_rows(folder / "world", config, 1)
+    real = build_decoder_rows(folder / "real", replace(config, source="photographs", clips=clips, rows=3), 1)
+    return world, real
+
+
+def test_rows_hold_what_the_decoder_sees_and_the_truth(rows, clips):
+    world, real = rows
+    assert len(world.index) == 2 and len(real.index) == 9
+    batch = real.read(np.array([0]))
+    size, low = STAGE.rows.size, STAGE.rows.low
+    assert batch.truth.shape == (1, 3, size, size) and batch.rgb.shape == (1, 3, low, low)
+    seen = (batch.warped.seen > 0.99) & (batch.mask > 0.9)
+    assert seen.float().mean() > 0.1
+    # Of its own view, the warped portrait is the photograph.
+    assert ((batch.warped.rgb - batch.truth).abs() * seen).sum() / seen.sum() / 3 < 0.04
+    assert not batch.exact.any() and world.read(np.array([0, 1])).exact.all()
+    # The last row of one of two photographs is driven by it, from the other.
+    twin = real.read(np.array([2]))
+    gap = ((twin.warped.rgb - twin.truth) * seen).sum() / seen.sum() / 3
+    assert gap < -0.02, "the other photograph is darker"
+    with pytest.raises(UserError, match="another configuration"):
+        build_decoder_rows(world.folder, replace(STAGE.rows, model="other", people=1), 1)
+
+
+def test_hair_that_was_not_carried_does_not_count(rows):
+    batch = rows[1].read(np.array([0]))
+    nothing = replace(batch.warped, seen=torch.zeros_like(batch.mask), inside=torch.zeros_like(batch.mask))
+    counts = weights(replace(batch, warped=nothing), 0.03)
+    torch.testing.assert_close(counts, 1 - batch.mask)
+    assert weights(replace(batch, warped=nothing, exact=torch.ones(1, 1, 1, 1)), 0.03).min() == 1
+
+
+def test_rows_are_cut_shrunk_and_mirrored_alike(rows):
+    batch = rows[0].read(np.array([0, 1]))
+    half = at(batch, 64, None)
+    assert half.truth.shape[-1] == half.warped.rgb.shape[-1] == 64
+    cut = at(batch, 64, (32, 16))
+    assert torch.equal(cut.truth, batch.truth[..., 16:80, 32:96])
+    assert cut.warped.pose.shape[-1] == cut.rgb.shape[-1] == 64
+    twice = mirrored(mirrored(batch))
+    torch.testing.assert_close(twice.truth_normals, batch.truth_normals)
+    assert torch.equal(mirrored(batch).warped.seen, batch.warped.seen.flip(-1))
+
+
+def test_training_learns_and_resumes_to_the_same_weights(rows, tmp_path):
+    config = replace(STAGE.training, steps=16, adversarial_from=0.75, cuts=0.0)
+    records: list[dict] = []
+    whole = train_decoder(tmp_path / "a", rows, config, rows[:1], records.append)
+    before, after = (np.mean([r["colour"] for r in part]) for part in (records[:4], records[8:12]))
+    assert after < before and "adversarial" in records[-1] and "adversarial" not in records[11]
+    assert {"world_psnr", "world_sharp", "world_mask"} <= set(records[-1])
+
+    def interrupt(record: dict) -> None:
+        if record["step"] == 13:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_decoder(tmp_path / "b", rows, config, rows[:1], interrupt)
+    resumed = train_decoder(tmp_path / "b", rows, config, rows[:1])
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_model_with_a_decoder_makes_frames_of_the_cameras_size(model, pair, tmp_path):
+    network = load_model(model)
+    network.decoder = GuidedDecoder(TINY)
+    network.save(tmp_path / "model")
+    again, head = load_model(tmp_path / "model"), load_head()
+    assert isinstance(again.decoder, GuidedDecoder)
+    sample = replace(PRESETS["debug"].sample, finish=())
+    for size in (64, 128):
+        portrait = pair.portrait.resized(size)
+        driving = replace(pair.driving, params=with_identity_of(portrait, pair.driving.params))
+        made = DiffusionGenerator(again, sample).generate(
+            GenerationRequest(portrait, driving, head), portrait.camera.expand(3)
+        )
+        assert made.rgb.shape == made.normal.shape == (3, 3, size, size)
+        length = made.normal.norm(dim=1)
+        assert ((length > 0.9) | (length < 0.1)).float().mean() > 0.95
+
+
+def test_a_folder_without_rows_is_said(tmp_path):
+    with pytest.raises(UserError, match="has no rows for a decoder"):
+        DecoderRows(tmp_path)
