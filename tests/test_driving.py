@@ -108,6 +108,14 @@ def test_coefficients_are_shifted(head):
     torch.testing.assert_close(transferred(flame, shifted, b, a).expr, params.expr)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_stream(head, tmp_path):
+    names = head.expression_names
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"jawOpen": 0.5}\n{"jawOpen": 0.25}\n')
+    lines = read_stream_file(tmp_path / "a.jsonl", names)
+    assert [float(line.weights.max()) for line in lines] == [0.5, 0.25]
+    assert len(list(read_stream(['\ufeff{"jawOpen": 0.5}'], names))) == 1
+
+
 def test_stream_forms(head, tmp_path):
     names = head.expression_names
     lines = [

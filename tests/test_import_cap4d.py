@@ -155,11 +155,23 @@ def test_missing_and_damaged_pictures_are_reported(data, tmp_path):
         assert words in lines, words
 
 
+def test_a_number_that_is_none_costs_its_frame_and_is_named(data, tmp_path):
+    src = tmp_path / "in"
+    shutil.copytree(data, src)
+    fit = make_fit()
+    fit["tra"] = np.array(fit["tra"], np.float64)
+    fit["tra"][1, 2] = np.nan
+    np.savez(src / "fit.npz", **fit)
+    (folder,), report = run(src, tmp_path / "out")
+    assert {r.timestep for r in Clip(folder).records} == set(range(STEPS)) - {1}
+    assert "NaN or infinite numbers in fit.npz (in/1)" in " | ".join(report.lines())
+
+
 @pytest.mark.parametrize(("change", "says"), [
     ({"extr": np.full((2, 4, 4), np.nan)}, "NaN"),
     ({"extr": np.tile(np.diag([-1.0, 1, 1, 1]), (2, 1, 1))}, "mirrored"),
     ({"fx": np.float32([[0.0], [1.0]])}, "focal"),
-    ({"rot": np.full((STEPS, 3), np.inf)}, "rot has NaN"),
+    ({"rot": np.full((STEPS, 3), np.inf)}, "infinite numbers at every timestep"),
     ({"rot": np.zeros((STEPS, 4))}, "do not fit"),
     ({"expr": np.zeros((STEPS, 120))}, "expected at most"),
     ({"shape": np.zeros(400)}, "expected at most"),

@@ -5,6 +5,7 @@ import io
 import json
 import socket
 import threading
+import urllib.request
 
 import pytest
 import torch
@@ -133,6 +134,21 @@ def test_an_image_that_fails_ends_the_server(avatar, monkeypatch):
 def test_numbers_without_end_are_refused(server):
     status, _ = ask(server, "POST", "/view", '{"yaw": 1' + "0" * 400 + "}", Content_Type="application/json")
     assert status == 400
+
+
+@pytest.mark.parametrize(("host", "shown"), [
+    ("127.0.0.1", "http://127.0.0.1:"), ("0.0.0.0", "http://127.0.0.1:"), ("::1", "http://[::1]:"),
+])  # fmt: skip
+def test_the_link_that_is_printed_works(avatar, host, shown):
+    if ":" in host and not socket.has_ipv6:
+        return
+    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, host, 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        link = server.link(host)
+        assert link.startswith(shown)
+        with urllib.request.urlopen(link + "about", timeout=30) as answer:
+            assert answer.status == 200
+        server.shutdown()
 
 
 @pytest.mark.parametrize(("host", "status"), [

@@ -61,7 +61,7 @@ class Reader:
             UserError: not one JSON object, an unknown name, or a weight that is not a number from 0 to 1.
         """
         try:
-            value = json.loads(text)
+            value = json.loads(text.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise self._bad(number, f"is not JSON ({error}): expected one object a line") from None
         return self.record(value, number)
@@ -157,7 +157,7 @@ def read_stream_file(path: Path, names: tuple[str, ...]) -> list[Line]:
         UserError: as `read_stream`, or it is missing, not text, or has no frame.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected one JSON object a line") from None
     except UnicodeDecodeError:

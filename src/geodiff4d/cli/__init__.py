@@ -9,8 +9,11 @@ Exit codes: 0 done, 1 a defect of ours, 2 bad input or a full disk, 130 interrup
 import difflib
 import errno
 import importlib
+import io
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -58,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     `--debug`, anywhere on the line, lets every error through with its traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that knows no "°" or "ä" is no reason to fail.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     if not argv or argv[0] in ("-h", "--help"):
@@ -108,6 +115,8 @@ def explain(error: Exception) -> tuple[str, int]:
         # The reader left (`| head`): keep the interpreter from complaining again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return "the reader of the output went away", 141
+    if (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) and _no_temporary_space():
+        return f"no space left in {tempfile.gettempdir()}, where temporary files are: free some, or set TMPDIR", 2
     if isinstance(error, OSError) and error.errno in ADVICE:
         where = f" ({error.filename})" if error.filename else ""
         return f"{(error.strerror or text).lower()}{where}: {ADVICE[error.errno]}", 2
@@ -120,6 +129,14 @@ def explain(error: Exception) -> tuple[str, int]:
         f"unexpected {type(error).__name__}: {text}; this is a defect, please report it with the output of --debug",
         1,
     )
+
+
+def _no_temporary_space() -> bool:
+    """Say whether it is the folder of temporary files that is full."""
+    try:
+        return shutil.disk_usage(tempfile.gettempdir()).free < 1_000_000
+    except OSError:
+        return False
 
 
 def fail(who: str, message: str, code: int = 2) -> int:

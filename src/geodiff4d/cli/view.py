@@ -62,7 +62,7 @@ def run(args: Args) -> None:
             server.shutdown()
 
     with Studio(avatar, show, args.size) as studio, Server(studio, args.host, args.port) as server:
-        print(f"http://{args.host}:{server.server_port}/ shows {args.avatar}; Ctrl-C ends it", flush=True)
+        print(f"{server.link(args.host)} shows {args.avatar}; Ctrl-C ends it", flush=True)
         if lines or camera:
             threading.Thread(target=follow, daemon=True).start()
         if args.seconds is not None:

@@ -76,7 +76,7 @@ def read(src: Path, choice: Choice, report: Report) -> list[Source]:
 
 
 def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
-    fit = _fit(folder / "fit.npz")
+    fit = _fit(folder / "fit.npz", report)
     head = known_head(MODEL, "CAP4D", report)
     if head is None and fit.turns["neck_rot"].any():
         report.warn("the shoulders' turn (neck_rot) is left out without FLAME's file", name)
@@ -116,7 +116,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
     )  # fmt: skip
 
 
-def _fit(path: Path) -> _Fit:
+def _fit(path: Path, report: Report) -> _Fit:
     values = read_arrays(path)
     missing = [k for k in ("fx", "fy", "cx", "cy", "extr", "resolutions", "shape", "expr", "rot", "tra")
                if k not in values]  # fmt: skip
@@ -138,11 +138,16 @@ def _fit(path: Path) -> _Fit:
         )
     turns = {k: values.get(k, np.zeros((steps, 3))).astype(np.float64) for k in
              ("rot", "tra", "eye_rot", "jaw_rot", "neck_rot")}  # fmt: skip
-    broken = [k for k, v in turns.items() if not np.isfinite(v).all()]
-    if broken:
-        raise UserError(f"{path}: {', '.join(broken)} has NaN or infinite numbers")
+    if not np.isfinite(values["shape"].astype(np.float64)).all():
+        raise UserError(f"{path}: shape has NaN or infinite numbers: fit the head again")
+    moving = np.concatenate([values["expr"].astype(np.float64), *turns.values()], 1)
+    sound = np.isfinite(moving).all(1)
+    for t in np.nonzero(~sound)[0].tolist():
+        report.warn(f"frames left out: NaN or infinite numbers in {path.name}", f"{path.parent.name}/{t}")
+    if not sound.any():
+        raise UserError(f"{path} has NaN or infinite numbers at every timestep: fit the head again")
     cameras = [_camera(values, i, f"{path}, camera {names[i]}") for i in range(n)]
-    valid = values.get("valid_mask", np.ones((n, steps))).astype(bool)
+    valid = values.get("valid_mask", np.ones((n, steps))).astype(bool) & sound
     fps = float(values["fps"]) if values.get("fps", np.array("")).shape == () and "fps" in values else 24.0
     return _Fit(names, cameras, values["shape"], values["expr"], turns, valid, fps)
 

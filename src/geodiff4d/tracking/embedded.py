@@ -98,7 +98,8 @@ class EmbeddedDetector:
     def _find(self, image: Tensor, side: int) -> list[HeadSquare]:
         height, width = image.shape[1:]
         scale = side / max(height, width)
-        if scale > 2:
+        # Larger than twice they only blur; but a small picture is searched once.
+        if scale > 2 and side != FINDER_SIDES[0]:
             return []
         size = [max(round(height * scale), FINDER_STRIDE), max(round(width * scale), FINDER_STRIDE)]
         small = interpolate(image[None], size=size, mode="bilinear", antialias=True)

@@ -39,10 +39,17 @@ class Server(ThreadingHTTPServer):
         self.studio = studio
         self.local = host in LOOPBACK
         self.names = {*LOOPBACK, host.lower()} | (set() if self.local else own_names())
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise UserError(f"cannot listen on {host}:{port} ({error}): choose another --port or --host") from None
+
+    def link(self, host: str) -> str:
+        """Return the address that a browser opens; of a server that listens on all of them, this machine's own."""
+        everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+        name = everywhere.get(host, host)
+        return f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}/"
 
     def service_actions(self) -> None:
         """Raise the studio's failure, if it has one, which ends `serve_forever`."""
