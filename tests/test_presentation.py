@@ -150,3 +150,36 @@ def test_a_tiled_photograph_is_not_taken_for_a_film(tmp_path, monkeypatch):
     assert not is_video(path)
     with pytest.raises(UserError, match="is a HEIF photograph"):
         images.read_image(path)
+
+
+def profile(primaries: dict[str, tuple[float, float, float]]) -> bytes:
+    """Return a display's ICC profile of version 2: three primaries (D50) and a gamma of 2.2."""
+
+    def fixed(*values: float) -> bytes:
+        return b"".join(int(round(v * 65536)).to_bytes(4, "big", signed=True) for v in values)
+
+    tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249), b"cprt": b"text\0\0\0\0none\0\0\0\0",
+            b"desc": b"desc\0\0\0\0\0\0\0\5wide\0" + bytes(79)}  # fmt: skip
+    for name, xyz in primaries.items():
+        tags[f"{name}XYZ".encode()] = b"XYZ \0\0\0\0" + fixed(*xyz)
+        tags[f"{name}TRC".encode()] = b"curv\0\0\0\0\0\0\0\1" + int(2.2 * 256).to_bytes(2, "big") + b"\0\0"
+    at, table, body = 132 + 12 * len(tags), b"", b""
+    for name, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table += name + (at + len(body)).to_bytes(4, "big") + len(data).to_bytes(4, "big")
+        body += data
+    head = bytearray(128)
+    head[:4], head[8:12] = (at + len(body)).to_bytes(4, "big"), b"\2\x20\0\0"
+    head[12:24], head[36:40], head[68:80] = b"mntrRGB XYZ ", b"acsp", fixed(0.9642, 1.0, 0.8249)
+    return bytes(head) + len(tags).to_bytes(4, "big") + table + body
+
+
+def test_wide_gamuts_become_srgb(tmp_path):
+    p3 = profile({"r": (0.5151, 0.2412, -0.0011), "g": (0.2920, 0.6922, 0.0419), "b": (0.1571, 0.0666, 0.7841)})
+    skin = Image.new("RGB", (4, 4), (200, 140, 120))
+    skin.save(tmp_path / "p3.png", icc_profile=p3)
+    skin.save(tmp_path / "odd.png", icc_profile=b"not a profile")
+    wide, plain = (images.read_image(tmp_path / f"{k}.png")[:, 0, 0] * 255 for k in ("p3", "odd"))
+    assert plain.tolist() == [200, 140, 120]
+    # Display P3's (200, 140, 120) is a stronger colour than sRGB's.
+    assert wide[0] > 206 and wide[2] < 119 and abs(float(wide[1]) - 138) < 5

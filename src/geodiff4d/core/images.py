@@ -90,7 +90,8 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
                 )
             from PIL import ImageOps
 
-            array = np.asarray(_opaque(_eight_bits(ImageOps.exif_transpose(image), name), mode).convert(mode))
+            shown = _in_srgb(_opaque(_eight_bits(ImageOps.exif_transpose(image), name), mode))
+            array = np.asarray(shown.convert(mode))
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read: expected PNG, JPEG or WebP") from None
     except Image.DecompressionBombError:
@@ -103,6 +104,25 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
         raise UserError(f"{name} is truncated or damaged ({error}): export it again as PNG or JPEG") from None
     tensor = torch.from_numpy(array.copy()).float() / 255
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """Convert a picture to sRGB from the colour space of its ICC profile: telephones write Display P3.
+
+    A profile that is damaged, or for another kind of picture, is passed over, as viewers do.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    from PIL import ImageCms
+
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        output = "RGBA" if image.mode == "RGBA" else "RGB"
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=output)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    return image if converted is None else converted
 
 
 def _opaque(image: Image.Image, mode: str) -> Image.Image:
