@@ -232,11 +232,6 @@ def test_exif_turns_the_picture_upright(tmp_path):
     assert image[:, :, -1].min() == 1
 
 
-def test_alpha_is_ignored(tmp_path):
-    Image.new("RGBA", (3, 2), (10, 20, 30, 0)).save(tmp_path / "a.png")
-    assert images.read_image(tmp_path / "a.png").mul(255).round()[:, 0, 0].tolist() == [10, 20, 30]
-
-
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, mode):
     values = np.array([[0, 257], [25_700, 65_535]], np.uint16)

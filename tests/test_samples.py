@@ -145,10 +145,11 @@ def test_multi_view_is_drawn_ten_times_as_often_per_sample():
     samples = Samples([many, one], PairConfig(least_share=0.0), READ)
     np.testing.assert_allclose(samples.shares, [20 * 10 / 300, 100 / 300])
     n = 4000
-    counts = np.bincount([samples.draw(i).source for i in range(n)], minlength=2)
+    found = [samples.draw(i) for i in range(n)]
+    counts = np.bincount([s.source for s in found], minlength=2)
     expected = n * samples.shares
     assert np.all(np.abs(counts - expected) < 4 * np.sqrt(expected * (1 - samples.shares)))
-    drawn = [(k.take, k.view) for i in range(n) if (s := samples.draw(i)).source == 0 for k in s.target]
+    drawn = [(k.take, k.view) for s in found if s.source == 0 for k in s.target]
     each = np.bincount([t * 5 + v for t, v in drawn], minlength=20)
     assert np.all(np.abs(each - each.mean()) < 4.5 * np.sqrt(each.mean())), "every camera of every take alike"
 
