@@ -5,19 +5,15 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 
-from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import encode_normals
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.presets import PRESETS
-from geodiff4d.video.detail import RestoreDetail
 from geodiff4d.video.finish import Finish, FinishContext, surface_mask
 from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Portrait, with_identity_of
 from geodiff4d.video.model import ConditionImages
-from geodiff4d.video.mouth import FillMouth
-from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
 
@@ -61,10 +57,7 @@ def finished(request_, model):
 
 def test_the_paper_finishes_nothing():
     assert SampleConfig().finish == PRESETS["paper"].sample.finish == ()
-    assert PRESETS["embedded"].sample.finish == (
-        RestoreDetail(tolerance=0.08), FillMouth(), FreeOutline(), KeepTone(),
-    )  # fmt: skip
-    assert {type(x) for x in PRESETS["debug"].sample.finish} == {RestoreDetail, FillMouth, FreeOutline, KeepTone}
+    assert PRESETS["embedded"].sample.finish == PRESETS["debug"].sample.finish == (KeepTone(),)
 
 
 def test_touches_are_done_in_their_order(finished):
@@ -87,12 +80,12 @@ def test_frames_are_finished_alone(finished):
 
     finished(keep)
     [(frames, context)] = seen
-    drawn, times = context.warp(), []
+    drawn = context.warp()
 
     def done(part: slice) -> SampledFrames:
         images = ConditionImages(*(getattr(drawn, f.name)[:, :, part] for f in fields(ConditionImages)))
         here = SampledFrames(frames.rgb[part], frames.normals[part], frames.mask[part])
-        given = replace(context, warp=lambda: times.append(part) or images)
+        given = replace(context, warp=lambda: images)
         for touch in PRESETS["debug"].sample.finish:
             here = touch(here, given)
         return here
@@ -101,7 +94,6 @@ def test_frames_are_finished_alone(finished):
     for name in ("rgb", "normals", "mask"):
         one_by_one = torch.cat([getattr(x, name) for x in alone])
         torch.testing.assert_close(getattr(whole, name), one_by_one, atol=1e-5, rtol=1e-5)
-    assert len(times) == 1 + len(alone), "the warped portrait is drawn once for all touches"
 
 
 def test_without_touches_the_mask_is_where_normals_are_long(finished):
@@ -113,33 +105,8 @@ def test_without_touches_the_mask_is_where_normals_are_long(finished):
 
 
 def test_touches_without_their_ground_change_nothing(pair):
-    """No warp, no normals, no single tone: frames stay as they are."""
+    """No single tone: frames stay as they are."""
     frames = SampledFrames(torch.rand(2, 3, 48, 48), None, torch.ones(2, 1, 48, 48))
     context = FinishContext(pair.portrait, None)
-    for touch in (RestoreDetail(), FillMouth(), FreeOutline(), KeepTone()):
-        assert isinstance(touch, Finish) and touch(frames, context) is frames
-    with pytest.raises(UserError, match="expected more than 0"):
-        RestoreDetail(tolerance=0)
-
-
-def test_detail_comes_from_the_warp(pair):
-    soft = torch.full((2, 3, SIZE, SIZE), 0.5)
-    sharp = soft + 0.03 * torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    ones = torch.ones(2, 2, SIZE, SIZE)
-    known = ConditionImages(*(x.movedim(0, 1)[None] for x in (soft, sharp, ones, 0 * ones[:, :1])))
-    frames = SampledFrames(soft, None, torch.ones(2, 1, SIZE, SIZE))
-    made = RestoreDetail(tolerance=0.2)(frames, FinishContext(pair.portrait, lambda: known))
-    assert (made.rgb - sharp).abs().mean() < 0.7 * (soft - sharp).abs().mean()
-
-
-def test_an_opened_mouth_is_filled_from_the_warped_portrait(pair):
-    """Inside the frame is the warped portrait's, with a soft edge; elsewhere, and where nothing opened, the model's."""
-    rgb, carried = torch.full((2, 3, SIZE, SIZE), 0.5), torch.zeros(1, 3, 2, SIZE, SIZE)
-    opened = torch.zeros(1, 1, 2, SIZE, SIZE)
-    opened[:, :, 0, 40:50, 20:40] = 1
-    known = ConditionImages(carried, carried, carried[:, :2], opened)
-    frames = SampledFrames(rgb, rgb, torch.ones(2, 1, SIZE, SIZE))
-    done = FillMouth()(frames, FinishContext(pair.portrait, lambda: known))
-    assert (done.rgb[0, :, 42:48, 22:38] == 0).all() and (done.rgb[0, :, :37] == 0.5).all()
-    assert torch.equal(done.rgb[1], rgb[1]) and torch.equal(done.normals, rgb)
-    assert 0 < done.rgb[0, 0, 39, 30] < 0.5
+    touch = KeepTone()
+    assert isinstance(touch, Finish) and touch(frames, context) is frames

@@ -156,7 +156,7 @@ def profile(primaries: dict[str, tuple[float, float, float]]) -> bytes:
     """Return a display's ICC profile of version 2: three primaries (D50) and a gamma of 2.2."""
 
     def fixed(*values: float) -> bytes:
-        return b"".join(int(round(v * 65536)).to_bytes(4, "big", signed=True) for v in values)
+        return b"".join(round(v * 65536).to_bytes(4, "big", signed=True) for v in values)
 
     tags = {b"wtpt": b"XYZ \0\0\0\0" + fixed(0.9642, 1.0, 0.8249), b"cprt": b"text\0\0\0\0none\0\0\0\0",
             b"desc": b"desc\0\0\0\0\0\0\0\5wide\0" + bytes(79)}  # fmt: skip

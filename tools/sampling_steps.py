@@ -2,9 +2,8 @@
 
 Usage: `.venv/bin/python tools/sampling_steps.py --out runs/sampling_steps --threads 1`. The demo's pairs: portraits of
 the test split driven by others, with a tracker's error. Sampled as the preset does, and as the paper does (guidance 2.5
-on the expression, a new noise for every frame, no detail taken from the conditions; outlines and tones are finished as
-in the preset). The paper also starts from the noised reference; a schedule that ends in plain noise, as the shipped
-model's, shows nothing of its start.
+on the expression, a new noise for every frame; decoded and finished as in the preset). The paper also starts from the
+noised reference; a schedule that ends in plain noise, as the shipped model's, shows nothing of its start.
 Finished rows are kept. Prints a Markdown table.
 """
 
@@ -27,13 +26,12 @@ from geodiff4d.presets import preset
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import with_identity_of
 from geodiff4d.video.model import VideoModel
-from geodiff4d.video.outline import FreeOutline
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
 
 MEASURES = {"psnr_fg": 2, "psnr_face": 2, "ssim": 3, "normal_deg": 2, "sharpness": 2}
 """Digits that the table shows."""
-WAYS = {"preset": preset("embedded").sample, "paper": SampleConfig(finish=(FreeOutline(), KeepTone()))}
+WAYS = {"preset": preset("embedded").sample, "paper": SampleConfig(finish=(KeepTone(),))}
 Shots = tuple[GenerationRequest, Camera, Truth]
 
 

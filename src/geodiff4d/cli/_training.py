@@ -21,6 +21,7 @@ from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
 from geodiff4d.tracking.relabel import render_tracked
 from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.model import VideoModelConfig, load_video_model
+from geodiff4d.video.objective import trained_state
 from geodiff4d.video.recode import continued, start_from_stable_diffusion, starting_weights
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.train_codec import train_codec
@@ -69,8 +70,12 @@ def video(args: Args) -> None:
     pairs = replace(p.video.pairs, cross_view="cross-view" not in args.ablate)
     config = training_config(args, replace(p.video, pairs=pairs))
     train, val = batches(args, p, model, first.codec, config, p.clip_augment)
-    start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
-    train_video_model(args.out, model, first.codec, train, config, val, start, record_lines(config.steps))
+    train_video_model(
+        args.out, model, first.codec, train, config, val, trained_state(first), record_lines(config.steps)
+    )
+    if first.decoder is not None:
+        # What temporal modules change is finished as before.
+        first.decoder.save(args.out / "model" / "decoder")
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 

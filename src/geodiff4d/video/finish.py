@@ -1,7 +1,7 @@
 """Finishing touches: what is done to decoded frames before they are handed out (ours, beyond the paper).
 
-`SampleConfig.finish` lists them in order, each a frozen dataclass of one signature: `RestoreDetail` (`detail.py`),
-`FillMouth` (`mouth.py`), `FreeOutline` (`outline.py`), `KeepTone` (`tone.py`). The paper has none.
+`SampleConfig.finish` lists them in order, each a frozen dataclass of one signature, such as `KeepTone` (`tone.py`). The
+paper has none. What the portrait itself gives to frames is the guided decoder's (`decoder.py`), before any touch.
 """
 
 from collections.abc import Callable

@@ -69,7 +69,7 @@ class ConditionImages:
     visibility: Float[Tensor, "b 2 t height width"] | None = None
     """Where the portrait itself shows the point, and where the head is at all."""
     opened: Float[Tensor, "b 1 t height width"] | None = None
-    """Where the inside of the mouth is that the portrait hides. No network sees it; `video/mouth.py` does."""
+    """Where the inside of the mouth is that the portrait hides: for the guided decoder, not for the denoiser."""
 
 
 @dataclass(frozen=True)

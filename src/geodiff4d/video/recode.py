@@ -9,6 +9,7 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.video.model import VideoModelConfig, load_video_model
+from geodiff4d.video.objective import trained_state
 from geodiff4d.video.pretrained import from_stable_diffusion
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
@@ -30,7 +31,7 @@ def recode(state: dict[str, Tensor], old: PatchCodec, new: PatchCodec) -> dict[s
     if old.factor != new.factor:
         raise ValueError(f"a model moves between codecs of one factor, got {old.factor} and {new.factor}")
     to_old, to_new = change_of_latents(old, new), change_of_latents(new, old)
-    out = {k: v for k, v in state.items() if not k.startswith("codec.")}
+    out = dict(state)
     for name in ("unet", "reference"):
         weight = state[f"{name}.conv_in.weight"]
         groups = weight.shape[1] // old.channels
@@ -56,7 +57,7 @@ def starting_weights(folder: Path, codec: PatchCodec) -> dict[str, Tensor]:
             f"{folder} has a codec of {asdict(model.codec.config)}: expected factor {codec.factor} to continue from"
         )
     same = model.codec.config == codec.config and torch.equal(model.codec.basis, codec.basis)
-    return model.state_dict() if same else recode(model.state_dict(), model.codec, codec)
+    return trained_state(model) if same else recode(trained_state(model), model.codec, codec)
 
 
 def continued(folder: Path, like: VideoModelConfig) -> tuple[VideoModelConfig, StableCodec, dict[str, Tensor]]:
@@ -72,7 +73,7 @@ def continued(folder: Path, like: VideoModelConfig) -> tuple[VideoModelConfig, S
         raise UserError(f"{folder} holds a patch codec: expected a model that preset paper has trained")
     unet = replace(model.config.unet, temporal_layers=like.unet.temporal_layers, clip_filter=like.unet.clip_filter)
     config = replace(model.config, unet=unet, normals=like.normals, joint_attention=like.joint_attention)
-    return config, model.codec, {k: v for k, v in model.state_dict().items() if not k.startswith("codec.")}
+    return config, model.codec, trained_state(model)
 
 
 def start_from_stable_diffusion(

@@ -49,8 +49,8 @@ class SampleConfig:
     overlap: int = 4
     """Frames that neighbouring windows share; their predictions are averaged."""
     finish: tuple[Finish, ...] = ()
-    """What is done to decoded frames, in this order (ours; `video/finish.py`). Without `FreeOutline`, a frame's mask is
-    where its generated normals are at least half a unit long (`surface_mask`)."""
+    """What is done to decoded frames, in this order (ours; `video/finish.py`). Where a model has no guided decoder, a
+    frame's mask is where its generated normals are at least half a unit long (`surface_mask`)."""
     autocast: bool = True
     """bf16 where the machine has it."""
     compiled: bool = False
