@@ -27,8 +27,9 @@ from geodiff4d.world.expressions import INDEX
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NEUTRAL, SMILING = "_neutral", "_smiling"
-SMILE_MARGIN, SMILE_SCALE = 0.6, 0.1
-"""How much more of both smile coefficients together the second has at least, and how sharply that is asked."""
+SMILE_SCALE = 0.1
+"""How sharply it is asked that the second's smile coefficients are together no lower than the first's. No margin: one
+of 0.6 made real smiles half as large again as they are."""
 
 
 @dataclass(frozen=True)
@@ -123,5 +124,5 @@ def photograph_loss(
         both = [INDEX["mouthSmileLeft"], INDEX["mouthSmileRight"]]
         smile = (raw.value * spread)[:, both].sum(1)
         more = smile[looks.pairs[:, 1]] - smile[looks.pairs[:, 0]]
-        terms["smile"] = SMILE_SCALE * softplus((SMILE_MARGIN - more) / SMILE_SCALE).mean()
+        terms["smile"] = SMILE_SCALE * softplus(-more / SMILE_SCALE).mean()
     return terms
