@@ -28,8 +28,8 @@ TAKEN = 6.0
 SOLID, SHARP = 0.45, 10.0
 """Before training, the mask is the sigmoid of `SHARP` times the decoded normal's length, less `SOLID`."""
 
-EMPTY, FULL = 0.1, 0.9
-"""Masks that count as nothing, and as all: a sigmoid is never either."""
+EMPTY, FULL = 0.2, 0.5
+"""Masks that count as nothing, and as all: an outline that the network is unsure of becomes a line, and no halo."""
 
 
 @dataclass(frozen=True)
