@@ -231,7 +231,7 @@ RECIPES = [
     bad(f"animate {PEOPLE} {MODEL} --size 128", says="no guided decoder"),
     bad(f"animate {PEOPLE} --preset debug --model runs/decoder/model --size 70", says="a multiple of 4 from 64"),
     bad("evaluate photographs nowhere --preset debug", says="nowhere is not a folder"),
-    bad("import portraits world/train_0/flame_param nothing", says="has no photographs"),
+    bad_import("import portraits world/train_0/flame_param bad/out", says="has no photographs"),
     Recipe(
         f"evaluate driving --portraits me.png --drivers world/train_1 {MODEL} --methods video_model mesh_warp avatar "
         "--frames 3 --out runs/driving",
