@@ -44,9 +44,9 @@ from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.video.batches import Batches, encode_store
 from geodiff4d.video.conditions import condition_images, lifted
 from geodiff4d.video.expression import ExpressionEncoder
+from geodiff4d.video.finish import surface_mask
 from geodiff4d.video.inputs import Portrait, driving_crop
 from geodiff4d.video.model import VideoModel, VideoModelConfig
-from geodiff4d.video.outline import BARE, coverage
 from geodiff4d.video.sample import ClipInputs, sample
 from geodiff4d.video.train import VideoTraining, train_video_model
 from geodiff4d.video.vae import PatchCodec, load_codec
@@ -249,7 +249,7 @@ def frames_of(
     images = model.decode_latents(z)[0].movedim(2, 1).clamp(0, 1)
     if not model.config.normals:
         return images[0], None
-    return images[0], decode_normals(images[1]) * (coverage(images[1]) > BARE)
+    return images[0], decode_normals(images[1]) * surface_mask(images[1])
 
 
 def perceived(detector: EmbeddedDetector, rgb: Float[Tensor, "t 3 height width"]) -> Tensor:

@@ -31,7 +31,7 @@ def recode(state: dict[str, Tensor], old: PatchCodec, new: PatchCodec) -> dict[s
     if old.factor != new.factor:
         raise ValueError(f"a model moves between codecs of one factor, got {old.factor} and {new.factor}")
     to_old, to_new = change_of_latents(old, new), change_of_latents(new, old)
-    out = dict(state)
+    out = {k: v for k, v in state.items() if not k.startswith("codec.")}
     for name in ("unet", "reference"):
         weight = state[f"{name}.conv_in.weight"]
         groups = weight.shape[1] // old.channels
