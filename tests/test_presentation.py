@@ -179,7 +179,9 @@ def test_wide_gamuts_become_srgb(tmp_path):
     skin = Image.new("RGB", (4, 4), (200, 140, 120))
     skin.save(tmp_path / "p3.png", icc_profile=p3)
     skin.save(tmp_path / "odd.png", icc_profile=b"not a profile")
+    skin.convert("RGBA").save(tmp_path / "clear.png", icc_profile=p3)
     wide, plain = (images.read_image(tmp_path / f"{k}.png")[:, 0, 0] * 255 for k in ("p3", "odd"))
     assert plain.tolist() == [200, 140, 120]
+    assert images.read_image(tmp_path / "clear.png")[:, 0, 0].mul(255).tolist() == wide.tolist()
     # Display P3's (200, 140, 120) is a stronger colour than sRGB's.
     assert wide[0] > 206 and wide[2] < 119 and abs(float(wide[1]) - 138) < 5

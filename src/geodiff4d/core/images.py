@@ -90,7 +90,8 @@ def _decode(source: Path | io.BytesIO, name: str, mode: str) -> Float[Tensor, "c
                 )
             from PIL import ImageOps
 
-            shown = _in_srgb(_opaque(_eight_bits(ImageOps.exif_transpose(image), name), mode))
+            # Transparency last: putting it on grey forgets the profile.
+            shown = _opaque(_in_srgb(_eight_bits(ImageOps.exif_transpose(image), name)), mode)
             array = np.asarray(shown.convert(mode))
     except UnidentifiedImageError:
         raise UserError(f"{name} is not an image that can be read: expected PNG, JPEG or WebP") from None
