@@ -5,7 +5,6 @@ There is no truth: what is measured is the driver's own change of expression, fr
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,12 +18,13 @@ from geodiff4d.avatar.drive import performed, render_sequence, wants_tokens
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_json, write_json
+from geodiff4d.core.files import fresh_file, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import read_video, write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.gain_tables import Scores, tables
+from geodiff4d.evaluate.made import Made
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.protocol import Settings, maker_of, settled
 from geodiff4d.evaluate.readers import Reader, Reading, compare_identities, readers
@@ -147,12 +147,8 @@ def video_path(out: Path, job: Job, method: str) -> Path:
 def make_videos(out: Path, job: Job, settings: Settings, maker: Maker, frames: int) -> None:
     """Make the driven videos of all methods that are not there yet."""
     folder = out / "jobs" / job.name
-    note: dict[str, Any] = {"of": fingerprint(job.portrait.of, job.driver.of, frames, settings.makers), "methods": []}
-    if (folder / "made.json").exists() and read_json(folder / "made.json")["of"] == note["of"]:
-        note = read_json(folder / "made.json")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    wanted = [m for m in settings.methods if m not in note["methods"]]
+    there = Made(folder, fingerprint(job.portrait.of, job.driver.of, frames, settings.makers))
+    wanted = there.missing(settings.methods)
     if not wanted:
         return
     portrait = load_portrait(job.portrait.clip, maker.model.config.size)
@@ -165,8 +161,7 @@ def make_videos(out: Path, job: Job, settings: Settings, maker: Maker, frames: i
         else:
             made = driven_frames(method, maker, portrait, driving)
         write_video(video_path(out, job, method), made, driving.fps)
-        note["methods"].append(method)
-        write_json(folder / "made.json", note)
+        there.add(method)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ Copying the portrait, which does nothing, scores a gain of 0.
 """
 
 import hashlib
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_json, write_json
+from geodiff4d.core.files import fresh_file, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, read_image, write_image
 from geodiff4d.core.progress import Progress, silent
@@ -24,6 +23,7 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.cases import Case, Recording
 from geodiff4d.evaluate.gain_tables import Scores, tables
 from geodiff4d.evaluate.inputs import Inputs
+from geodiff4d.evaluate.made import Made
 from geodiff4d.evaluate.methods import Maker
 from geodiff4d.evaluate.protocol import Settings, maker_of, settled
 from geodiff4d.evaluate.readers import Reader, Reading, compare_identities, readers
@@ -124,12 +124,8 @@ def make_person(out: Path, person: Person, settings: Settings, maker: Maker) -> 
     """
     folder = out / "people" / person.name
     digests = [hashlib.blake2b(p.read_bytes()).hexdigest() for p in (person.portrait, person.driver)]
-    note: dict[str, Any] = {"of": fingerprint(digests, settings.makers), "methods": []}
-    if (folder / "made.json").exists() and read_json(folder / "made.json")["of"] == note["of"]:
-        note = read_json(folder / "made.json")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    wanted = [m for m in settings.methods if m not in note["methods"]]
+    there = Made(folder, fingerprint(digests, settings.makers))
+    wanted = there.missing(settings.methods)
     if not wanted and frame_path(out, person.name, "truth").exists():
         return
     inputs = pair_inputs(folder, person, maker)
@@ -143,9 +139,8 @@ def make_person(out: Path, person: Person, settings: Settings, maker: Maker) -> 
         made = maker.make(method, inputs, driving, inputs.portrait, folder / "avatar" / "avatar")
         assert made.rgb is not None
         write_image(frame_path(out, person.name, method), made.rgb[0])
-        note["methods"].append(method)
-        write_json(folder / "made.json", note)
-    write_json(folder / "made.json", note)
+        there.add(method)
+    there.add()
 
 
 def frame_path(out: Path, person: str, what: str) -> Path:

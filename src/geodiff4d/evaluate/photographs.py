@@ -9,7 +9,7 @@ Three questions, for every method:
   photograph is the truth for what was hidden.
 """
 
-import shutil
+import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +24,13 @@ from torch import Tensor
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_json, write_json
+from geodiff4d.core.files import fresh_file, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import read_image, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.expression_gain import averaged
+from geodiff4d.evaluate.made import Made
 from geodiff4d.evaluate.methods import TITLES, Maker
 from geodiff4d.evaluate.metrics import bootstrap, psnr, sharpness
 from geodiff4d.evaluate.protocol import Settings, maker_of, settled
@@ -39,7 +40,7 @@ from geodiff4d.heads.rig import HeadParams
 from geodiff4d.tracking.portraits import photographs_below, track_portraits
 from geodiff4d.tracking.track import TrackingConfig
 from geodiff4d.video.conditions import lifted
-from geodiff4d.video.generate import Generated, GenerationRequest, Generator, WarpGenerator
+from geodiff4d.video.generate import Generated, GenerationRequest, Generator, WarpGenerator, require_frame_size
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop, load_portrait
 from geodiff4d.video.warp_back import around, seen_turned
 
@@ -82,6 +83,7 @@ def run_photographs(
         )
     settings, out = settled(settings), settings.out
     maker = maker_of(settings)
+    require_frame_size(size, maker.model.config.size, maker.model.decoder)
     each, missing = readers(maker.head, judges)
     found, refused = tracked_photographs(folder, out / "clips", size, workers, progress)
     for photograph in progress(found, "photographs", len(found)):
@@ -129,13 +131,11 @@ def frame_path(out: Path, name: str, what: str) -> Path:
 def make_views(out: Path, photograph: Photograph, settings: Settings, maker: Maker, size: int) -> None:
     """Make a photograph's frames by all methods that are not there yet."""
     folder = out / "photographs" / photograph.name
-    digest = zlib.crc32((photograph.clip / "transforms.json").read_bytes())
-    note: dict[str, Any] = {"of": fingerprint(digest, size, settings.makers), "methods": []}
-    if (folder / "made.json").exists() and read_json(folder / "made.json")["of"] == note["of"]:
-        note = read_json(folder / "made.json")
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    wanted = [m for m in settings.methods if m not in note["methods"]]
+    [record] = Clip(photograph.clip).records[:1]
+    files = [p for p in (record.image_path, record.mask_path, record.normal_path, record.params_path) if p]
+    digests = [hashlib.blake2b(p.read_bytes()).hexdigest() for p in files]
+    there = Made(folder, fingerprint(digests, size, settings.makers))
+    wanted = there.missing(settings.methods)
     if not wanted:
         return
     head, portrait = maker.head, load_portrait(Clip(photograph.clip), size)
@@ -155,8 +155,7 @@ def make_views(out: Path, photograph: Photograph, settings: Settings, maker: Mak
             write_image(frame_path(out, photograph.name, f"{method}_back"), back_made.rgb[0])
         for turn, image in zip(TURNS_DEG, made, strict=True):
             write_image(frame_path(out, photograph.name, f"{method}_{turn:+d}"), image)
-        note["methods"].append(method)
-        write_json(folder / "made.json", note)
+        there.add(method)
 
 
 def shown(maker: Maker, generator: Generator, given: Portrait, driver: Portrait, cameras: Camera) -> Generated:
