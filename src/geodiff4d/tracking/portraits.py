@@ -1,13 +1,11 @@
 """Track many portraits at once: single photographs become clips of one frame, for training and evaluation."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.workers import in_workers
-from geodiff4d.data.clip import Clip
 from geodiff4d.heads import load_head
 from geodiff4d.tracking.track import TrackingConfig, track
 
@@ -65,11 +63,6 @@ def photographs_below(folder: Path) -> list[Path]:
 def is_tracked(folder: Path) -> bool:
     """Say whether a folder holds a finished clip."""
     return (folder / "transforms.json").exists()
-
-
-def single_clips(folder: Path) -> Iterator[Clip]:
-    """Open the clips below a folder one by one."""
-    yield from (Clip(path.parent) for path in sorted(Path(folder).rglob("transforms.json")))
 
 
 def _track_one(path: Path, place: Path, config: TrackingConfig, head: str) -> tuple[Path, str | None]:

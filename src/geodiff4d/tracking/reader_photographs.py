@@ -2,7 +2,7 @@
 
 Rendered people teach what expressions mean; photographs teach that real skin, light and cameras do not matter. The
 averaged weights read the clean photograph and its mirror image, the network in training has to say the same of a
-spoiled one. Of two named `ID_neutral` and `ID_smiling`, the second smiles more.
+spoiled one. Of two named `ID_neutral` and `ID_smiling`, the second smiles no less.
 """
 
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.tracking.detect import Detector
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.face_square import face_square
+from geodiff4d.tracking.portraits import SUFFIXES, photographs_below
 from geodiff4d.tracking.reader import FaceReader, Raw
 from geodiff4d.tracking.reader_data import MARGIN
 from geodiff4d.tracking.reader_scenes import cut, drawn_cut, mirrored_targets, spoiled
 from geodiff4d.tracking.squares import cut_square
 from geodiff4d.world.expressions import INDEX
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NEUTRAL, SMILING = "_neutral", "_smiling"
 SMILE_SCALE = 0.1
 """How sharply it is asked that the second's smile coefficients are together no lower than the first's. No margin: one
@@ -52,7 +52,7 @@ def gather_photographs(
     found = detector or EmbeddedDetector()
     crops: list[Tensor] = []
     rows: dict[str, int] = {}
-    for path in progress(_images(folder), "looking at photographs"):
+    for path in progress(photographs_below(folder), "looking at photographs"):
         image = read_image(path)
         [detection] = found.detect([image])
         if detection is None:
@@ -68,12 +68,6 @@ def gather_photographs(
         if name.endswith(NEUTRAL) and (smiling := name.removesuffix(NEUTRAL) + SMILING) in rows
     ]
     return Photographs(torch.stack(crops), torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
-
-
-def _images(folder: Path) -> list[Path]:
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder} is not a folder: expected one with photographs")
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
 
 
 @dataclass(frozen=True)
