@@ -1,6 +1,6 @@
 """Finishing touches: done in the order they are listed, frame by frame, and none in the paper's sampling."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ from geodiff4d.core.images import encode_normals
 from geodiff4d.heads import load_head
 from geodiff4d.pipeline import load_model
 from geodiff4d.presets import PRESETS
-from geodiff4d.video.finish import Finish, FinishContext, surface_mask
+from geodiff4d.video.finish import Finish, surface_mask
 from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import Portrait, with_identity_of
-from geodiff4d.video.model import ConditionImages
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.video.tone import KeepTone
 
@@ -27,7 +26,7 @@ class Scaled:
     by: float
     plus: float
 
-    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
+    def __call__(self, frames: SampledFrames, portrait: Portrait) -> SampledFrames:
         return replace(frames, rgb=frames.rgb * self.by + self.plus)
 
 
@@ -72,24 +71,24 @@ def test_touches_are_done_in_their_order(finished):
 
 def test_frames_are_finished_alone(finished):
     """However many frames are decoded at a time, each is finished as if it were the only one."""
-    seen: list[tuple[SampledFrames, FinishContext]] = []
+    seen: list[tuple[SampledFrames, Portrait]] = []
 
-    def keep(frames: SampledFrames, context: FinishContext) -> SampledFrames:
-        seen.append((frames, context))
+    def keep(frames: SampledFrames, portrait: Portrait) -> SampledFrames:
+        seen.append((frames, portrait))
         return frames
 
     finished(keep)
-    [(frames, context)] = seen
-    drawn = context.warp()
+    [(frames, portrait)] = seen
+    # In black and white, so that its tone is kept.
+    toned = replace(portrait, image=portrait.image.mean(0, keepdim=True).expand(3, -1, -1))
 
     def done(part: slice) -> SampledFrames:
-        images = ConditionImages(*(getattr(drawn, f.name)[:, :, part] for f in fields(ConditionImages)))
         here = SampledFrames(frames.rgb[part], frames.normals[part], frames.mask[part])
-        given = replace(context, warp=lambda: images)
         for touch in PRESETS["debug"].sample.finish:
-            here = touch(here, given)
+            here = touch(here, toned)
         return here
 
+    assert (done(slice(None)).rgb - frames.rgb).abs().max() > 0.01
     whole, alone = done(slice(None)), [done(slice(i, i + 1)) for i in range(len(frames.rgb))]
     for name in ("rgb", "normals", "mask"):
         one_by_one = torch.cat([getattr(x, name) for x in alone])
@@ -107,6 +106,5 @@ def test_without_touches_the_mask_is_where_normals_are_long(finished):
 def test_touches_without_their_ground_change_nothing(pair):
     """No single tone: frames stay as they are."""
     frames = SampledFrames(torch.rand(2, 3, 48, 48), None, torch.ones(2, 1, 48, 48))
-    context = FinishContext(pair.portrait, None)
     touch = KeepTone()
-    assert isinstance(touch, Finish) and touch(frames, context) is frames
+    assert isinstance(touch, Finish) and touch(frames, pair.portrait) is frames

@@ -21,7 +21,7 @@ def train(
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.tracking.portraits import track_portraits
     from geodiff4d.tracking.track import TrackingConfig
-    from geodiff4d.video.decoder_rows import DecoderRowsConfig, build_decoder_rows
+    from geodiff4d.video.decoder_rows import build_decoder_rows
     from geodiff4d.video.model import load_video_model
     from geodiff4d.video.train_decoder import train_decoder
 
@@ -45,7 +45,7 @@ def train(
         for name, held_out in (("photographs", False), ("photographs_val", True)):
             clips = tuple(str(c.resolve()) for c in clips_below(photographs, held_out))
             if clips:
-                configs[name] = DecoderRowsConfig(**vars(common) | {"source": "photographs", "clips": clips})
+                configs[name] = replace(common, source="photographs", clips=clips)
         if "photographs" not in configs:
             raise UserError(f"{photographs} has no photographs but those in {HELD_OUT}: expected some to train on")
     rows = {name: build_decoder_rows(folder / name, config, workers, bar) for name, config in configs.items()}

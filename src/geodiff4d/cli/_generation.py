@@ -18,16 +18,14 @@ if TYPE_CHECKING:
     from geodiff4d.video.generate import GenerationRequest, Generator
     from geodiff4d.video.inputs import Driving
 
-MOST_PX = 2048
-
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationArgs:
     """Options that animate, synthesize and reconstruct have in common."""
 
     portrait: Path
-    """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; an iPhone's HEIC too if
-    pillow-heif is installed), or a tracked folder."""
+    """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; HEIC too if pillow-heif is installed),
+    or a tracked folder."""
     driving: Path
     """Video of one face, or a tracked or synthetic clip folder."""
     start: float = 0.0
@@ -94,37 +92,20 @@ def set_up(args: GenerationArgs) -> Setup:
     device, head = chosen_device(args.device), load_head(args.head)
     if args.generator == "diffusion":
         return _diffusion(args, head, device)
-    from geodiff4d.video.generate import WarpGenerator
+    from geodiff4d.video.generate import MOST_PX, WarpGenerator
 
     p = preset(args.preset or "embedded")
-    side = frame_side(args.size, p.model.size, 2)
+    side = p.model.size if args.size is None else args.size
+    if side % 2 or not 16 <= side <= MOST_PX:
+        raise UserError(f"--size {side}: expected an even number from 16 to {MOST_PX}")
     return Setup(p, head, WarpGenerator(), p.model.size, p.model.expression.size, side)
-
-
-def frame_side(asked: int | None, own: int, multiple: int | None) -> int:
-    """Return the side of the frames [px]: as asked, or a model's own.
-
-    `multiple` is what sides must be multiples of; None: only the model's own will do.
-
-    Raises:
-        UserError: the model cannot make frames of that size.
-    """
-    from geodiff4d.core.errors import UserError
-
-    if asked is None or asked == own:
-        return own
-    if multiple is None:
-        raise UserError(f"--size {asked}: this model has no guided decoder: expected {own}, or leave the option out")
-    if asked % multiple or not own <= asked <= MOST_PX:
-        raise UserError(f"--size {asked}: expected a multiple of {multiple} from {own} to {MOST_PX}")
-    return asked
 
 
 def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Setup:
     """Load the model; it says how large images and crops are, and by which preset it is sampled."""
     from geodiff4d.pipeline import default_preset, load_model, placed_on
     from geodiff4d.presets import preset
-    from geodiff4d.video.generate import DiffusionGenerator
+    from geodiff4d.video.generate import DiffusionGenerator, require_frame_size
 
     model = placed_on(load_model(args.model), device)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
@@ -132,8 +113,9 @@ def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Se
         wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}
     p = preset(args.preset) if args.preset else default_preset(model)
     generator = DiffusionGenerator(model, replace(p.sample, seed=args.seed, **wanted))
-    own, decoder = model.config.size, model.decoder
-    side = frame_side(args.size, own, None if decoder is None else decoder.stride)
+    own = model.config.size
+    side = own if args.size is None else args.size
+    require_frame_size(side, own, model.decoder)
     return Setup(p, head, generator, own, model.config.expression.size, side)
 
 

@@ -11,6 +11,7 @@ from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.hidden import inside_of_mouth
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import LiftedPortrait, lift_portrait
+from geodiff4d.video.frames import WarpedFrames
 from geodiff4d.video.inputs import Portrait
 from geodiff4d.video.model import ConditionImages
 
@@ -43,6 +44,17 @@ def condition_images(
     inside = interpolate(fragments, head.faces, inside_of_mouth(head).to(warp)[:, None])
     images = (encode_normals(normals, mask), warp, visibility, inside * (1 - visibility[:, :1]))
     return ConditionImages(*(rearrange(x, "t c h w -> 1 c t h w") for x in images))
+
+
+def warped_frames(drawn: ConditionImages) -> WarpedFrames:
+    """Return a clip's warped portrait as the guided decoder sees it; the model must be conditioned on one."""
+    assert drawn.warp is not None
+    assert drawn.visibility is not None
+    assert drawn.opened is not None
+    rgb, visibility, opened, pose = (
+        rearrange(x, "1 c t h w -> t c h w") for x in (drawn.warp, drawn.visibility, drawn.opened, drawn.pose)
+    )
+    return WarpedFrames(rgb, visibility[:, :1], visibility[:, 1:], opened, pose)
 
 
 @dataclass(frozen=True)

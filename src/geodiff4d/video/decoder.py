@@ -2,7 +2,7 @@
 
 A codec for a 16² grid paints faces soft, in patches, and the portrait's own pixels are known at any size. One network
 sees both and gives colours, normals and mask at the size of the warped portrait: of its pixels it says how much to
-take, and paints the rest. The same weights serve every size that is a multiple of `STRIDE`.
+take, and paints the rest. The same weights serve every size that is a multiple of `GuidedDecoder.stride`.
 """
 
 import itertools
@@ -27,7 +27,6 @@ TAKEN = 6.0
 """Before training, the warped portrait is taken by the sigmoid of this times how well it is seen, less a half."""
 SOLID, SHARP = 0.45, 10.0
 """Before training, the mask is the sigmoid of `SHARP` times the decoded normal's length, less `SOLID`."""
-
 EMPTY, FULL = 0.2, 0.5
 """Masks that count as nothing, and as all: an outline that the network is unsure of becomes a line, and no halo."""
 

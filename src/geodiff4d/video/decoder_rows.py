@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ from geodiff4d.data.world_clips import random_motion
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import openhead, world_region
-from geodiff4d.video.conditions import lifted
-from geodiff4d.video.finish import FinishContext
+from geodiff4d.video.conditions import lifted, warped_frames
 from geodiff4d.video.frames import WarpedFrames
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest, Sampled
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop, load_portrait
@@ -77,8 +76,6 @@ class DecoderRowsConfig:
     near_deg: float = 10.0
     """Largest turn of the one row of a photograph that is nearly its own view."""
     seed: int = 0
-
-    BEFORE: ClassVar[dict[str, Any]] = {}
 
     @property
     def units(self) -> int:
@@ -183,8 +180,7 @@ def _row(
     """Return rows of sampled frames and their truth."""
     model = _model(config.model)
     images = rearrange(model.decode_latents(frames.latents), "1 d c t h w -> d t c h w")
-    warped = FinishContext(frames.portrait, frames.targets.images).warped
-    assert warped is not None
+    warped = warped_frames(frames.targets.images())
     low = (config.low, config.low)
     exact = torch.full_like(truth, 0.5) if normals is None else normals
     small = {"pose": warped.pose, "truth_normals": exact}

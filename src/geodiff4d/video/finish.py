@@ -4,48 +4,20 @@
 paper has none. What the portrait itself gives to frames is the guided decoder's (`decoder.py`), before any touch.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.video.frames import SampledFrames, WarpedFrames
+from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.inputs import Portrait
-from geodiff4d.video.model import ConditionImages
-
-
-@dataclass(frozen=True)
-class FinishContext:
-    """What is known of the frames beside what was decoded."""
-
-    portrait: Portrait
-    warp: Callable[[], ConditionImages] | None
-    """Draws the frames' condition images; None for a model that is not conditioned on the warped portrait."""
-
-    @cached_property
-    def warped(self) -> WarpedFrames | None:
-        """The frames' warped portraits, drawn once for all touches; None where the model knows none."""
-        if self.warp is None:
-            return None
-        drawn = self.warp()
-        assert drawn.warp is not None
-        assert drawn.visibility is not None
-        assert drawn.opened is not None
-        rgb, visibility, opened, pose = (
-            rearrange(x, "1 c t h w -> t c h w") for x in (drawn.warp, drawn.visibility, drawn.opened, drawn.pose)
-        )
-        return WarpedFrames(rgb, visibility[:, :1], visibility[:, 1:], opened, pose)
 
 
 @runtime_checkable
 class Finish(Protocol):
     """A finishing touch; implementations are frozen dataclasses, so that a configuration says all about them."""
 
-    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
+    def __call__(self, frames: SampledFrames, portrait: Portrait) -> SampledFrames:
         """Return the finished frames. Every frame is finished alone: which others come along must not matter."""
         ...
 

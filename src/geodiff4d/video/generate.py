@@ -13,13 +13,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, decode_normals, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
-from geodiff4d.video.conditions import Targets, condition_images, lifted
-from geodiff4d.video.finish import FinishContext, surface_mask
+from geodiff4d.video.conditions import Targets, condition_images, lifted, warped_frames
+from geodiff4d.video.decoder import GuidedDecoder
+from geodiff4d.video.finish import surface_mask
 from geodiff4d.video.frames import SampledFrames
 from geodiff4d.video.inputs import Driving, Portrait, driving_crop
 from geodiff4d.video.memory import alone
@@ -102,6 +104,24 @@ MEMORY_OPTIONS = ("offload", "batched_cfg", "chunk")
 """Of `SampleConfig`: they change how much memory sampling takes, and no frame."""
 
 
+MOST_PX = 2048
+"""Largest side of a frame."""
+
+
+def require_frame_size(size: int, own: int, decoder: GuidedDecoder | None) -> None:
+    """Check that a model whose own size is `own` can make frames of a size [px].
+
+    Raises:
+        UserError: it cannot.
+    """
+    if size == own:
+        return
+    if decoder is None:
+        raise UserError(f"frames of {size} px: this model has no guided decoder, expected {own} px")
+    if size % decoder.stride or not own <= size <= MOST_PX:
+        raise UserError(f"frames of {size} px: expected a multiple of {decoder.stride} from {own} to {MOST_PX} px")
+
+
 @dataclass(frozen=True)
 class Sampled:
     """Latents of frames, before they are decoded, and what is known of the frames beside them."""
@@ -131,12 +151,13 @@ class DiffusionGenerator:
         The pose is the parameters', and so is the expression that the warped portrait moves by (ours); the expression
         tokens are read from the crops alone (Sec. 3.1, 3.2).
         """
+        require_frame_size(cameras.width, self.model.config.size, self.model.decoder)
         frames = self.sampled(request, cameras, progress)
-        model, made = self.model, []
-        with alone(model, "codec", offload=self.sample.offload):
-            for part, here in frames.targets.chunks(self.sample.chunk):
-                context = FinishContext(frames.portrait, here.images if model.config.warp else None)
-                made.append(self._finished(frames.latents[:, :, :, part], context))
+        with alone(self.model, "codec", "decoder", offload=self.sample.offload):
+            made = [
+                self._finished(frames.latents[:, :, :, part], here, frames.portrait)
+                for part, here in frames.targets.chunks(self.sample.chunk)
+            ]
         rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
         return Generated(rgb, normal, mask, frames.tokens)
 
@@ -170,18 +191,19 @@ class DiffusionGenerator:
         texture = lifted(head, whole, model.config.surroundings)
         return Sampled(z, tokens, replace(targets, portrait=texture, cameras=cameras), whole)
 
-    def _finished(self, z: Float[Tensor, "1 d c t h w"], context: FinishContext) -> tuple[Tensor, Tensor, Tensor]:
+    def _finished(
+        self, z: Float[Tensor, "1 d c t h w"], targets: Targets, portrait: Portrait
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Decode latents and finish the frames; returns (rgb, normals, mask) as `Generated` has them."""
         images = rearrange(self.model.decode_latents(z), "1 d c t h w -> d t c h w")
-        decoder, warped = self.model.decoder, context.warped
-        if decoder is not None and warped is not None:
-            frames = decoder.decode(images[0], images[1], warped)
+        if self.model.decoder is not None:
+            frames = self.model.decoder.decode(images[0], images[1], warped_frames(targets.images()))
         elif self.model.config.normals:
             frames = SampledFrames(images[0], images[1], surface_mask(images[1]))
         else:
             frames = SampledFrames(images[0], None, torch.ones_like(images[0, :, :1]))
         for finish in self.sample.finish:
-            frames = finish(frames, context)
+            frames = finish(frames, portrait)
         normals = torch.zeros_like(frames.rgb) if frames.normals is None else decode_normals(frames.normals)
         return composite(frames.rgb, frames.mask).cpu(), (normals * (frames.mask > 0)).cpu(), frames.mask.cpu()
 

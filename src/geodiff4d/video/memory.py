@@ -11,12 +11,12 @@ from torch import nn
 
 from geodiff4d.video.model import VideoModel
 
-PARTS = ("unet", "reference", "expression", "codec", "image_encoder")
+PARTS = ("unet", "reference", "expression", "codec", "image_encoder", "decoder")
 
 
 def parts(model: VideoModel) -> dict[str, nn.Module]:
     """Every network that a model has, by name."""
-    found = {**model.networks(), "codec": model.codec, "image_encoder": model.image_encoder}
+    found = {**model.networks(), "codec": model.codec, "image_encoder": model.image_encoder, "decoder": model.decoder}
     return {name: found[name] for name in PARTS if found[name] is not None}
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.video.finish import FinishContext
 from geodiff4d.video.frames import SampledFrames
+from geodiff4d.video.inputs import Portrait
 
 LEAST = 200
 """Fewest pixels of a surface that tell a tone."""
@@ -23,9 +23,9 @@ AWAY = 0.02
 class KeepTone:
     """Move the colours of frames to the portrait's tone, if it has a single one; in colour they stay as they are."""
 
-    def __call__(self, frames: SampledFrames, context: FinishContext) -> SampledFrames:
+    def __call__(self, frames: SampledFrames, portrait: Portrait) -> SampledFrames:
         """Return the frames in the portrait's tone."""
-        tone = tone_of(context.portrait.image, context.portrait.mask)
+        tone = tone_of(portrait.image, portrait.mask)
         return frames if tone is None else replace(frames, rgb=tone.kept(frames.rgb))
 
 
