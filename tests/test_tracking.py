@@ -508,6 +508,17 @@ def test_matte_keeps_hair_and_shoulders():
     assert out[32, 47] > 0.95 and out[2, 2] == 0
 
 
+def test_what_hangs_on_by_haze_alone_is_no_foreground():
+    """A patch of the background above the hair, joined to it by what is hardly foreground."""
+    head = disc(96, (48, 40), 18)
+    person = head.float()
+    person[4:12, 40:56] = 1.0
+    person[12:24, 46:50] = 0.4
+    # An even image: the guided filter then keeps what it is given.
+    out = matte(torch.full((3, 96, 96), 0.5), person[None], head, head)[0]
+    assert out[4:11, 42:54].max() == 0 and out[28:52, 38:58].min() > 0.9
+
+
 def test_matte_without_segmentation_is_the_head_grown():
     head = disc(64, (32, 30), 16)
     out = matte(torch.rand(3, 64, 64), None, head, head)[0]

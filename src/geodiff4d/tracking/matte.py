@@ -121,9 +121,13 @@ def _solve_symmetric(A: list[np.ndarray], b: np.ndarray) -> np.ndarray:
 
 
 def _without_islands(mask: np.ndarray) -> np.ndarray:
-    """Return the mask without holes, and without parts that are not connected with the largest one."""
+    """Return the mask without holes, and without parts that are not connected with the largest one.
+
+    Haze connects nothing: what a portrait shows beside its head is taken where the mask is over one half
+    (`render/relief.py`), and a part that hung on by less would float there.
+    """
     parts = np.empty(mask.shape, np.int32)
-    label(mask > 0.3, output=parts)
+    label(mask > 0.5, output=parts)
     if parts.max() > 1:
         largest = np.bincount(parts.ravel())[1:].argmax() + 1
         others = (parts > 0) & (parts != largest)
