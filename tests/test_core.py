@@ -3,7 +3,9 @@
 import errno
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,9 +22,11 @@ from scipy.linalg import expm
 
 from geodiff4d.core import camera as cameras
 from geodiff4d.core import files, geometry, images, packing, presentation, topology, video
+from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import advancing, silent
 from geodiff4d.core.rundir import RunFolder
+from geodiff4d.core.stopping import stop_requests
 
 quick = settings(max_examples=40, deadline=None)
 unit = st.floats(-1, 1, allow_nan=False, width=32)
@@ -657,6 +661,66 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     (tmp_path / "run/checkpoint-previous.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="no checkpoint"):
         run.load()
+
+
+def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path):
+    run = RunFolder(tmp_path, RunConfig(), keep=3)
+    weight = torch.zeros(4)
+    for step in range(1, 6):
+        weight += 1
+        run.save_later({"w": weight}, step, lambda copies: (tmp_path / "model").write_text(str(copies["w"][0])))
+        weight += 0.25  # what goes on does not reach what is being written
+        weight -= 0.25
+    run.settle()
+    assert (tmp_path / "model").read_text() == "tensor(5.)"
+    files = sorted(tmp_path.glob("checkpoint*"))
+    assert [float(load_file(f)["w"][0]) for f in files] == [3, 4, 5], [f.name for f in files]
+    for file in files[1:]:
+        file.write_bytes(b"")
+    assert run.load()[1] == 3
+
+
+def test_what_kept_a_checkpoint_from_the_disk_is_raised_by_the_next(tmp_path):
+    run = RunFolder(tmp_path, RunConfig())
+
+    def full(copies):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run.save_later({"w": torch.ones(4)}, 1, full)
+    with pytest.raises(OSError, match="No space"):
+        run.save_later({"w": torch.ones(4)}, 2)
+    run.save({"w": torch.ones(4)}, 3)
+    assert run.load()[1] == 3
+
+
+def test_the_first_sigterm_asks_and_the_second_ends():
+    with stop_requests() as stop:
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_deferred_modules_get_the_weights_they_would_have_had():
+    def build() -> torch.nn.Module:
+        torch.manual_seed(0)
+        made = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4))
+        torch.nn.init.zeros_(made[1].weight)
+        made[2].requires_grad_(False)
+        return made
+
+    plain = build().state_dict()
+    with deferred() as draws:
+        late = build()
+    draws.fill(late, {}, strict=False)
+    assert all(torch.equal(v, plain[k]) for k, v in late.state_dict().items())
+    with deferred() as draws:
+        late = build()
+    given = {"0.weight": torch.ones(4, 3), "2.bias": torch.ones(4)}
+    draws.fill(late, given, strict=False)
+    assert late[0].weight.data_ptr() == given["0.weight"].data_ptr(), "it is taken over, not copied"
+    assert late[0].weight.requires_grad and not late[2].bias.requires_grad
+    assert late[1].weight.abs().max() == 0 and late[1].bias.abs().max() > 0 and (late[2].weight == 1).all()
 
 
 def test_a_damaged_configuration_is_named(tmp_path):

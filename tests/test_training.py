@@ -21,6 +21,7 @@ from geodiff4d.cli import explain
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import read_image
 from geodiff4d.core.rundir import RunFolder
+from geodiff4d.core.stopping import Stopped
 from geodiff4d.data.footage.rendered import RenderedFootage, TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
 from geodiff4d.video.batches import Batches, encode_store
@@ -244,6 +245,24 @@ def test_twenty_steps_equal_ten_a_kill_and_ten(codec, pictures, tmp_path):
     assert len(whole.state_dict()) > 0
 
 
+def test_a_run_that_is_asked_to_stop_goes_on_as_if_it_had_not(codec, pictures, tmp_path):
+    config = replace(TRAINING, steps=4, save_every=100, pictures=0)
+    train_video_model(tmp_path / "whole", EMBEDDED, codec, pictures, config)
+
+    def ask(record: dict) -> None:
+        if record["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="after step 2") as stopped:
+        train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, config, on_record=ask)
+    assert explain(stopped.value)[1] == 143 and load_video_model(tmp_path / "parts/model").config == EMBEDDED
+    seen: list[int] = []
+    train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, config, on_record=lambda r: seen.append(r["step"]))
+    assert seen == [3]
+    whole, parts = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+
+
 def json_config(run: Path):
     """Return the configuration of a run as it is on disk, in the shape that `RunFolder` takes."""
     from dataclasses import make_dataclass
@@ -287,7 +306,7 @@ def test_checkpoints_come_by_the_clock_too(codec, pictures, tmp_path, monkeypatc
     now = iter(range(0, 10**6, 50))
     monkeypatch.setattr("geodiff4d.video.train.time.monotonic", lambda: float(next(now)))
     saved: list[int] = []
-    monkeypatch.setattr(RunFolder, "save", lambda self, tensors, step: saved.append(step))
+    monkeypatch.setattr(RunFolder, "save_later", lambda self, tensors, step, then: saved.append(step))
     config = replace(TRAINING, steps=6, save_every=100, save_minutes=2.0, log_every=100, pictures=0)
     train_video_model(tmp_path, EMBEDDED, codec, pictures, config)
     assert saved[0] < 6 and saved[-1] == 6, saved
@@ -352,6 +371,10 @@ def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     for rank in range(2):
         said = (tmp_path / f"{rank}.txt").read_text()
         assert "disagree about their configuration" in said and "same command" in said
+        assert "stopped after step 2" in said, "one process was asked; both stopped, after the same step"
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "0/log.jsonl").read_text().splitlines()]
+    expected = [json.loads(line)["loss"] for line in (tmp_path / "one/log.jsonl").read_text().splitlines()]
+    assert losses == pytest.approx(expected, rel=1e-4), "the loss is the mean over processes"
 
 
 FIVE = replace(TRAINING, steps=5, lr=1e-4, save_every=100, pictures=0)
@@ -401,7 +424,23 @@ def _rank(out: Path) -> None:
     try:
         gradients_of(out / f"odd{rank}", replace(FIVE, lr=1e-4 * (1 + rank)))
     except UserError as error:
-        (out / f"{rank}.txt").write_text(str(error))
+        said = str(error)
+
+    class Asking(Batches):
+        """The second process is asked to stop as it reads its batch of step 1."""
+
+        def __getitem__(self, index: int):
+            if index == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    vae = tiny_codec()
+    (out / f"{rank}data").mkdir()
+    batches = tiny_batches(vae, out / f"{rank}data", FIVE.pairs, kind=Asking)
+    try:
+        train_video_model(out / "asked", EMBEDDED, vae, batches, FIVE)
+    except Stopped as stopped:
+        (out / f"{rank}.txt").write_text(f"{said} {stopped}")
 
 
 def _killed(out: Path, threads: int) -> None:

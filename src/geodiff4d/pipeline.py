@@ -31,15 +31,19 @@ from geodiff4d.video.vae import StableCodec
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "embedded"
 
 
-def load_model(folder: Path | None = None) -> VideoModel:
+def load_model(folder: Path | None = None, device: torch.device | None = None) -> VideoModel:
     """Load a video model folder, by default the one that ships with the package.
+
+    Args:
+        device: where it will be `placed_on`: what is held in bf16 there is read so. The model is still on the CPU.
 
     Raises:
         UserError: it is missing or damaged.
     """
     if folder is None and not SHIPPED_MODEL.exists():
         raise UserError("this installation has no shipped model: give --model DIR, or use --generator warp")
-    return load_video_model(folder or SHIPPED_MODEL)
+    compact = device is not None and device.type == "cuda" and bf16_is_native(device)
+    return load_video_model(folder or SHIPPED_MODEL, compact)
 
 
 def default_preset(model: VideoModel) -> Preset:

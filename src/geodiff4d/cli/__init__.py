@@ -107,10 +107,13 @@ def execute(name: str, rest: list[str]) -> int:
 def explain(error: Exception) -> tuple[str, int]:
     """Turn an exception into (one line, exit code)."""
     from geodiff4d.core.errors import UserError
+    from geodiff4d.core.stopping import Stopped
 
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text, 2
+    if isinstance(error, Stopped):
+        return text, 143
     if isinstance(error, BrokenPipeError):
         # The reader left (`| head`): keep the interpreter from complaining again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -107,7 +107,7 @@ def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Se
     from geodiff4d.presets import preset
     from geodiff4d.video.generate import DiffusionGenerator, require_frame_size
 
-    model = placed_on(load_model(args.model), device)
+    model = placed_on(load_model(args.model, device), device)
     wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
     if args.memory == "offload":
         wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}

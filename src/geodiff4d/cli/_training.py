@@ -111,7 +111,7 @@ def training_config(args: Args, config: VideoTraining) -> VideoTraining:
         config, pairs=pairs, accumulate=args.accumulate,
         seed=args.seed, steps=args.steps or config.steps, autocast=args.bf16,
         gradient_checkpointing=args.gradient_checkpointing or config.gradient_checkpointing,
-        save_minutes=args.save_minutes,
+        save_minutes=args.save_minutes, keep_checkpoints=args.keep_checkpoints,
     )  # fmt: skip
 
 

@@ -57,6 +57,8 @@ class Args:
     """Recompute activations in the backward pass: less memory for a third more time."""
     save_minutes: float = 10.0
     """Also write a checkpoint when the last one is this old."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest among them."""
     workers: int = 2
     """Processes that render the stores, or decode other footage ahead (0: none)."""
     seed: int = 0

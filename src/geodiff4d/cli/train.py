@@ -6,7 +6,8 @@ from dataclasses import fields
 from geodiff4d.cli._training_args import Args
 
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
-_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes"}
+_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes",
+         "keep_checkpoints"}  # fmt: skip
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
     "decoder": _COMMON | {"start", "photographs"},
@@ -22,6 +23,8 @@ def run(args: Args) -> None:
         raise UserError(f"--steps is {args.steps}: expected at least 1")
     if args.accumulate < 1:
         raise UserError(f"--accumulate is {args.accumulate}: expected at least 1")
+    if args.keep_checkpoints < 1:
+        raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}: expected at least 1")
     for option in fields(args):
         if option.name not in _READ[args.stage] and getattr(args, option.name) != option.default:
             name = "no-bf16" if option.name == "bf16" else option.name.replace("_", "-")

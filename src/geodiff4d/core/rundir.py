@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,6 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
 
-CHECKPOINTS = ("checkpoint.safetensors", "checkpoint-previous.safetensors")
-"""Newest first."""
 OnRecord = Callable[[dict[str, Any]], None]
 """Told every record of a run as it is logged: its `step`, and whatever was measured there."""
 _HELD: dict[Path, int] = {}
@@ -27,10 +27,11 @@ _HELD: dict[Path, int] = {}
 
 
 class RunFolder:
-    """`config.json`, `log.jsonl`, `checkpoint.safetensors` and the one before it, `checkpoint-previous.safetensors`.
+    """`config.json`, `log.jsonl`, `checkpoint.safetensors` and those before it: `checkpoint-previous.safetensors`,
+    `checkpoint-previous-2.safetensors` and so on, as many as are to be kept.
 
     Options named in `free` may change from call to call. Of the processes of one run, one `writes`: it keeps other runs
-    out of the folder for as long as it lives.
+    out of the folder for as long as it lives. `keep` is how many checkpoints stay.
 
     Raises:
         UserError: the folder holds a run of another configuration, or another process writes to it.
@@ -38,9 +39,11 @@ class RunFolder:
 
     def __init__(
         self, path: Path, config: Any, free: frozenset[str] = frozenset(), writes: bool = True,
-        on_record: OnRecord = lambda record: None,
+        on_record: OnRecord = lambda record: None, keep: int = 2,
     ):  # fmt: skip
-        self.path, self.on_record = Path(path), on_record
+        self.path, self.on_record, self.keep = Path(path), on_record, keep
+        self._writer: threading.Thread | None = None
+        self._failed: BaseException | None = None
         self.path.mkdir(parents=True, exist_ok=True)
         if writes:
             _lock(self.path.resolve())
@@ -69,14 +72,58 @@ class RunFolder:
         self.on_record(record)
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Write the newest checkpoint and keep the one before it."""
-        # Clones, because safetensors refuses tensors that share memory.
-        whole = {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
-        newest, previous = (self.path / name for name in CHECKPOINTS)
-        with fresh_file(newest) as temporary:
-            save_tensors(whole, temporary, {"step": str(step)})
-            if newest.exists():
-                os.replace(newest, previous)
+        """Write the newest checkpoint, and keep those before it."""
+        self.save_later(tensors, step)
+        self.settle()
+
+    def save_later(
+        self, tensors: dict[str, Tensor], step: int, then: Callable[[dict[str, Tensor]], None] = lambda copies: None
+    ) -> None:
+        """Copy the tensors to the CPU and write them beside what goes on; `then` is handed the copies.
+
+        One checkpoint is written at a time. What went wrong is raised by the next call, or by `settle`.
+        """
+        self.settle()
+        # Copies, because what goes on changes them, and because safetensors refuses tensors that share memory.
+        copies = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+        def write() -> None:
+            try:
+                self._write(copies, step)
+                then(copies)
+            except BaseException as error:
+                self._failed = error
+
+        self._writer = threading.Thread(target=write)
+        self._writer.start()
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that is being written is whole, and raise what kept it from that."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Leave no checkpoint half written, whatever ends the block."""
+        try:
+            yield
+        finally:
+            self.settle()
+
+    def _write(self, tensors: dict[str, Tensor], step: int) -> None:
+        names = [self._name(i) for i in range(self.keep)]
+        with fresh_file(names[0]) as temporary:
+            save_tensors(tensors, temporary, {"step": str(step)})
+            for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
+                if newer.exists():
+                    os.replace(newer, older)
+
+    def _name(self, age: int) -> Path:
+        return self.path / ("checkpoint" + ("", "-previous", f"-previous-{age}")[min(age, 2)] + ".safetensors")
 
     def load(self, warn: Callable[[str], None] = lambda line: None) -> tuple[dict[str, Tensor], int] | None:
         """Return (tensors, step) of the newest checkpoint that can be read, or None before the first.
@@ -86,7 +133,8 @@ class RunFolder:
         Raises:
             UserError: there are checkpoints and none can be read.
         """
-        paths = [p for name in CHECKPOINTS if (p := self.path / name).exists()]
+        ages = range(2 + len(list(self.path.glob("checkpoint-previous-*"))))
+        paths = [p for age in ages if (p := self._name(age)).exists()]
         for path in paths:
             try:
                 with safe_open(path, "pt") as file:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
+from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.video.attention import ReferenceKV
@@ -295,8 +296,11 @@ def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:
         ) from None
 
 
-def load_video_model(folder: Path) -> VideoModel:
+def load_video_model(folder: Path, compact: bool = False) -> VideoModel:
     """Load a model folder with sub-folders `unet`, `reference`, `expression` and `vae`.
+
+    Args:
+        compact: read a model in Stable Diffusion's size as `VideoModel.compact` holds it, without a larger copy before.
 
     Raises:
         UserError: a part is missing, damaged or does not fit its config.
@@ -312,15 +316,19 @@ def load_video_model(folder: Path) -> VideoModel:
     eyes = load_image_encoder(folder / "image_encoder") if (folder / "image_encoder").is_dir() else None
     finish = load_decoder(folder / "decoder") if (folder / "decoder").is_dir() else None
     try:
-        model = VideoModel(config, codec, eyes, finish)
+        with deferred() as draws:
+            model = VideoModel(config, codec, eyes, finish)
     except ValueError as error:
         raise UserError(f"{folder} holds parts of different models ({error}): copy the folder again") from None
     for name, network in model.networks().items():
         _, state = load_model(folder / name)
+        half = compact and name != "expression" and isinstance(codec, StableCodec)
+        held = torch.bfloat16 if half else torch.float32
         try:
-            network.load_state_dict({k: v.float() for k, v in state.items()})
+            # One by one, so that what was read is let go while it is converted.
+            draws.fill(network, {k: state.pop(k).to(held, copy=True) for k in list(state)})
         except RuntimeError as error:
             raise UserError(
                 f"{folder / name} does not fit its config ({str(error).splitlines()[0]}): copy the folder again"
             ) from None
-    return model.eval()
+    return (model.compact() if compact and isinstance(codec, StableCodec) else model).eval()

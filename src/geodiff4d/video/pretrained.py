@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from geodiff4d.core.deferred import Draws, deferred
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
 from geodiff4d.video.image_encoder import load_image_encoder
@@ -144,8 +145,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_unet(network: UNet, folder: Path) -> LoadReport:
-    """Copy a diffusers UNet's weights into ours; nothing is changed unless everything fits.
+def load_unet(network: UNet, folder: Path, draws: Draws | None = None) -> LoadReport:
+    """Give our UNet a copy of a diffusers UNet's weights; nothing is changed unless everything fits.
+
+    Args:
+        draws: of a network that was built `deferred`.
 
     Raises:
         UserError: a tensor is missing, left over or of another shape, beyond what the module's header allows.
@@ -168,7 +172,7 @@ def load_unet(network: UNet, folder: Path) -> LoadReport:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{folder} does not fit this UNet: {'; '.join(wrong[:3])}{more}; pass an SD 1.5 folder")
-    network.load_state_dict(fitting, strict=False)
+    (draws or Draws()).fill(network, {k: v.to(torch.float32, copy=True) for k, v in fitting.items()}, strict=False)
     return LoadReport(missing, unexpected, grown)
 
 
@@ -176,8 +180,10 @@ def _part_of(name: str, modules: tuple[str, ...]) -> bool:
     return any(part in modules for part in name.split("."))
 
 
-def load_stable_diffusion(model: VideoModel, folder: Path) -> dict[str, LoadReport]:
+def load_stable_diffusion(model: VideoModel, folder: Path, draws: Draws | None = None) -> dict[str, LoadReport]:
     """Start both networks of a video model from the `unet` of a Stable Diffusion folder.
+
+    `draws` are those of a model that was built `deferred`.
 
     Example:
         >>> config = unet_config(folder / "unet", in_channels=7)  # doctest: +SKIP
@@ -186,7 +192,7 @@ def load_stable_diffusion(model: VideoModel, folder: Path) -> dict[str, LoadRepo
         ('conv_norm_out.bias', 'conv_norm_out.weight', 'conv_out.bias', 'conv_out.weight')
     """
     networks = {"unet": model.unet, "reference": model.reference}
-    return {name: load_unet(network, Path(folder) / "unet") for name, network in networks.items()}
+    return {name: load_unet(network, Path(folder) / "unet", draws) for name, network in networks.items()}
 
 
 def from_stable_diffusion(
@@ -217,8 +223,12 @@ def from_stable_diffusion(
     topology = {k: getattr(theirs, k) for k in _TOPOLOGY} | {"in_channels": theirs.in_channels + 3}
     config = replace(like, unet=replace(like.unet, **topology), reference=replace(like.reference, **topology))
     eyes = folder / "image_encoder"
+    codec, image_encoder = StableCodec(folder / "vae"), load_image_encoder(eyes) if eyes.is_dir() else None
     try:
-        model = VideoModel(config, StableCodec(folder / "vae"), load_image_encoder(eyes) if eyes.is_dir() else None)
+        with deferred() as draws:
+            model = VideoModel(config, codec, image_encoder)
     except ValueError as error:
         raise UserError(f"{folder} holds parts that do not fit each other ({error}): pass an SD 1.5 folder") from None
-    return model.eval(), load_stable_diffusion(model, folder)
+    report = load_stable_diffusion(model, folder, draws)
+    draws.fill(model.expression, {}, strict=False)
+    return model.eval(), report

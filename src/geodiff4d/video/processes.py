@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.fingerprint import fingerprint
@@ -47,3 +48,27 @@ def check_consistent(accelerator: Any, known: dict[str, Any], model: nn.Module) 
             f"the {accelerator.num_processes} processes disagree about their {' and their '.join(differing)}: give all "
             "hosts the same command, the same version and one --out on a file system they share"
         )
+
+
+class Exchange:
+    """What processes tell each other in every step: their losses, and whether one of them was asked to stop."""
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        self._asked: Tensor | None = None
+
+    def __call__(self, losses: Float[Tensor, " d"], asked: bool) -> tuple[Float[Tensor, " d"], bool]:
+        """Return the losses' mean over all processes, and whether all are to stop after this step.
+
+        A request is answered one step later where there are several processes: by then the answer has long arrived,
+        and no GPU is waited for.
+        """
+        if self.processes == 1:
+            return losses, asked
+        from torch import distributed
+
+        told = torch.cat([losses, losses.new_full((1,), float(asked))])
+        distributed.all_reduce(told)
+        stops = self._asked is not None and self._asked.item() > 0
+        self._asked = told[-1]
+        return told[:-1] / self.processes, stops

@@ -15,14 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.stopping import Stopped, stop_requests
 from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.objective import Draws, Objective, averaged, channels_last, initialise, trained_state, validate
-from geodiff4d.video.processes import broadcast, check_consistent
+from geodiff4d.video.processes import Exchange, broadcast, check_consistent
 from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import Codec
 from geodiff4d.video.warm_start import warm_start
@@ -73,6 +75,8 @@ class VideoTraining:
     save_every: int = 250
     save_minutes: float = 10.0
     """Also save when the last checkpoint is this old; 0 turns it off."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay, the newest among them."""
     pictures: int = 4
     """Rows of the validation sheet; 0 draws none."""
     preview: SampleConfig = SampleConfig(steps=1, guidance=1.0, still_noise=True)
@@ -91,8 +95,8 @@ class _Run:
 
 
 FREE = frozenset({
-    "steps", "gradient_checkpointing", "references", "accumulate", "save_minutes", "log_every", "validate_every",
-    "pictures", "preview",
+    "steps", "gradient_checkpointing", "references", "accumulate", "save_minutes", "keep_checkpoints", "log_every",
+    "validate_every", "pictures", "preview",
 })  # fmt: skip
 """What may change when a run goes on: how long it is (rates follow), how a step's batch is held, and what is shown."""
 
@@ -112,6 +116,7 @@ def train_video_model(
 
     Raises:
         UserError: the run folder is another configuration's, processes disagree, or the loss is not finite.
+        Stopped: a process was sent SIGTERM; there is a checkpoint of the last step.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
@@ -124,7 +129,7 @@ def train_video_model(
     rank, ranks = accelerator.process_index, accelerator.num_processes
     known = _Run(config, model_config, config.pairs.references * config.accumulate * ranks)
     with accelerator.main_process_first():
-        folder = RunFolder(run, known, FREE, accelerator.is_main_process, on_record)
+        folder = RunFolder(run, known, FREE, accelerator.is_main_process, on_record, config.keep_checkpoints)
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
     ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
@@ -146,51 +151,64 @@ def train_video_model(
     bad = torch.zeros((), device=accelerator.device)
     optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # what a GradScaler sets
     batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
-    for step in range(first, config.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = config.lr * group["factor"] * rate_factor(step, config)
-        per_domain = torch.zeros(len(model_config.domains), device=accelerator.device)
-        for part in range(config.accumulate):
-            index = (step * config.accumulate + part) * ranks + rank
-            batch = batches[index].to(accelerator.device)
-            draws = draw(model, batch, config)
-            # Processes exchange gradients once a step, after the last part.
-            waits = part < config.accumulate - 1
-            with accelerator.no_sync(objective) if waits else nullcontext():
-                with autocast(accelerator.device, config.autocast):
-                    error = objective(batch, draws) / config.accumulate
-                accelerator.backward(error.mean())
-            per_domain += error.detach()
-        norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
-        loss, last = per_domain.mean(), step == config.steps - 1
-        logs = step % config.log_every == 0 or last
-        timed = watch is not None and clock.old(config.save_minutes)
-        saves = timed or (step + 1) % config.save_every == 0 or last
-        assert isinstance(norm, Tensor)
-        torch.maximum(bad, 1 - torch.isfinite(norm).to(bad), out=bad)
-        # A GPU is asked only where it must answer anyway.
-        if accelerator.device.type == "cpu" or logs or saves:
-            check_finite(loss, norm, bad, step, folder.path)
-        prepared.step()
-        prepared.zero_grad(set_to_none=True)
-        _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
 
-        if watch is None:
-            continue
-        if logs:
-            record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
-            record |= {f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)}
-            record |= clock.at(step)
-            watch.log(record)
-        if saves:
-            tensors = {f"model.{k}": v for k, v in trained_state(model).items()}
-            folder.save(tensors | {f"ema.{k}": v for k, v in ema.items()} | optimiser_tensors(optimiser), step + 1)
-            model.save(folder.path / "model", ema)
-            clock.saved()
-        if val is not None and ((step + 1) % config.validate_every == 0 or last):
-            with averaged(model, ema):
-                record = {"step": step, **validate(model, val, config.autocast)} | watch.look(model, val, step)
-            watch.log(record)
+    def save_model(copies: dict[str, Tensor]) -> None:
+        model.save(
+            folder.path / "model", {k.removeprefix("ema."): v for k, v in copies.items() if k.startswith("ema.")}
+        )
+
+    exchange = Exchange(ranks)
+    with folder.settled(), stop_requests() as stop:
+        for step in range(first, config.steps):
+            for group in optimiser.param_groups:
+                group["lr"] = config.lr * group["factor"] * rate_factor(step, config)
+            per_domain = torch.zeros(len(model_config.domains), device=accelerator.device)
+            for part in range(config.accumulate):
+                index = (step * config.accumulate + part) * ranks + rank
+                batch = batches[index].to(accelerator.device)
+                draws = draw(model, batch, config)
+                # Processes exchange gradients once a step, after the last part.
+                waits = part < config.accumulate - 1
+                with accelerator.no_sync(objective) if waits else nullcontext():
+                    with autocast(accelerator.device, config.autocast):
+                        error = objective(batch, draws) / config.accumulate
+                    accelerator.backward(error.mean())
+                per_domain += error.detach()
+            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+            per_domain, stops = exchange(per_domain, stop.asked)
+            loss, last = per_domain.mean(), step == config.steps - 1
+            logs = step % config.log_every == 0 or last
+            timed = watch is not None and clock.old(config.save_minutes)
+            saves = timed or (step + 1) % config.save_every == 0 or last or stops
+            assert isinstance(norm, Tensor)
+            torch.maximum(bad, 1 - torch.isfinite(norm).to(bad), out=bad)
+            # A GPU is asked only where it must answer anyway.
+            if accelerator.device.type == "cpu" or logs or saves:
+                check_finite(loss, norm, bad, step, folder.path)
+            prepared.step()
+            prepared.zero_grad(set_to_none=True)
+            _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
+
+            if logs and watch is not None:
+                record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
+                record |= {
+                    f"loss_{d}": round(x, 5) for d, x in zip(("rgb", "normal"), per_domain.tolist(), strict=False)
+                }
+                record |= clock.at(step)
+                watch.log(record)
+            if saves and watch is not None:
+                tensors = {f"model.{k}": v for k, v in trained_state(model).items()}
+                tensors |= {f"ema.{k}": v for k, v in ema.items()} | optimiser_tensors(optimiser)
+                folder.save_later(tensors, step + 1, save_model)
+                clock.saved()
+            if stops and not last:
+                folder.settle()
+                accelerator.wait_for_everyone()
+                raise Stopped(f"stopped after step {step}, as SIGTERM asked: the same command goes on from there")
+            if watch is not None and val is not None and ((step + 1) % config.validate_every == 0 or last):
+                with averaged(model, ema):
+                    record = {"step": step, **validate(model, val, config.autocast)} | watch.look(model, val, step)
+                watch.log(record)
     model.load_state_dict(ema, strict=False)
     return model.eval()
 
@@ -205,11 +223,13 @@ def _build(
         UserError: nothing would be trained.
     """
     torch.manual_seed(config.seed)
-    model = VideoModel(model_config, codec)
-    if model_config.diffusion.prediction == "residual":
-        initialise(model)
-    if start is not None:
-        model.load_state_dict(start, strict=False)
+    with deferred() as draws:
+        model = VideoModel(model_config, codec)
+        if model_config.diffusion.prediction == "residual":
+            initialise(model)
+    given = {} if start is None else start
+    # A CPU would go on to train the caller's tensors; to a GPU they are copied anyway.
+    draws.fill(model, given if torch.cuda.is_available() else {k: v.clone() for k, v in given.items()}, strict=False)
     if not torch.cuda.is_available():
         channels_last(model)
     if config.parts == "temporal":
