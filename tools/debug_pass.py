@@ -299,6 +299,10 @@ RECIPES = [
         ("runs/ablated/avatar.safetensors", "runs/ablated/log.jsonl"),
         says="held-out times",
     ),
+    Recipe(
+        "fit world/train_0 --preset debug --ablate remesh deformation dynamics --out runs/plain",
+        ("runs/plain/avatar.safetensors",),
+    ),
     Recipe("render runs/avatar --driving world/train_1 --out runs/avatar.mp4", ("runs/avatar.mp4",)),
     Recipe("render runs/avatar --driving weights.jsonl --out runs/weights.mp4", ("runs/weights.mp4",), prepare=weights),
     Recipe("export runs/avatar exported.ply --set jawOpen=0.7 mouthSmileLeft=1", ("exported.ply",), says="Gaussians"),
@@ -306,6 +310,7 @@ RECIPES = [
         "export runs/avatar exported_frames --to ply-sequence --driving weights.jsonl",
         ("exported_frames/frame_00001.ply", "exported_frames/sequence.json"),
     ),
+    Recipe("export runs/plain me.html --title me --origin https://example.org", ("me.html",), says="MB"),
     Recipe("export runs/avatar exported.g4d --to compact", ("exported.g4d",), says="MB"),
     Recipe("import compact exported.g4d imported/avatar", ("imported/avatar/avatar.safetensors",)),
     Recipe("view exported.g4d --port 0 --size 64 --seconds 1", says="http://127.0.0.1:"),
@@ -354,6 +359,8 @@ RECIPES = [
     bad_import("export runs/avatar bad/out --to gaussian-avatars", says="needs FLAME with teeth"),
     bad_import("import compact cut.g4d bad/out", says="truncated", prepare=cut_compact),
     bad_import("import gaussian-avatars runs/avatar bad/out", says="needs --head"),
+    bad_import("export runs/avatar bad/out.html", says="the page cannot run"),
+    bad_import("export runs/plain bad/out.html --origin example.org", says="is no origin"),
     bad("render runs/avatar --driving slip.jsonl", says="bad/out is not a video"),
     Recipe(
         "render runs/avatar --driving slip.jsonl --out bad/out.mp4",

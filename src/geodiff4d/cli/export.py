@@ -1,4 +1,4 @@
-"""Write an avatar or a clip for other programs: 3DGS .ply, GaussianAvatars, one small file, or VHAP's layout."""
+"""Write an avatar or a clip for others: a web page, 3DGS .ply, GaussianAvatars, one small file, or VHAP's layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,18 @@ class Args(DrivingArgs):
     source: Annotated[Path, tyro.conf.Positional]
     """Avatar folder from fit, or (for vhap) clip folder with FLAME parameters, from import or track --head."""
     out: Annotated[Path, tyro.conf.Positional]
-    """File (ply, compact) or folder (the others) to write; it must not exist."""
-    to: Literal["ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
-    """ply: the avatar at one instant, for any splat viewer. ply-sequence: one such file a frame. gaussian-avatars: its
-    folder (FLAME). compact: everything in one small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it.
-    By default ply for an avatar and vhap for a clip."""
+    """File (web, ply, compact) or folder (the others) to write; it must not exist."""
+    to: Literal["web", "ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
+    """web: one page that shows the avatar in any browser, from a disk too. ply: the avatar at one instant, for any
+    splat viewer. ply-sequence: one such file a frame. gaussian-avatars: its folder (FLAME). compact: everything in one
+    small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it. By default what the name's ending says
+    (.html, .ply, .g4d), else ply for an avatar and vhap for a clip."""
     frame: int = 0
     """Frame of the performance that ply is posed at."""
+    title: str | None = None
+    """Title of the web page; by default the avatar folder's name."""
+    origin: tuple[str, ...] = ()
+    """Web sites whose pages may drive the web page by messages, such as https://example.org; * for all."""
     background: float = 1.0
     """Grey behind the person in vhap's images, 0 to 1; VHAP's own is white."""
 
@@ -35,11 +40,13 @@ def run(args: Args) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: expected a new name; choose another, or delete it")
     is_clip = (args.source / "transforms.json").is_file()
-    to = args.to or ("vhap" if is_clip else "ply")
+    suffixes = {"web": ".html", "ply": ".ply", "compact": ".g4d"}
+    meant = {ending: to for to, ending in suffixes.items()}.get(args.out.suffix.lower(), "ply")
+    to = args.to or ("vhap" if is_clip else meant)
     if is_clip != (to == "vhap"):
         kind, expected = ("a clip", "an avatar's folder") if is_clip else ("no clip", "a folder with transforms.json")
         raise UserError(f"{args.source} is {kind}: --to {to} expected {expected}")
-    suffix = {"ply": ".ply", "compact": ".g4d"}.get(to)
+    suffix = suffixes.get(to)
     if suffix and args.out.suffix.lower() != suffix:
         raise UserError(f"{args.out}: --to {to} writes one file, expected a name ending in {suffix}")
     (_vhap if is_clip else _avatar)(args, to)
@@ -65,7 +72,14 @@ def _avatar(args: Args, to: str) -> None:
         print(f"{args.out}: {len(avatar.local)} Gaussians, {count} timesteps, for GaussianAvatars")
         return
     show = performance(avatar, args)
-    if to == "ply":
+    if to == "web":
+        from geodiff4d.viewer.page import PageConfig, write_page
+
+        size = write_page(avatar, show, args.out, PageConfig(args.title or args.source.stem, args.origin))
+        print(
+            f"{args.out}: {size / 1e6:.2f} MB, {len(avatar.local)} Gaussians, {len(show)} frames; open it in a browser"
+        )
+    elif to == "ply":
         count = export_ply(avatar, show, args.out, args.frame)
         print(f"{args.out}: {count} Gaussians at frame {args.frame}")
     else:
