@@ -12,7 +12,7 @@ from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.fit import fit
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipWriter
@@ -237,6 +237,7 @@ def kept_stages(out: Path) -> list[str]:
 
 def _claim(out: Path, ours: str) -> None:
     note = out / "reconstruction.json"
-    if (note.exists() and read_json(note)["fingerprint"] != ours) or (kept_stages(out) and not note.exists()):
+    known = read_object(note, "fingerprint")["fingerprint"] if note.exists() else None
+    if known != ours and (note.exists() or kept_stages(out)):
         raise UserError(f"{out} holds another reconstruction: give --out a new folder, or remove it")
     write_json(note, {"fingerprint": ours})

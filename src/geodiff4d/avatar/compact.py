@@ -8,22 +8,19 @@ carried too. Reading it gives an ordinary avatar; `geodiff4d import compact` wri
 
 import io
 import json
-import lzma
 import tempfile
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, from_numpy
 
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, fresh_folder, read_arrays, save_tensors
+from geodiff4d.core.files import ZIP_ERRORS, fresh_file, fresh_folder, read_arrays, read_tensors, save_tensors
 from geodiff4d.core.packing import SMALLEST, packed, unpacked
 
 FORMAT, VERSION = "geodiff4d compact avatar", 1
@@ -50,7 +47,7 @@ def write_compact(folder: Path, path: Path) -> int:
     members: dict[str, bytes] = {name: (folder / name).read_bytes() for name in TEXT if (folder / name).is_file()}
     about: dict[str, Any] = {"format": FORMAT, "version": VERSION, "tensors": {}, "arrays": {}}
     for file in sorted(folder.glob("*.safetensors")):
-        for name, (kind, data) in _coded(load_file(file)).items():
+        for name, (kind, data) in _coded(read_tensors(file)).items():
             about["tensors"][f"{file.name}/{name}"], members[f"{file.name}/{name}"] = kind, data
     for file in sorted(folder.glob("*.npz")):
         for name, array in read_arrays(file).items():
@@ -59,7 +56,8 @@ def write_compact(folder: Path, path: Path) -> int:
     members["compact.json"] = json.dumps(about).encode()
     with fresh_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_LZMA) as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            # Without the time of the day: the same avatar is the same file.
+            archive.writestr(zipfile.ZipInfo(name), data, zipfile.ZIP_LZMA)
     return path.stat().st_size
 
 
@@ -190,9 +188,9 @@ def _members(path: Path) -> dict[str, bytes]:
             return {name: archive.read(name) for name in archive.namelist()}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected a compact avatar ({SUFFIX})") from None
-    except (
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError, RuntimeError
-    ) as error:  # fmt: skip
+    except ZIP_ERRORS as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is truncated or not a compact avatar ({error}): export it again") from None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames, to_local
 from geodiff4d.avatar.drive import own_rest
-from geodiff4d.avatar.model import Avatar
+from geodiff4d.avatar.model import Avatar, check_avatar
 from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns, write_ply
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
@@ -110,6 +110,25 @@ def import_gaussian_avatars(source: Path, head: Head, out: Path) -> Avatar:
             f"{source / PLY} has no column 'binding_0': expected GaussianAvatars' own file, not a posed one"
         )
     ours = _kept(source / OURS)
+    try:
+        avatar, f_dc, f_rest = _avatar(source, head, columns, arrays, ours)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{source / OURS} does not fit {PLY} beside it, or is damaged ({reason}): remove it") from None
+    with fresh_folder(out) as folder:
+        avatar.save(folder)
+        offsets = {k: arrays[k] for k in ("dynamic_offset", "static_offset") if k in arrays}
+        kept: dict[str, Any] = {"f_dc": f_dc, "f_rest": f_rest, **offsets}
+        np.savez(folder / THEIRS, **kept)
+    return avatar
+
+
+def _avatar(
+    source: Path, head: Head, columns: Columns, arrays: dict[str, np.ndarray], ours: dict[str, np.ndarray]
+) -> tuple[Avatar, np.ndarray, np.ndarray]:
+    """Return the avatar, and the colours' coefficients of degree 0 and of higher ones."""
     f_dc, f_rest = gather(columns, "f_dc", 3, source / PLY), _rest(columns, source / PLY)
     logits = _logits(f_dc)
     if ours and np.array_equal(_coefficients(torch.from_numpy(ours["color_logits"])), f_dc):
@@ -120,12 +139,8 @@ def import_gaussian_avatars(source: Path, head: Head, out: Path) -> Avatar:
         raise UserError(f"{source / PLY} is bound to faces that {head.name} does not have: expected FLAME with teeth")
     camera, fps = _view(ours, head, sequence)
     avatar = Avatar(head, local, sequence.shape[0], sequence, camera, fps)
-    with fresh_folder(out) as folder:
-        avatar.save(folder)
-        offsets = {k: arrays[k] for k in ("dynamic_offset", "static_offset") if k in arrays}
-        kept: dict[str, Any] = {"f_dc": f_dc, "f_rest": f_rest, **offsets}
-        np.savez(folder / THEIRS, **kept)
-    return avatar
+    check_avatar(avatar, str(source))
+    return avatar, f_dc, f_rest
 
 
 def _require_flame(head: Head) -> None:

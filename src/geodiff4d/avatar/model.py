@@ -156,7 +156,7 @@ class Avatar:
             parts = DeformableSurface.restored(head, described, tensors) if described else None
             local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
             avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)
-            _check(avatar, str(folder))
+            check_avatar(avatar, str(folder))
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
@@ -165,7 +165,7 @@ class Avatar:
         return avatar
 
 
-def _check(avatar: Avatar, where: str) -> None:
+def check_avatar(avatar: Avatar, where: str) -> None:
     """Refuse what would pose or render as garbage: the compiled loops read past the end of short tensors.
 
     Raises:
@@ -200,6 +200,12 @@ def _check(avatar: Avatar, where: str) -> None:
     avatar.head.pose(replace(sequence[0], shape=avatar.shape))
     if avatar.tokens is not None and len(avatar.tokens) != len(rows[0]):
         raise ValueError(f"tokens of {len(avatar.tokens)} timesteps, expected {len(rows[0])}")
+    if avatar.parts is not None:
+        # Networks, code and regressor fit each other if the first instant can be posed, with and without its tokens.
+        with torch.no_grad():
+            avatar.posed(sequence[0])
+            if avatar.tokens is not None:
+                avatar.posed(sequence[0], avatar.tokens[0])
 
 
 def _described(tensor: Tensor) -> str:

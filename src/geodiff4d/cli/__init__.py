@@ -49,6 +49,7 @@ ADVICE = {
     errno.ENOSPC: SPACE, errno.EDQUOT: SPACE,
     errno.EROFS: RIGHTS, errno.EACCES: RIGHTS, errno.EPERM: RIGHTS,
     errno.EEXIST: FOLDER, errno.ENOTDIR: FOLDER, errno.EISDIR: FOLDER,
+    errno.ELOOP: "expected a file or folder, got a link that leads to itself",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "allow more open files (ulimit -n)",
 }  # fmt: skip
@@ -123,6 +124,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in ADVICE:
         where = f" ({error.filename})" if error.filename else ""
         return f"{(error.strerror or text).lower()}{where}: {ADVICE[error.errno]}", 2
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # Python 3.11's words for ELOOP
+        return f"{text[0].lower()}{text[1:]}: {ADVICE[errno.ELOOP]}", 2
     if "No space left on device" in text:
         # safetensors and torch wrap the system's error in their own.
         return f"no space left on device ({type(error).__name__}): {SPACE}", 2

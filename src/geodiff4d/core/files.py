@@ -5,13 +5,14 @@ import json
 import lzma
 import os
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -21,9 +22,16 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.packing import unpacked
 
+Config = TypeVar("Config")
+
 SHARD_BYTES = 15_000_000
 MAX_ARRAYS_BYTES = 256 * 1024**2
 """What an .npz of a user's may unpack to; tracks of heads have some megabytes."""
+ZIP_ERRORS = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, OSError, RuntimeError,
+    ValueError, KeyError, OverflowError, MemoryError,
+)  # fmt: skip
+"""What the standard library raises for a damaged archive."""
 MARKER = ".geodiff4d"
 """In every folder that we write whole: the names in it, one a line, so that nothing else is ever replaced."""
 STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -64,6 +72,34 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error})") from None
 
 
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON object that has some keys.
+
+    Raises:
+        UserError: missing, not JSON, or without them.
+    """
+    value = read_json(path)
+    absent = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if not isinstance(value, dict) or absent:
+        raise UserError(f"{path} is damaged: expected an object with {', '.join(keys) or 'names'}; remove it")
+    return value
+
+
+def read_config(path: Path, kind: type[Config], default: Mapping[str, Any] | None = None) -> Config:
+    """Read the JSON that `write_json` made of a configuration; lists become tuples.
+
+    Raises:
+        UserError: missing, not JSON, or not a configuration of this kind.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in {**(default or {}), **read_object(path)}.items()}
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is another version's, or damaged ({error}): remove its folder, it is made again"
+        ) from None
+
+
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read an .npz of plain arrays: nothing is unpickled, and sizes are looked at before anything is unpacked.
 
@@ -83,13 +119,24 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 return {k: data[k] for k in data.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected an .npz file") from None
-    except (
-        ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, MemoryError
-    ) as error:  # fmt: skip
+    except ZIP_ERRORS as error:
         if isinstance(error, UserError):
             raise
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or holds more than plain arrays ({reason})") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{path} is missing or has damaged weights ({reason}): copy it again") from None
 
 
 def refuse_foreign(path: Path, *inputs: Path) -> Path:
@@ -218,9 +265,6 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if of and count.isdigit() and int(count) != len(files):
         raise UserError(f"{folder} has {len(files)} of {int(count)} weight files: copy the folder again")
     state: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            state |= load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{folder} has damaged weights ({error}): copy the folder again") from None
+    for file in files:
+        state |= read_tensors(file)
     return config, unpacked(state)

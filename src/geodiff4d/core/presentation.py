@@ -29,6 +29,27 @@ WIDEST = 4
 """A pixel is at most so many times as wide as it is high, or the other way round: else the file is taken for wrong."""
 
 
+def open_video(path: Path) -> Any:
+    """Open a video file with PyAV; title or author in another encoding than UTF-8 do not keep it from being read."""
+    import av
+
+    return av.open(str(path), metadata_errors="replace")
+
+
+def video_stream(container: Any, path: Path) -> Any:
+    """Return a file's first video stream.
+
+    Raises:
+        UserError: it has none, or one in a format that cannot be decoded.
+    """
+    if not container.streams.video:
+        raise UserError(f"{path} has no video stream: expected a video with at least one frame")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise UserError(f"{path} cannot be decoded as video (unknown codec): expected MP4, MOV, WebM or similar")
+    return stream
+
+
 def presented(frame: Any, path: Path, aspect: Fraction | None = None) -> Float[Tensor, "3 height width"]:
     """Return PyAV's frame as float32 sRGB in [0, 1].
 
@@ -62,10 +83,8 @@ def orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 def described(path: Path) -> list[str]:
     """Say what is done to a film's frames beside decoding them."""
-    import av
-
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+    with open_video(path) as container:
+        stream = video_stream(container, path)
         frame = next(container.decode(stream), None)
         if frame is None:
             return []

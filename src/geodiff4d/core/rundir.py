@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_json, save_tensors, write_json
+from geodiff4d.core.files import fresh_file, read_object, save_tensors, write_json
 
 OnRecord = Callable[[dict[str, Any]], None]
 """Told every record of a run as it is logged: its `step`, and whatever was measured there."""
@@ -51,12 +51,12 @@ class RunFolder:
                 left.unlink()
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
-        if known.exists() and not _same(read_json(known)["config"], ours, free):
+        if known.exists() and not _same(read_object(known, "config")["config"], ours, free):
             raise UserError(
                 f"{path} holds a run of another configuration: give --out a new folder, or remove it to start over"
             )
-        if writes and known.exists() and read_json(known)["config"] != ours:
-            write_json(known, {**read_json(known), "config": ours})
+        if writes and known.exists() and read_object(known, "config")["config"] != ours:
+            write_json(known, {**read_object(known, "config"), "config": ours})
         if not known.exists():
             write_json(known, {"config": ours, "commit": _git("rev-parse", "HEAD"), "torch": torch.__version__})
             (self.path / "diff.patch").write_text(_git("diff", "HEAD") or "")

@@ -12,7 +12,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file
 from geodiff4d.core.images import to_uint8
-from geodiff4d.core.presentation import check_size, presented
+from geodiff4d.core.presentation import check_size, open_video, presented, video_stream
 
 EVEN = 0.1
 """A frame counts as on time if it comes this near to a frame after the last [frames]."""
@@ -39,10 +39,8 @@ def read_video(path: Path, limit: int | None = None, skip: int = 0) -> Iterator[
         raise UserError(f"{path} does not exist: expected a video file")
     count = -skip
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise UserError(f"{path} has no video stream: expected a video with at least one frame")
-            stream = container.streams.video[0]
+        with open_video(path) as container:
+            stream = video_stream(container, path)
             check_size(stream, path)
             for frame, times in _in_time(container.decode(stream), stream):
                 shown = None
@@ -101,8 +99,8 @@ def cut_short(path: Path, count: int) -> str | None:
     import av
 
     packets, end = 0, 0
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
+    with open_video(path) as container:
+        stream = video_stream(container, path)
         try:
             for packet in container.demux(stream):
                 # An edit list leaves packets out; they are decoded, and shown to nobody.

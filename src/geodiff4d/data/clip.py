@@ -14,12 +14,11 @@ from types import TracebackType
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.camera import OPENGL_FROM_OPENCV, Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, read_arrays, read_json, save_tensors, write_json
+from geodiff4d.core.files import fresh_folder, read_arrays, read_json, read_tensors, save_tensors, write_json
 from geodiff4d.core.geometry import invert
 from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
 from geodiff4d.data.importing import camera_checked, inside
@@ -239,7 +238,13 @@ class Clip:
     def expression_tokens(self) -> Float[Tensor, "timesteps tokens channels"] | None:
         """Expression tokens by position in `timesteps`, if the clip was generated."""
         path = self.folder / "expression_tokens.safetensors"
-        return load_file(path)["tokens"].float() if path.exists() else None
+        if not path.exists():
+            return None
+        tokens = read_tensors(path).get("tokens")
+        count = len(self.timesteps)
+        if tokens is None or tokens.dim() != 3 or len(tokens) != count or not bool(tokens.isfinite().all()):
+            raise UserError(f"{path} is damaged: expected finite tokens of {count} timesteps; make the clip again")
+        return tokens.float()
 
     @property
     def reference(self) -> Float[Tensor, "3 height width"] | None:

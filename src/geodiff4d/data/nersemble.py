@@ -22,6 +22,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
 from geodiff4d.core.images import read_image
+from geodiff4d.core.presentation import open_video, video_stream
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked
 
 CALIBRATED_WIDTH, CALIBRATED_HEIGHT = 2200, 3208
@@ -237,8 +238,8 @@ def probe(path: Path) -> tuple[int, int, int]:
     import av
 
     try:
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with open_video(path) as container:
+            stream = video_stream(container, path)
             count = stream.frames
             if not count and stream.duration and stream.average_rate and stream.time_base:
                 count = round(float(stream.duration * stream.time_base * stream.average_rate))
@@ -255,12 +256,12 @@ def video_frames(path: Path, timesteps: list[int]) -> Iterator[tuple[int, Float[
         return
     asked = set(timesteps)
     try:
-        with av.open(str(path)) as container:
-            container.streams.video[0].thread_type = "AUTO"
+        with open_video(path) as container:
+            video_stream(container, path).thread_type = "AUTO"
             for t, frame in enumerate(container.decode(video=0)):
                 if t in asked:
                     yield t, torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1).float() / 255
                 if t >= timesteps[-1]:
                     return
-    except av.FFmpegError:
+    except (av.FFmpegError, UserError):
         return

@@ -12,10 +12,8 @@ the camera is OpenGL's, world to camera, with focal length fl · S and its centr
 2020's by default; jaw and neck turn by FLAME's rules, and eyelids are added after skinning.
 """
 
-import lzma
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import OPENGL_FROM_OPENCV
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import ZIP_ERRORS
 from geodiff4d.core.geometry import matrix_to_axis_angle, rigid
 from geodiff4d.core.images import decode_normals, read_image
 from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, motion_of, padded, place
@@ -128,10 +127,9 @@ def read_frame(path: Path) -> _Track:
             if inner.file_size > MAX_FRAME_BYTES:
                 raise UserError(f"{path} unpacks to {inner.file_size:,} bytes: a .frame has some kilobytes")
             data = archive.read(inner)
-    except (
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError, StopIteration, OSError, EOFError, NotImplementedError,
-        RuntimeError, KeyError,
-    ) as error:  # fmt: skip
+    except (*ZIP_ERRORS, StopIteration) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path} is damaged or no .frame of Pixel3DMM's ({str(error)[:80]})") from None
     value = read_bytes(path, data)
     try:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import write_json
+from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.progress import Progress
 from geodiff4d.core.workers import in_workers
 
@@ -34,7 +34,8 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
     if note.exists():
         # What fields that are younger than the store were then.
         default = asdict(type(config)()) | getattr(config, "BEFORE", {})
-        if default | json.loads(note.read_text()) != json.loads(json.dumps(asdict(config))):
+        known = read_json(note)
+        if not isinstance(known, dict) or default | known != json.loads(json.dumps(asdict(config))):
             raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,8 +47,19 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
 
 
 def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dict[str, np.ndarray]:
-    """Map a store's arrays into memory, by name; nothing is read before it is indexed."""
-    return {name: np.load(folder / f"{name}.npy", mmap_mode="r+" if writable else "r") for name in names}
+    """Map a store's arrays into memory, by name; nothing is read before it is indexed.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    out = {}
+    for path in (folder / f"{name}.npy" for name in names):
+        try:
+            out[path.stem] = np.lib.format.open_memmap(path, "r+" if writable else "r")
+        except (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"{path} is missing or damaged ({reason}): remove {folder}, and it is made again") from None
+    return out
 
 
 def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, progress: Progress) -> None:

@@ -11,11 +11,9 @@ nearly everywhere, the other of R and B is x (`axes_of` then notices a mirrored 
 """
 
 import io
-import lzma
 import re
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -28,6 +26,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import ZIP_ERRORS
 from geodiff4d.core.images import decode_image
 from geodiff4d.data.exr import read_exr
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked
@@ -161,7 +160,7 @@ def _index(src: Path, report: Report) -> dict[tuple[str, int], Place]:
         try:
             with zipfile.ZipFile(archive) as file:
                 members = file.namelist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except ZIP_ERRORS as error:
             if len(archives) == 1 and not index:
                 raise UserError(f"{archive} is truncated or not a zip archive ({error}): download it again") from None
             report.warn(f"an archive was left out ({error})", archive.name)
@@ -192,7 +191,7 @@ def _bytes(place: Place) -> bytes:
         if file.getinfo(member).file_size > MAX_BYTES:
             raise UserError(f"{archive.name}: {member} unpacks to more than {MAX_BYTES:,} bytes: refused")
         return file.read(member)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError, EOFError) as error:
+    except ZIP_ERRORS as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{archive.name}: {member} is damaged ({error}): download it again") from None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geodiff4d.avatar.fit import fit
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_object, write_json
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.evaluate.cases import Case, Extent, self_cases, subject_of
 from geodiff4d.evaluate.inputs import Tracking, cut_frame, prepare_driver, prepare_reference, source_frames, stamp
@@ -88,7 +88,7 @@ def _spread(cases: Sequence[Case]) -> tuple[Case, ...]:
 
 def avatar_note(folder: Path) -> dict[str, Any]:
     """What `make_avatar` said of FOLDER last; with "failed", why there is no avatar."""
-    return read_json(folder / "made.json") if (folder / "made.json").exists() else {}
+    return read_object(folder / "made.json") if (folder / "made.json").exists() else {}
 
 
 def make_avatar(

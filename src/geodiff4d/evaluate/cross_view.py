@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, fresh_folder, read_json, write_json
+from geodiff4d.core.files import fresh_file, fresh_folder, read_object, write_json
 from geodiff4d.core.images import composite, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.workers import in_order
@@ -115,7 +115,7 @@ def _person(settings: Settings, person: Films) -> dict[str, Any]:
     name = person.cases[0].reference.clip.name
     folder = settings.out / "people" / name
     if (folder / "scores.json").exists():
-        known = read_json(folder / "scores.json")
+        known = read_object(folder / "scores.json")
         if known.get("fingerprint") == settings.fingerprint:
             return known
     note: dict[str, Any] = {"name": name, "fingerprint": settings.fingerprint}

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_object, write_json
 
 NOTE = "made.json"
 
@@ -16,7 +16,7 @@ class Made:
         """Read an item's note; what was made of something else, by another fingerprint, is removed."""
         self.folder, self.of, self.methods = Path(folder), of, []
         note = self.folder / NOTE
-        if note.exists() and (known := read_json(note))["of"] == of:
+        if note.exists() and (known := read_object(note, "of", "methods"))["of"] == of:
             self.methods: list[str] = known["methods"]
         else:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -16,7 +16,7 @@ import torch
 
 from geodiff4d.core import workers as processes
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, encode_normals, write_image
 from geodiff4d.core.progress import Progress, silent
@@ -218,7 +218,7 @@ def score_case(settings: Settings, work: Work) -> dict[str, Any]:
     of = stamp(work.case.reference, work.case.driving)
     note: dict[str, Any] = {"case": work.case.name, "fingerprint": settings.fingerprint, "of": of, "scores": {}}
     if (folder / "scores.json").exists():
-        known = read_json(folder / "scores.json")
+        known = read_object(folder / "scores.json")
         if known.get("fingerprint") != settings.fingerprint or known.get("of") != of:
             shutil.rmtree(folder)
         elif "failed" not in known:
@@ -237,7 +237,7 @@ def score_case(settings: Settings, work: Work) -> dict[str, Any]:
             if rival is not None:
                 note["rivals"] = {**note.get("rivals", {}), settings.results_name: rival}
         write_json(folder / "scores.json", note)
-        note = read_json(folder / "scores.json")
+        note = read_object(folder / "scores.json")
     asked = [*settings.methods, *([settings.results_name] if rival is not None else [])]
     return {**note, "scores": {m: note["scores"][m] for m in asked if m in note["scores"]}}
 

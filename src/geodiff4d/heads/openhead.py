@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import ZIP_ERRORS, read_arrays
 from geodiff4d.heads.rig import JOINTS, Head, Landmarks, PosedHead
 
 OPENHEAD = Path(__file__).parents[1] / "assets" / "openhead.npz"
@@ -138,16 +139,18 @@ def lacks_names(path: Path) -> bool:
     """Return whether an .npz has FLAME's arrays instead of this format's: a converted FLAME file."""
     if path.suffix != ".npz" or not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as file:
-        return "v_template.npy" in file.namelist() and "template.npy" not in file.namelist()
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "v_template.npy" in file.namelist() and "template.npy" not in file.namelist()
+    except ZIP_ERRORS:
+        return False
 
 
 @cache
 def _parse(path: Path, modified_ns: int) -> tuple[Head, int]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            data = {k: file[k] for k in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        data = read_arrays(path)
+    except UserError as error:
         raise UserError(
             f"{path} is not a head: expected an .npz written by tools/build_openhead.py ({error})"
         ) from None

@@ -182,9 +182,18 @@ class Head:
         )  # fmt: skip
 
     def shape(self, params: HeadParams) -> ShapedHead:
-        """Return the head with identity and expression: template + both bases + static offset, and its joints."""
+        """Return the head with identity and expression: template + both bases + static offset, and its joints.
+
+        Raises:
+            UserError: the offset is of another head.
+        """
         v = self.template + blend(self.shape_basis, params.shape) + blend(self.expr_basis, params.expr)
         if params.static_offset is not None:
+            if params.static_offset.shape[-2:] != self.template.shape:
+                raise UserError(
+                    f"offsets of {params.static_offset.shape[-2]} vertices are not {self.name}'s, which has "
+                    f"{len(self.template)}: pass the head that they were made with (--head)"
+                )
             v = v + params.static_offset
         return ShapedHead(self, v, self.joint_regressor @ v)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.presentation import presented
+from geodiff4d.core.presentation import presented, video_stream
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection, FollowingDetector
@@ -199,8 +199,10 @@ def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor,
     growing = None if source.is_char_device() else GrowingFile(source, patience_s)
     count = 0
     try:
-        with av.open(growing or str(source), "r", format=None if growing else "v4l2") as container:
-            aspect = container.streams.video[0].sample_aspect_ratio
+        with av.open(
+            growing or str(source), "r", format=None if growing else "v4l2", metadata_errors="replace"
+        ) as container:
+            aspect = video_stream(container, source).sample_aspect_ratio
             for frame in container.decode(video=0):
                 count += 1
                 yield presented(frame, source, aspect)

@@ -12,7 +12,7 @@ import torch
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_config
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows, open_rows
@@ -125,7 +125,7 @@ def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
 def _render_subject(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
     head = openhead()
-    config = PeopleConfig(**read_json(folder / "people.json"))
+    config = read_config(folder / "people.json", PeopleConfig)
     stored = open_rows(folder, (*config.arrays(), "points_index", "points_position"), writable=True)
     markup = _markup(stored)
     subject = SyntheticSubject(config.seed * 100_000 + s, config.split)

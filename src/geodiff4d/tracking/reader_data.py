@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_config
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows, open_rows
 from geodiff4d.heads.rig import EYE_JOINTS, SKULL_JOINT, Head, HeadParams
@@ -86,7 +86,7 @@ class Faces:
             raise UserError(
                 f"{folder} has no rendered faces: expected faces.json; `geodiff4d train reader` renders them"
             )
-        self.config = FacesConfig(**read_json(self.folder / "faces.json"))
+        self.config = read_config(self.folder / "faces.json", FacesConfig)
         stored = open_rows(self.folder, (*ROWS, "done"))
         self._done = stored["done"]
         if not unfinished and not self._done.all():
@@ -119,7 +119,7 @@ def build_faces(folder: Path, config: FacesConfig, workers: int = 1, progress: P
 
 def _render(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
-    config = FacesConfig(**read_json(folder / "faces.json"))
+    config = read_config(folder / "faces.json", FacesConfig)
     stored = open_rows(folder, config.arrays(), writable=True)
     rows = render_person(SyntheticSubject(config.seed * 100_000 + s, config.split), config)
     for name, value in (rows | {"done": np.uint8(1)}).items():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import is_heif, open_image, read_image
+from geodiff4d.core.presentation import open_video, video_stream
 from geodiff4d.core.video import read_video
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -50,19 +51,15 @@ def first_size(frames: Iterator[Tensor]) -> tuple[int, int]:
 
 def frame_rate(source: Path) -> float:
     """Return the frames per second of a video; 24 where the file states none, or not 0 to 1000."""
-    import av
-
-    with av.open(str(source)) as container:
-        rate = container.streams.video[0].average_rate
+    with open_video(source) as container:
+        rate = video_stream(container, source).average_rate
     return float(rate) if rate and 0 < rate <= 1000 else 24.0
 
 
 def frame_count(source: Path) -> int | None:
     """Return the number of frames that a video's header states; None where it states none."""
-    import av
-
-    with av.open(str(source)) as container:
-        return container.streams.video[0].frames or None
+    with open_video(source) as container:
+        return video_stream(container, source).frames or None
 
 
 def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:

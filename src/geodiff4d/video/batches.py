@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, on_grid
@@ -188,7 +188,7 @@ def encode_store(
     made_of = {"store": asdict(config), "built": built, "codec": codec_fingerprint(codec), "encoded pose": encoded_pose,
                "normals": "as estimated" if footage.estimated else "exact"}  # fmt: skip
     note = path.with_suffix(".json")
-    known = read_json(note) if path.exists() and note.exists() else {}
+    known = read_object(note) if path.exists() and note.exists() else {}
     done = known.pop("encoded", None)
     footage.cache = path
     if known != json.loads(json.dumps(made_of)):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_config, read_object
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
@@ -131,7 +131,7 @@ class DecoderRows:
             raise UserError(
                 f"{folder} has no rows for a decoder: expected rows.json; `geodiff4d train decoder` makes them"
             )
-        note = read_json(self.folder / "rows.json")
+        note = read_object(self.folder / "rows.json", "source")
         self.exact = note["source"] == "world"
         self._arrays = open_rows(
             self.folder, ("rgb", "normals", "pose", "warp", "known", "truth", "mask", "truth_normals", "filled")
@@ -155,9 +155,7 @@ class DecoderRows:
 def fill_unit(folder: Path, s: int) -> None:
     """Make the rows of one photograph or person."""
     torch.set_num_threads(1)
-    note: dict[str, Any] = read_json(folder / "rows.json")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in note.items()}
-    config = DecoderRowsConfig(**values)
+    config = read_config(folder / "rows.json", DecoderRowsConfig)
     arrays = open_rows(folder, config.arrays(), writable=True)
     with torch.no_grad():
         rows = photograph_rows(config, s) if config.source == "photographs" else world_rows(config, s)

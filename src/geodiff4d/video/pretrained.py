@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.deferred import Draws, deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_json, read_tensors
 from geodiff4d.video.image_encoder import load_image_encoder
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.unet import UNet, UNetConfig
@@ -136,11 +134,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         pickled = " (pickles such as .bin are not read: convert them first)" if list(folder.glob("*.bin")) else ""
         raise UserError(f"{folder} has no weights: expected {_STEM}.safetensors{pickled}")
     state: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            state |= load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"{folder} has damaged weights ({error}): copy the folder again") from None
+    for file in files:
+        state |= read_tensors(file)
     return state
 
 

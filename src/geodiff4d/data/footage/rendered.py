@@ -7,7 +7,6 @@ crop. So its warped portraits cost no rasterisation and its motion is exact; its
 cameras that stand still, those after them are portraits of the same person at other times. `render` makes both.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch.nn.functional import interpolate as resized
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json
+from geodiff4d.core.files import read_config, read_object
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, FrameKey, Take, at_size
 from geodiff4d.data.rowstore import Arrays, open_rows, take
@@ -126,21 +125,18 @@ class Store:
             UserError: there is none, it is another version's, or it was not finished.
         """
         self.folder, self.writable = Path(folder), writable
-        try:
-            saved = json.loads((self.folder / "store.json").read_text())
-        except FileNotFoundError:
-            raise UserError(
-                f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one"
-            ) from None
+        if not (self.folder / "store.json").exists():
+            raise UserError(f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one")
+        saved = read_object(self.folder / "store.json")
         try:
             self.config = StoreConfig(**StoreConfig.BEFORE | saved)
             if self.config.warps != StoreConfig.warps:
                 raise TypeError(f"warps {self.config.warps} and not {StoreConfig.warps}")
             done = self.done.all()
-        except (FileNotFoundError, TypeError) as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"{folder} is a store of another version ({error}): remove it and build it again") from None
         note = self.folder / "track.json"
-        self.tracks = TrackStoreConfig(**read_json(note)) if note.exists() else None
+        self.tracks = read_config(note, TrackStoreConfig) if note.exists() else None
         """Set if its first instants follow each other."""
         if not writable and not done:
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")

@@ -1,0 +1,95 @@
+"""Damaged files, each the kind of a fault that a campaign of tools/campaigns found, are refused in one line."""
+
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from avatars import painted_avatar, talking, with_networks
+from geodiff4d.avatar.compact import open_avatar, write_compact
+from geodiff4d.avatar.model import Avatar
+from geodiff4d.cli import main
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import read_arrays, read_tensors
+from geodiff4d.core.video import read_video
+from geodiff4d.heads import load_head
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An avatar with networks."""
+    head = load_head()
+    tokens = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(2))
+    path = tmp_path_factory.mktemp("avatar") / "a"
+    path.mkdir()
+    with_networks(painted_avatar(head, talking(head, 2)), tokens).save(path)
+    return path
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(folder, tmp_path):
+    """Each tensor alone would load: the code's regressor takes another number of features."""
+    for name in ("config.json", "params.npz"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    tensors = load_file(folder / "avatar.safetensors")
+    [name] = [k for k in tensors if k.startswith("code.regressor.") and tensors[k].dim() == 2][:1]
+    save_file(tensors | {name: torch.cat([tensors[name]] * 2)}, tmp_path / "avatar.safetensors")
+    with pytest.raises(UserError, match="damaged avatar"):
+        Avatar.load(tmp_path)
+
+
+def test_archives_with_wrong_offsets_are_refused(folder, tmp_path):
+    """A directory that points before the file's start makes zipfile raise what it raises for nothing else."""
+    write_compact(folder, tmp_path / "a.g4d")
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    for path, read in ((tmp_path / "a.g4d", open_avatar), (tmp_path / "a.npz", read_arrays)):
+        data = path.read_bytes()
+        for spoilt in (data[4:], data[:40] + data[44:], data[:-10] + struct.pack("<I", 2**31) + data[-6:]):
+            path.write_bytes(spoilt)
+            with pytest.raises(UserError):
+                read(path)
+
+
+def test_weights_with_a_damaged_header_are_refused(tmp_path):
+    save_file({"x": torch.zeros(3)}, tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    for spoilt in (b"", whole[:4], whole.replace(b"F32", b"F99"), struct.pack("<Q", 2**60) + whole[8:]):
+        (tmp_path / "x.safetensors").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"x\.safetensors"):
+            read_tensors(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="missing"):
+        read_tensors(tmp_path / "none.safetensors")
+
+
+def test_a_video_with_a_title_that_is_not_utf8_is_read(tmp_path):
+    import av
+
+    held = io.BytesIO()
+    with av.open(held, "w", format="matroska") as container:
+        container.metadata["title"] = "MARKED"
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    (tmp_path / "a.mkv").write_bytes(held.getvalue().replace(b"MARKED", b"\xff\xfeRKED"))
+    assert len(list(read_video(tmp_path / "a.mkv"))) == 1
+
+
+def test_a_link_that_leads_to_itself_is_the_users(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["track", f"{tmp_path}/loop", "--out", f"{tmp_path}/loop"]) == 2
+    assert main(["export", f"{tmp_path}/loop", f"{tmp_path}/loop/out.ply"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_a_clock_before_1980_is_no_reason_to_fail(folder, tmp_path, monkeypatch):
+    """Boards without a battery wake in 1970, which archives cannot say; the same avatar packs to the same bytes."""
+    write_compact(folder, tmp_path / "now.g4d")
+    monkeypatch.setattr("time.localtime", lambda at=None: (1970, 1, 1, 0, 0, 0, 3, 1, 0))
+    write_compact(folder, tmp_path / "then.g4d")
+    assert (tmp_path / "now.g4d").read_bytes() == (tmp_path / "then.g4d").read_bytes()
+    with zipfile.ZipFile(tmp_path / "then.g4d") as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
