@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 from avatars import painted_avatar, talking
-from geodiff4d.avatar.drive import own_performance
+from geodiff4d.avatar.drive import held, own_performance
 from geodiff4d.avatar.stream import Line
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import load_head
+from geodiff4d.viewer.live import Feed
+from geodiff4d.viewer.scene import pose_rows
 from geodiff4d.viewer.server import Server, view_from
 from geodiff4d.viewer.studio import Studio, View
 
@@ -52,10 +54,10 @@ def test_page_and_images(server, avatar):
     assert about["sliders"] == list(avatar.head.expression_names) and (about["low"], about["high"]) == (0, 1)
     status, first = ask(server, "GET", "/image.jpg")
     assert status == 200 and Image.open(io.BytesIO(first)).size == (64, 64)
-    seen = server.studio.number
+    seen = server.source.number
     change = json.dumps({"yaw": 40, "expressions": {"jawOpen": 1}})
     assert ask(server, "POST", "/view", change, Content_Type="application/json")[0] == 204
-    assert server.studio.wait(seen, 60)[0] != first and server.studio.view.expressions == {"jawOpen": 1.0}
+    assert server.source.wait(seen, 60)[0] != first and server.source.view.expressions == {"jawOpen": 1.0}
 
 
 def test_stream_sends_what_comes(server):
@@ -81,7 +83,7 @@ def test_strangers_are_refused(server):
 
 
 def test_views(server, avatar):
-    studio = server.studio
+    studio = server.source
     wild = view_from({"pitch": 1e9, "zoom": -4, "expressions": {"jawOpen": 7}}, studio)
     assert (wild.pitch_deg, wild.zoom, wild.expressions["jawOpen"]) == (80, 0.3, 1)
     front = studio.render(View(play=False), 0)
@@ -159,4 +161,30 @@ def test_a_server_for_the_network_answers_to_addresses_and_its_own_names(avatar,
     with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "0.0.0.0", 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         assert ask(server, "GET", "/about", Host=host)[0] == status
+        server.shutdown()
+
+
+def test_a_page_that_draws_by_itself_gets_live_poses(avatar):
+    """Each browser gets the latest pose; one that never reads delays nobody; strangers get nothing."""
+    weights = torch.linspace(0, 1, 52)
+    line = Line(weights, torch.tensor([0.0, 0.2, 0.0]))
+    with Feed(avatar, own_performance(avatar), "me", live=True) as feed, Server(feed, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        status, page = ask(server, "GET", "/")
+        assert status == 200 and b"connect-src 'self'" in page and b"<title>me</title>" in page
+        assert ask(server, "GET", "/live", Host="evil.example")[0] == 403
+        assert ask(server, "GET", "/live", Origin="http://evil.example")[0] == 403
+        assert ask(server, "GET", "/../live.py")[0] == 404
+        stalled = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(5)]
+        for one in stalled:
+            one.sendall(f"GET /live HTTP/1.1\r\nHost: 127.0.0.1:{server.server_port}\r\n\r\n".encode())
+        feed.follow([line] * 3)
+        with urllib.request.urlopen(f"{server.link('127.0.0.1')}live", timeout=30) as events:
+            assert events.headers["Content-Type"] == "text/event-stream"
+            got = torch.tensor(json.loads(events.readline().removeprefix(b"data: ")))
+        asked = torch.from_numpy(pose_rows(held(avatar, weights[None]).params)[0])
+        asked[52 + 3 : 52 + 6] += line.neck
+        assert (got - asked).abs().max() < 2e-5
+        for one in stalled:
+            one.close()
         server.shutdown()

@@ -92,7 +92,10 @@ def empty_clip(folder: Path) -> None:
 
 
 def weights(folder: Path) -> None:
-    """A stream of expression weights, and one with a slip in its second line."""
+    """A stream of expression weights and one with a slip in its second line; a table of them and half of one."""
+    table = "Timecode,BlendshapeCount,JawOpen\n" + "".join(f"0:0:{i // 5}:{i % 5},61,0.{i}\n" for i in range(9))
+    (folder / "take.csv").write_text(table)
+    (folder / "cut.csv").write_text(table[: len(table) // 2])
     (folder / "weights.jsonl").write_text('{"jawOpen": 0.2}\n{"jawOpen": 0.8, "eyeBlinkLeft": 1}\n')
     (folder / "slip.jsonl").write_text('{"jawOpen": 0.2}\n{"jawOpne": 0.8}\n')
 
@@ -310,10 +313,13 @@ RECIPES = [
         "export runs/avatar exported_frames --to ply-sequence --driving weights.jsonl",
         ("exported_frames/frame_00001.ply", "exported_frames/sequence.json"),
     ),
+    Recipe("export runs/plain take.html --driving take.csv", ("take.html",), says="9 frames"),
     Recipe("export runs/plain me.html --title me --origin https://example.org", ("me.html",), says="MB"),
+    Recipe("export runs/avatar exported.glb", ("exported.glb",), says="MB"),
     Recipe("export runs/avatar exported.g4d --to compact", ("exported.g4d",), says="MB"),
     Recipe("import compact exported.g4d imported/avatar", ("imported/avatar/avatar.safetensors",)),
     Recipe("view exported.g4d --port 0 --size 64 --seconds 1", says="http://127.0.0.1:"),
+    Recipe("view runs/plain --port 0 --seconds 1", says="http://127.0.0.1:"),
     Recipe(
         "live me.ts --avatar runs/avatar --frames 8 --size 64 --out runs/live",
         ("runs/live/live.mp4", "runs/live/params.npz"),
@@ -359,6 +365,7 @@ RECIPES = [
     bad_import("export runs/avatar bad/out --to gaussian-avatars", says="needs FLAME with teeth"),
     bad_import("import compact cut.g4d bad/out", says="truncated", prepare=cut_compact),
     bad_import("import gaussian-avatars runs/avatar bad/out", says="needs --head"),
+    bad_import("export runs/plain bad/out.html --driving cut.csv", says="columns, expected 3"),
     bad_import("export runs/avatar bad/out.html", says="the page cannot run"),
     bad_import("export runs/plain bad/out.html --origin example.org", says="is no origin"),
     bad("render runs/avatar --driving slip.jsonl", says="bad/out is not a video"),

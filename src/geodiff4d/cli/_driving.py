@@ -21,8 +21,9 @@ class DrivingArgs:
     """Options about the performance that render and export have in common."""
 
     driving: Path | None = None
-    """Who drives: a tracked clip's folder, a video, a file of ARKit weights (.jsonl, one object a line; docs/AVATAR.md)
-    or - for such lines from standard input. Without it, the sequence that the avatar was fitted to."""
+    """Who drives: a tracked clip's folder, a video, a file of ARKit weights (.jsonl, one object a line, or Live Link
+    Face's .csv; docs/AVATAR.md) or - for such lines from standard input. Without it, the sequence that the avatar was
+    fitted to."""
     set: tuple[str, ...] = ()
     """Hold expressions by name instead: --set jawOpen=0.6 mouthSmileLeft=1."""
     absolute: bool = False
@@ -39,6 +40,7 @@ def performance(avatar: "Avatar", args: DrivingArgs, pose: "Pose" = "fixed") -> 
     """
     import torch
 
+    from geodiff4d.avatar.arkit_csv import SUFFIX, read_csv_file
     from geodiff4d.avatar.drive import held, own_performance
     from geodiff4d.avatar.stream import read_stream, read_stream_file
     from geodiff4d.core.errors import UserError
@@ -46,7 +48,7 @@ def performance(avatar: "Avatar", args: DrivingArgs, pose: "Pose" = "fixed") -> 
     source = args.driving
     if source is not None and args.set:
         raise UserError("--driving and --set were both given: expected one of them")
-    names = avatar.head.expression_names
+    names, fps = avatar.head.expression_names, None
     if args.set:
         return held(avatar, _weights(args.set, names)[None], avatar.fps)
     if source is None:
@@ -57,9 +59,11 @@ def performance(avatar: "Avatar", args: DrivingArgs, pose: "Pose" = "fixed") -> 
             raise UserError("standard input had no frames: expected one JSON object a line")
     elif source.suffix.lower() in STREAM_SUFFIXES and not source.is_dir():
         lines = read_stream_file(source, names)
+    elif source.suffix.lower() == SUFFIX and not source.is_dir():
+        lines, fps = read_csv_file(source, names)
     else:
         return _followed(avatar, source, args, pose)
-    made = held(avatar, torch.stack([line.weights for line in lines]), avatar.fps)
+    made = held(avatar, torch.stack([line.weights for line in lines]), fps or avatar.fps)
     return made.turned(torch.stack([line.neck for line in lines]))
 
 

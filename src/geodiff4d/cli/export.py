@@ -1,4 +1,4 @@
-"""Write an avatar or a clip for others: a web page, 3DGS .ply, GaussianAvatars, one small file, or VHAP's layout."""
+"""Write an avatar or a clip for others: a web page, glTF, 3DGS .ply, GaussianAvatars, or VHAP's layout."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ class Args(DrivingArgs):
     source: Annotated[Path, tyro.conf.Positional]
     """Avatar folder from fit, or (for vhap) clip folder with FLAME parameters, from import or track --head."""
     out: Annotated[Path, tyro.conf.Positional]
-    """File (web, ply, compact) or folder (the others) to write; it must not exist."""
-    to: Literal["web", "ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
-    """web: one page that shows the avatar in any browser, from a disk too. ply: the avatar at one instant, for any
-    splat viewer. ply-sequence: one such file a frame. gaussian-avatars: its folder (FLAME). compact: everything in one
-    small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it. By default what the name's ending says
-    (.html, .ply, .g4d), else ply for an avatar and vhap for a clip."""
+    """File (web, glb, ply, compact) or folder (the others) to write; it must not exist."""
+    to: Literal["web", "glb", "ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
+    """web: one page that shows the avatar in any browser, from a disk too. glb: a rigged mesh with 52 morph targets,
+    and the splats at rest. ply: the avatar at one instant, for any splat viewer. ply-sequence: one such file a frame.
+    gaussian-avatars: its folder (FLAME). compact: everything in one small file. vhap: a clip as VHAP's
+    export_as_nerf_dataset.py writes it. By default what the name's ending says (.html, .glb, .ply, .g4d), else ply for
+    an avatar and vhap for a clip."""
     frame: int = 0
     """Frame of the performance that ply is posed at."""
     title: str | None = None
@@ -40,7 +41,7 @@ def run(args: Args) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: expected a new name; choose another, or delete it")
     is_clip = (args.source / "transforms.json").is_file()
-    suffixes = {"web": ".html", "ply": ".ply", "compact": ".g4d"}
+    suffixes = {"web": ".html", "glb": ".glb", "ply": ".ply", "compact": ".g4d"}
     meant = {ending: to for to, ending in suffixes.items()}.get(args.out.suffix.lower(), "ply")
     to = args.to or ("vhap" if is_clip else meant)
     if is_clip != (to == "vhap"):
@@ -70,6 +71,12 @@ def _avatar(args: Args, to: str) -> None:
     if to == "gaussian-avatars":
         count = export_gaussian_avatars(avatar, args.out, args.source)
         print(f"{args.out}: {len(avatar.local)} Gaussians, {count} timesteps, for GaussianAvatars")
+        return
+    if to == "glb":
+        from geodiff4d.avatar.export_glb import export_glb
+
+        size = export_glb(avatar, args.out)
+        print(f"{args.out}: {size / 1e6:.2f} MB, {len(avatar.local)} Gaussians at rest, a mesh with 52 morph targets")
         return
     show = performance(avatar, args)
     if to == "web":

@@ -1,4 +1,4 @@
-"""View an avatar in the browser: drag to orbit, sliders for its expressions, rendered by this machine."""
+"""View an avatar in the browser: drag to orbit, controls for its face, drawn there or rendered by this machine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Args(DrivingArgs):
     host: str = "127.0.0.1"
     """Address to listen on. The default is reached from this machine alone; there is no password."""
     size: int = 384
-    """Height of the image [px]."""
+    """Height of the image [px] of avatars that are rendered here: those with networks, and those on FLAME."""
     seconds: float | None = None
     """Stop after this many seconds."""
 
@@ -36,6 +36,8 @@ def run(args: Args) -> None:
     from geodiff4d.cli._driving import performance
     from geodiff4d.core.errors import UserError
     from geodiff4d.tracking.live import live_frames, track_live
+    from geodiff4d.viewer.live import Feed
+    from geodiff4d.viewer.scene import obstacle
     from geodiff4d.viewer.server import Server
     from geodiff4d.viewer.studio import Studio
 
@@ -54,14 +56,16 @@ def run(args: Args) -> None:
     def follow() -> None:
         try:
             if args.driving is not None and camera:
-                studio.follow(frame.params for frame in track_live(live_frames(args.driving), avatar.head))
+                source.follow(frame.params for frame in track_live(live_frames(args.driving), avatar.head))
             else:
-                studio.follow(read_stream(sys.stdin, names, "standard input"))
+                source.follow(read_stream(sys.stdin, names, "standard input"))
         except UserError as error:
             failures.append(error)
             server.shutdown()
 
-    with Studio(avatar, show, args.size) as studio, Server(studio, args.host, args.port) as server:
+    drawn = obstacle(avatar) is None
+    made = Feed(avatar, show, args.avatar.stem, lines or camera) if drawn else Studio(avatar, show, args.size)
+    with made as source, Server(source, args.host, args.port) as server:
         print(f"{server.link(args.host)} shows {args.avatar}; Ctrl-C ends it", flush=True)
         if lines or camera:
             threading.Thread(target=follow, daemon=True).start()

@@ -38,7 +38,9 @@ class PageConfig:
     origins: tuple[str, ...] = ()
     """Origins whose pages may drive this one by messages, beside its own; `*` is every page."""
     live: bool = False
-    """Whether the page asks its own server for live weights (`geodiff4d view`)."""
+    """Whether the page asks its own server for live poses (`geodiff4d view`)."""
+    play: bool = False
+    """Whether the performance plays from the start."""
 
     def __post_init__(self) -> None:
         for origin in self.origins:
@@ -55,7 +57,7 @@ def page(avatar: Avatar, performance: Performance, config: PageConfig = PageConf
         UserError: the avatar has networks or another head, which the page cannot draw.
     """
     data = base64.b64encode(pack(avatar, performance)).decode()
-    settings = {"origins": list(config.origins), "live": config.live}
+    settings = {"origins": list(config.origins), "live": config.live, "play": config.play}
     scripts = "\n".join((WEB / name).read_text(encoding="utf-8") for name in SCRIPTS)
     shaders = {name: (WEB / f"{name}.glsl").read_text(encoding="utf-8") for name in SHADERS}
     asked = {

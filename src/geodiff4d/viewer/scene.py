@@ -67,25 +67,17 @@ class Blob:
         return zlib.compress(struct.pack("<I", len(header)) + header + b"".join(self.parts), 9)
 
 
-def require_web(avatar: Avatar) -> None:
-    """Check that the page can draw an avatar.
-
-    Raises:
-        UserError: it has networks or a remeshed surface, or its head has no ARKit weights.
-    """
-    if not has_weights(avatar.head) or avatar.head.pose_basis is not None or avatar.head.eyelid_basis is not None:
-        raise UserError(
-            f"the avatar's head is {avatar.head.name}: the page poses heads with ARKit's 52 weights and no pose "
-            "correctives alone; fit it on openhead, or use view, which renders here"
-        )
+def obstacle(avatar: Avatar) -> str | None:
+    """Return why the page cannot draw an avatar; None if it can."""
+    head = avatar.head
+    if not has_weights(head) or head.pose_basis is not None or head.eyelid_basis is not None:
+        return f"its head is {head.name}, and the page poses heads with ARKit's weights alone, such as openhead"
     if avatar.parts is not None:
         what = "networks" if avatar.parts.networks() else "a remeshed surface"
-        raise UserError(
-            f"the avatar has {what}, which the page cannot run: fit it with --preset embedded, or use view, which "
-            "renders here"
-        )
-    if max(len(avatar.head.faces), len(avatar.head.template)) > 65536:
-        raise UserError("the avatar's head has over 65,536 triangles or vertices: the page numbers them in 16 bits")
+        return f"it has {what}, which the page cannot run: fit it with --preset embedded"
+    if max(len(head.faces), len(head.template)) > 65536:
+        return "its head has over 65,536 triangles or vertices, and the page numbers them in 16 bits"
+    return None
 
 
 @torch.no_grad()
@@ -93,9 +85,10 @@ def pack(avatar: Avatar, performance: Performance) -> bytes:
     """Return an avatar and a performance for the page: zlib-compressed, about 0.5 MB for 25,000 Gaussians.
 
     Raises:
-        UserError: as `require_web`.
+        UserError: the page cannot draw it.
     """
-    require_web(avatar)
+    if (why := obstacle(avatar)) is not None:
+        raise UserError(f"the avatar cannot be a page: {why}; `geodiff4d view` renders it here")
     blob = Blob()
     _add_head(blob, avatar)
     _add_splats(blob, avatar)

@@ -1,4 +1,4 @@
-"""Rendering for the viewer: an avatar, a view of it that can be changed, and the latest image."""
+"""Rendering for avatars that the page cannot draw: a view that can be changed, and the latest image of it."""
 
 import io
 import math
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from geodiff4d.avatar.drive import LiveDriver, Performance, held, normal_image
+from geodiff4d.avatar.drive import Performance, held, normal_image
 from geodiff4d.avatar.drive import head_centre as centre_of
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.avatar.relative import has_weights
@@ -21,6 +21,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import to_uint8
 from geodiff4d.heads.rig import HeadParams
+from geodiff4d.viewer.live import live_poses
 
 MAX_PITCH_DEG = 80.0
 ZOOM = (0.3, 3.0)
@@ -84,13 +85,7 @@ class Studio:
 
     def follow(self, performance: Iterable[Line | HeadParams]) -> None:
         """Move the head by a stream of weights, or of a tracker's parameters, as they come; returns when it ends."""
-        driver = LiveDriver(self.avatar)
-        for moment in performance:
-            if isinstance(moment, Line):
-                asked = held(self.avatar, moment.weights[None]).params[0]
-                live = replace(asked, neck_pose=asked.neck_pose + moment.neck)
-            else:
-                live = driver(moment)
+        for live in live_poses(self.avatar, performance):
             with self._changed:
                 self._live, self._dirty = live, True
                 self._changed.notify_all()

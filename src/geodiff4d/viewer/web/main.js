@@ -10,7 +10,9 @@ async function start() {
   const scene = await readScene(get("avatar").textContent);
   const stage = new Stage(get("canvas"), scene, { shaders: json("shaders"), worker: json("worker") });
   const panel = new Panel(stage);
-  const remote = new Remote(stage, panel, json("settings"));
+  const settings = json("settings");
+  const remote = new Remote(stage, panel, settings);
+  if (settings.play && stage.fitted.frames > 1) panel.play(true);
   window.geodiff4d = { stage, panel, act: (asked) => remote.act(asked), names: scene.names };
   try { remote.address(location.search); } catch (error) { panel.say(`the page's address: ${error.message}`, true); }
   document.body.classList.add("ready");

@@ -149,8 +149,9 @@ class Panel {
     if (!file) return;
     try {
       if (file.size > 64e6) throw new Error("the file is larger than 64 MB");
-      const frames = readLines(await file.text(), this.stage.rig.names);
-      this.stage.load(frames, Number(get("fps").value) || this.stage.scene.fps);
+      const text = await file.text(), { names } = this.stage.rig;
+      const { frames, fps } = /\.csv$/i.test(file.name) ? readTable(text, names) : { frames: readLines(text, names) };
+      this.stage.load(frames, Number(get("fps").value) || fps || this.stage.scene.fps);
       this.say(`${file.name}: ${frames.length} frames`);
     } catch (error) {
       this.say(`${file.name}: ${error.message}`, true);

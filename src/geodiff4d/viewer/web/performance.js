@@ -58,6 +58,30 @@ function readLines(text, names) {
   return frames;
 }
 
+// Reads a table of weights, as Live Link Face records it (avatar/arkit_csv.py); returns {frames, fps}.
+const NO_WEIGHT_COLUMN = /^(timecode|time|timestamp|frame|blendshapecount|(head|lefteye|righteye)(yaw|pitch|roll))$/i;
+
+function readTable(text, names) {
+  const rows = text.replace(/^\ufeff/, "").split(/\r?\n/).map((row) => row.split(",").map((word) => word.trim()));
+  const head = rows[0], reader = new LineReader(names), frames = [], seconds = new Map();
+  const used = head.map((word, i) => [word, i]).filter(([word]) => word && !NO_WEIGHT_COLUMN.test(word));
+  if (!used.some(([word]) => reader.places.has(word.toLowerCase())))
+    throw new Error("the table has no column of an ARKit expression: expected Timecode, BlendshapeCount, EyeBlinkLeft, …");
+  const clock = head.findIndex((word) => /^timecode$/i.test(word));
+  rows.slice(1).forEach((row, i) => {
+    const where = `line ${i + 2}`;
+    if (row.every((word) => !word)) return;
+    if (row.length !== head.length) throw new Error(`${where} has ${row.length} columns, expected ${head.length}`);
+    frames.push(reader.record(Object.fromEntries(used.map(([word, k]) => [word, row[k] === "" ? NaN : Number(row[k])])), where));
+    const second = row[clock]?.match(/^\d+:\d+:\d+/)?.[0];
+    if (second) seconds.set(second, (seconds.get(second) ?? 0) + 1);
+  });
+  if (!frames.length) throw new Error("the table has no frames");
+  const whole = [...seconds.values()].slice(1, -1).sort((a, b) => a - b);
+  const fps = whole[whole.length >> 1] ?? 0;
+  return { frames, fps: fps >= 1 && fps <= 240 ? fps : null };
+}
+
 function wholeFile(text) {
   if (!text.includes('"frames"')) return null;
   try {

@@ -92,7 +92,8 @@ class Remote {
       this.stage.live = Float32Array.from(JSON.parse(data));
       this.stage.change();
     };
-    events.onerror = () => this.panel.say(events.readyState === EventSource.CLOSED ? "the program has ended" : "");
+    events.onerror = () => this.panel.say("The program does not answer; asking again.", true);
+    events.onopen = () => this.panel.say("");
   }
 }
 
