@@ -3,6 +3,7 @@
 import io
 import struct
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from geodiff4d.avatar.compact import open_avatar, write_compact
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_arrays, read_tensors
+from geodiff4d.core.files import read_arrays, read_config, read_tensors
 from geodiff4d.core.video import read_video
+from geodiff4d.data.rowstore import create_rows, open_rows
+from geodiff4d.data.sheet import fits, sizes
 from geodiff4d.heads import load_head
+from geodiff4d.tracking.reader_data import FacesConfig
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +97,43 @@ def test_a_clock_before_1980_is_no_reason_to_fail(folder, tmp_path, monkeypatch)
     assert (tmp_path / "now.g4d").read_bytes() == (tmp_path / "then.g4d").read_bytes()
     with zipfile.ZipFile(tmp_path / "then.g4d") as archive:
         assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
+def test_offsets_of_another_head_are_refused():
+    head = load_head()
+    params = replace(head.neutral(), static_offset=torch.zeros(7, 3))
+    assert not fits(head, params) and "7" in sizes(head, params)
+    with pytest.raises(UserError, match="offsets of 7 vertices"):
+        head.pose(params)
+
+
+def test_damaged_notes_and_rows_of_a_store_are_refused(tmp_path):
+    config = FacesConfig(subjects=1, instants=1, size=96, supersample=1)
+    create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
+    assert read_config(tmp_path / "faces.json", FacesConfig) == config
+    whole = (tmp_path / "faces.json").read_bytes()
+    for spoilt in (whole[:20], b"\xc7" + whole, b"[]", b"null", whole.replace(b"subjects", b"subjectz")):
+        (tmp_path / "faces.json").write_bytes(spoilt)
+        with pytest.raises(UserError):
+            read_config(tmp_path / "faces.json", FacesConfig)
+        with pytest.raises(UserError):
+            create_rows(tmp_path / "faces.json", config, {}, {})
+    for spoilt in (b"", b"\x93NUMPY", (tmp_path / "done.npy").read_bytes()[:-1]):
+        (tmp_path / "done.npy").write_bytes(spoilt)
+        with pytest.raises(UserError, match=r"done\.npy"):
+            open_rows(tmp_path, ["done"])
+
+
+def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width = stream.height = 32
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert b"mp4v" in data
+    (tmp_path / "a.mp4").write_bytes(data.replace(b"mp4v", b"zzzz").replace(b"esds", b"free"))
+    with pytest.raises(UserError, match="decoded as video"):
+        list(read_video(tmp_path / "a.mp4"))

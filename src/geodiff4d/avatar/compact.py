@@ -6,7 +6,6 @@ scale per row. Whatever an avatar's folder holds is packed by these rules, so ne
 carried too. Reading it gives an ordinary avatar; `geodiff4d import compact` writes that as a folder.
 """
 
-import io
 import json
 import tempfile
 import zipfile
@@ -181,7 +180,7 @@ def _files(tensors: dict[str, Any], members: dict[str, bytes]) -> dict[str, dict
 
 def _members(path: Path) -> dict[str, bytes]:
     try:
-        with zipfile.ZipFile(io.BytesIO(Path(path).read_bytes())) as archive:
+        with Path(path).open("rb") as file, zipfile.ZipFile(file) as archive:
             size = sum(member.file_size for member in archive.infolist())
             if size > MAX_BYTES:
                 raise UserError(f"{path} unpacks to {size:,} bytes: at most {MAX_BYTES:,} are read")

@@ -55,11 +55,17 @@ def row(frame: ClipFrame, head: Head | None) -> Float[Tensor, "3 height width"]:
 def fits(head: Head, params: HeadParams) -> bool:
     """Say whether the parameters may be this head's: a FLAME clip is no OpenHead clip."""
     counts = params.shape.shape[-1], params.expr.shape[-1]
+    offset = params.static_offset
+    if offset is not None and offset.shape[-2:] != head.template.shape:
+        return False
     return counts == (head.shape_basis.shape[-1], head.expr_basis.shape[-1])
 
 
 def sizes(head: Head, params: HeadParams) -> str:
     """Say how many coefficients each has."""
+    offset = params.static_offset
+    if offset is not None and offset.shape[-2:] != head.template.shape:
+        return f"expected offsets of {len(head.template)} vertices, got {offset.shape[-2]}"
     return (
         f"expected {head.shape_basis.shape[-1]} shape and {head.expr_basis.shape[-1]} expression coefficients, "
         f"got {params.shape.shape[-1]} and {params.expr.shape[-1]}"

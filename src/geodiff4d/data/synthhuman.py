@@ -184,7 +184,10 @@ def _opened(archive: Path) -> zipfile.ZipFile:
 
 def _bytes(place: Place) -> bytes:
     if isinstance(place, Path):
-        return place.read_bytes()
+        try:
+            return place.read_bytes()
+        except OSError as error:
+            raise UserError(f"{place} cannot be read ({error.strerror}): copy it again") from None
     archive, member = place
     try:
         file = _opened(archive)

@@ -1,6 +1,5 @@
 """The demo: a portrait becomes an avatar, and eight pairs say how well (the controls of `metrics.json`)."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from geodiff4d.avatar.drive import orbit as orbit_cameras
 from geodiff4d.avatar.drive import render_sequence
 from geodiff4d.avatar.fit import fit
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.core.files import write_json
+from geodiff4d.core.files import read_json, read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.progress import Progress, silent
@@ -105,7 +104,7 @@ def run_demo(
         metrics_path = out / "avatar" / "metrics.json"
         if not metrics_path.exists():
             fit(clip, out / "avatar", p.fit, config.seed, progress)
-        fitted = json.loads(metrics_path.read_text())
+        fitted = read_json(metrics_path)
     avatar = Avatar.load(out / "avatar")
     with watch.stage("render"):
         _videos(out, first, avatar, clip, config, progress)
@@ -135,7 +134,7 @@ def run_demo(
 def forget_others(out: Path, ours: str) -> None:
     """Remove the stages another configuration or other weights left in the folder."""
     note = out / "demo.json"
-    if note.exists() and json.loads(note.read_text()).get("fingerprint") != ours:
+    if note.exists() and read_object(note).get("fingerprint") != ours:
         for stale in ("clip", "avatar", "avatar.run", "frames", "pairs"):
             shutil.rmtree(out / stale, ignore_errors=True)
     write_json(note, {"fingerprint": ours})

@@ -1,12 +1,12 @@
 """What a reconstruction leaves to look at: the driven video and a page (no truth exists for a user's own portrait)."""
 
-import json
 from pathlib import Path
 
 import torch
 
 from geodiff4d.avatar.drive import head_centre, orbit, render_sequence, turned
 from geodiff4d.avatar.model import Avatar
+from geodiff4d.core.files import read_json
 from geodiff4d.core.images import encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
@@ -29,7 +29,7 @@ def finish(out: Path, portrait: Portrait, driving: Driving, generator: str, prog
     pictures = (torch.cat([f.rgb.clamp(0, 1), f.normal * 0.5 + 0.5], -1) for f in progress(frames, "rendering", n))
     write_video(out / "avatar.mp4", pictures, clip.fps)
 
-    metrics = json.loads((out / "avatar" / "metrics.json").read_text())
+    metrics = read_json(out / "avatar" / "metrics.json")
     picks = torch.linspace(0, len(clip) - 1, 6).round().long().tolist()
     chosen = [clip.frame(i) for i in picks]
     drivers = [driving.crops[clip.records[i].timestep % len(driving)] for i in picks]
