@@ -56,8 +56,9 @@ class Batch:
         return self.start[:, 0]
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **moved)
+        """Move everything but the index, which draws need on the host: asking a GPU for it would make steps wait."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "index"}
+        return replace(self, **{name: value.to(device) for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
