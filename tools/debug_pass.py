@@ -40,6 +40,15 @@ class Recipe:
     """Called with the pass's folder before the command."""
 
 
+def jobs_of_a_fleet(folder: Path) -> None:
+    """Two jobs, of which one cannot be done."""
+    lines = [
+        {"name": "ply", "run": "synth {out} --preset debug --subjects 1 --frames 1 --views 1 --workers 1"},
+        {"name": "lost", "run": "track nobody.jpg --out {out}"},
+    ]
+    (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
 def broken_picture(folder: Path) -> None:
     """Half a picture file."""
     whole = next((folder / "world/train_0/images").iterdir()).read_bytes()
@@ -162,6 +171,13 @@ RECIPES = [
     Recipe(
         "synth world --preset debug --subjects 2 --frames 4 --views 2",
         ("world/train_0/transforms.json", "world/train_1/flame_param/00003.npz", "world/train_sheet.png"),
+    ),
+    Recipe(
+        "fleet jobs.jsonl --out fleet --workers 2",
+        ("fleet/ply/out/train_0/transforms.json", "fleet/ply/job.json", "fleet/failed.json", "fleet/fleet.jsonl"),
+        says="1 of 2 jobs failed, lost first",
+        code=2,
+        prepare=jobs_of_a_fleet,
     ),
     Recipe("train vae --preset debug --data stores --workers 1 --out runs/vae", ("runs/vae/vae/model*.safetensors",)),
     Recipe(

@@ -3,7 +3,8 @@
 Every command is one module here with a frozen dataclass `Args` (its options, shown by tyro) and
 `run(args: Args) -> None`. Modules load only when their command is called, and import torch inside `run`, so that every
 `--help` answers at once.
-Exit codes: 0 done, 1 a defect of ours, 2 bad input or a full disk, 130 interrupted.
+Exit codes: 0 done, 1 a defect of ours, 2 bad input or a full disk, 130 interrupted, 143 stopped by
+SIGTERM.
 """
 
 import difflib
@@ -37,6 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "geodiff4d.cli.train",
         "train the codec, the video model (two stages), or what tracking sees with",
     ),
+    "fleet": ("geodiff4d.cli.fleet", "carry out many of these commands, on this machine or a Ray cluster"),
     "evaluate": ("geodiff4d.cli.evaluate", "measure: the paper's protocols on any clips, and tracking"),
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
