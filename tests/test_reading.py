@@ -17,7 +17,7 @@ from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.observe import readings_of
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.problem import FRONT
+from geodiff4d.tracking.projection import FRONT
 from geodiff4d.tracking.reading import Reading, frame_noise, steadied
 
 FRAMES, SIZE = 24, 512
@@ -84,7 +84,7 @@ def says(expr: torch.Tensor, eyes: torch.Tensor, sigma: float) -> Reading:
     doubt = torch.full_like
     return Reading(
         expr, torch.zeros(n, 3), eyes, doubt(expr, sigma), torch.full((n, 3), sigma), doubt(eyes, sigma),
-        FIT_ALONE.expand(n, 3, 61),
+        FIT_ALONE.expand(n, 2, 3, 61),
     )  # fmt: skip
 
 
@@ -131,9 +131,9 @@ def test_fit_and_reading_are_blended(head):
     """A reading's slopes decide; frames without a face stay as they were interpolated."""
     params, expr, eyes = blinking(head)
     said = says(expr, eyes, 3.0)
-    blend = torch.zeros(FRAMES, 3, 61)
-    blend[:, 1] = 0.8
-    blend[:, 2, :52] = 0.05
+    blend = torch.zeros(FRAMES, 2, 3, 61)
+    blend[:, 0, 1] = 0.8
+    blend[:, 0, 2, :52] = 0.05
     found = observed(head, params, replace(said, blend=blend))
     found[3] = None
     got = fit(head, found, SIZE, SIZE, 900.0).params

@@ -31,7 +31,8 @@ from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 from geodiff4d.tracking.matte import matte
 from geodiff4d.tracking.observe import observe
 from geodiff4d.tracking.points import choose_points
-from geodiff4d.tracking.problem import FRONT, HeadFitConfig
+from geodiff4d.tracking.problem import HeadFitConfig
+from geodiff4d.tracking.projection import FRONT
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns, minimise
 from geodiff4d.tracking.source import focal_length
 from geodiff4d.tracking.squares import HeadSquare
@@ -369,6 +370,8 @@ def test_live_follows_a_growing_file(head, tmp_path):
     fitted = torch.stack([f.params.rotation for f in frames if f.seen])
     assert rotation_error_deg(fitted, truth.rotation[[1, 2, 3, 4, 5, 6, 8]]).max() < 4
     assert max(f.error_px for f in frames) < 2
+    jaw = torch.stack([f.params.expr[head.expression_names.index("jawOpen")] for f in frames if f.seen])
+    assert jaw[-1] - jaw[0] > 0.2, "landmarks move the expression, though nobody reads it and identity is held"
 
 
 def test_live_sources_that_are_not(tmp_path):

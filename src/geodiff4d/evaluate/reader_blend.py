@@ -14,6 +14,7 @@ from geodiff4d.evaluate.tracking_videos import REST_FRAMES, performances, render
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.blend import FIT_ALONE, fitted_blend
 from geodiff4d.tracking.embedded import EmbeddedDetector
+from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.observe import readings_of
 from geodiff4d.tracking.reader import FaceReader
 from geodiff4d.tracking.reader_data import visible_coefficients
@@ -27,8 +28,9 @@ FIRST = 10
 
 def measured_blend(
     folder: Path, reader: FaceReader, people: int, frames: int, progress: Progress = silent
-) -> Float[Tensor, "3 targets"]:
-    """Track performances of `people` of the val split and return what brings fit and reading nearest to the truth.
+) -> Float[Tensor, "2 3 targets"]:
+    """Track performances of `people` of the val split and return what brings fit and reading nearest to the truth,
+    for fits to landmarks and for those whose pixels were aligned.
 
     Videos in FOLDER are kept, so that another reader is measured on the same.
 
@@ -49,15 +51,16 @@ def measured_blend(
                 )
             except UserError:
                 continue
-            reading, found = readings_of(located.detections), located.fit.params
+            reading, whole = readings_of(located.detections), located.fit.camera
             assert reading is not None
+            alone = fit(head, located.detections, whole.width, whole.height, float(whole.K[0, 0]))
             expr = visible_coefficients(SyntheticSubject(video.seed, "val").rig, truth.expr)
-            label = replace(truth, expr=expr)
-            row = torch.stack([torch.cat([p.expr, p.jaw_pose, p.eyes_pose], 1) for p in (found, reading, label)])
+            said = (alone.params, located.fit.params, reading, replace(truth, expr=expr))
+            row = torch.stack([torch.cat([p.expr, p.jaw_pose, p.eyes_pose], 1) for p in said])
             rows += [row, row[..., order_sign[0]] * order_sign[1]]
     finally:
         reader.blend.copy_(blend)
     if not rows:
         raise UserError("the reader cannot be measured: no performance could be tracked; train it further")
-    fitted, read, true = torch.stack(rows, 1)
-    return fitted_blend(fitted, read, true, REST_FRAMES)
+    alone, aligned, read, true = torch.stack(rows, 1)
+    return torch.stack([fitted_blend(fitted, read, true, REST_FRAMES) for fitted in (alone, aligned)])

@@ -29,16 +29,19 @@ def reads_expression(layout: Layout) -> bool:
 
 
 def blended(
-    layout: Layout, seen: Observed, frame: Float[Tensor, "frames unknowns"]
+    layout: Layout, seen: Observed, frame: Float[Tensor, "frames unknowns"], aligned: bool = False
 ) -> Float[Tensor, "frames unknowns"]:  # fmt: skip
-    """Return fitted unknowns with the expression and gaze that fit and reader together say, where one read the face."""
+    """Return fitted unknowns with the expression and gaze that fit and reader together say, where one read the face.
+
+    `aligned` says that the fit has seen pixels too (`appearance.py`), and is to be believed as such.
+    """
     reading = seen.reading
     if reading is None or not reads_expression(layout):
         return frame
     out, there = frame.clone(), seen.seen[:, None]
     for name, value, part in (("expr", reading.expr, EXPR), ("eyes_pose", reading.eyes_pose, EYES)):
         where = layout.slices[name]
-        a, b, c = reading.blend[..., part].to(frame).unbind(1)
+        a, b, c = reading.blend[:, int(aligned), :, part].to(frame).unbind(1)
         both = a * frame[:, where] + b * value.to(frame) + c
         out[:, where] = torch.where(there, both, frame[:, where])
     out[:, layout.slices["expr"]] = out[:, layout.slices["expr"]].clamp(0, STRONGEST)

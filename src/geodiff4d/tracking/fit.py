@@ -10,7 +10,7 @@ the head's metric size give; how the head turns is `rotation` (the neck stays at
 the same), and `translation` holds only the motion around its mean, which is in the camera (as VHAP does).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,12 +22,18 @@ from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_quat, rigid
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import head_region
+from geodiff4d.tracking.appearance import Appearance, AppearanceLevel, added, face_points
 from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe
-from geodiff4d.tracking.problem import FRONT, HeadFitConfig, Problem, camera_offset, frame_priors, limits
-from geodiff4d.tracking.solve import Unknowns, minimise
+from geodiff4d.tracking.problem import HeadFitConfig, Problem, frame_priors, limits
+from geodiff4d.tracking.projection import FRONT, camera_offset
+from geodiff4d.tracking.reading import frame_noise, steadied
+from geodiff4d.tracking.solve import Limits, Unknowns, minimise
+
+Frames = Callable[[], Iterable[Float[Tensor, "3 _height _width"]]]
+"""Returns the frames from the start."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,12 @@ class HeadFit:
 
 def fit(
     head: Head, detections: Sequence[Detection | None], width: int, height: int,
-    focal_px: float | None = None, config: HeadFitConfig = HeadFitConfig(),
+    focal_px: float | None = None, config: HeadFitConfig = HeadFitConfig(), frames: Frames | None = None,
 ) -> HeadFit:  # fmt: skip
     """Fit the head to one detection per frame (None where the face was not seen).
+
+    With the frames of a film, from their start each time it is called, they are aligned pixel by pixel as well
+    (`appearance.py`).
 
     Raises:
         UserError: no frame has a face, or the head has no MediaPipe landmarks.
@@ -84,7 +93,28 @@ def fit(
     x = minimise(Problem(small, layout, seen, K, config, pose_only), x, pose_only, steps=10, tolerance=1e-2)
     problem = Problem(small, layout, seen, K, config, everything)
     x = minimise(problem, x, everything, steps=config.steps, tolerance=config.tolerance)
-    return _result(problem, x, blended(layout, seen, x.frame), width, height)
+    appearance = config.appearance
+    short = int(seen.seen.sum()) < appearance.least_frames
+    if frames is None or short or not len(face_points(head, appearance).face_index):
+        return _result(problem, x, blended(layout, seen, x.frame), width, height)
+    moved = aligned(head, problem, x, everything, frames)
+    return _result(problem, x, blended(layout, seen, moved.frame, aligned=True), width, height)
+
+
+def aligned(head: Head, problem: Problem, x: Unknowns, moves: Limits, frames: Frames) -> Unknowns:
+    """Refine a film that is fitted to landmarks by its pixels; identity and camera stay."""
+    seen, config, projection = problem.seen, problem.config, problem.projection
+    moves = replace(moves, free_shared=torch.zeros_like(moves.free_shared))
+    # Anew, since derivatives in what is held now need not be computed.
+    landmarks = Problem(projection.head, problem.layout, seen, projection.K, config, moves)
+    film = Appearance(head, problem.layout, projection.K, x, seen.seen, moves, config.appearance, frames())
+    for blur in config.appearance.blurs:
+        pixels = AppearanceLevel(film, blur, x)
+        x = minimise(added(landmarks, pixels), x, moves, config.appearance.steps, config.tolerance)
+    # What rests becomes still again, and what moves stays.
+    where = problem.layout.slices["expr"]
+    x.frame[:, where] = steadied(x.frame[:, where], frame_noise(x.frame[:, where]))
+    return x
 
 
 def assumed_focal(
@@ -147,14 +177,14 @@ def fill_gaps(frame: Float[Tensor, "frames unknowns"], seen: Bool[Tensor, " fram
 def _result(problem: Problem, x: Unknowns, shown: Tensor, width: int, height: int) -> HeadFit:
     """Put together what was fitted (`x`), and the same frames as they are shown, after the reader's say."""
     seen, layout = problem.seen, problem.layout
-    predicted = problem.project(x.frame, x.shared)
+    predicted = problem.projection.project(x.frame, x.shared)
     error = (predicted - seen.points).norm(dim=-1)[:, seen.inner].mean(1)
     error[~seen.seen] = torch.nan
     params = layout.params(shown, x.shared[:-1].expand(len(shown), -1))
     mean = params.translation.mean(0)
     params = replace(params, translation=params.translation - mean)
-    K = problem.K.clone()
+    K = problem.projection.K.clone()
     K[[0, 1], [0, 1]] *= x.shared[-1].exp()
-    T = rigid(problem.front, problem.offset + problem.front @ mean)
+    T = rigid(problem.projection.front, problem.projection.offset + problem.projection.front @ mean)
     camera = Camera(T.float(), K.float(), width, height)
     return HeadFit(params.map(lambda v: v.float().contiguous()), camera, error.float(), seen.seen, seen.face_px)

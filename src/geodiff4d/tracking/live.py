@@ -143,7 +143,7 @@ class Follower:
             x = Unknowns(self.last, self.fixed)
             x = minimise(problem, x, self.limits, self.config.steps, self.config.fit.tolerance)
             self.last, self.shown = x.frame, blended(self.layout, seen, x.frame)
-            off = (problem.project(x.frame, x.shared) - seen.points).norm(dim=-1)[0, seen.inner]
+            off = (problem.projection.project(x.frame, x.shared) - seen.points).norm(dim=-1)[0, seen.inner]
             self.error = float(off.mean())
         params = self.layout.params(self.shown, self.fixed[:-1][None]).map(lambda v: v[0].float())
         params = replace(params, translation=params.translation - self._mean)

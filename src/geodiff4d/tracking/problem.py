@@ -6,19 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM
 from geodiff4d.core.geometry import axis_angle_to_matrix
-from geodiff4d.heads.rig import Head, joint_transforms
+from geodiff4d.heads.rig import Head
+from geodiff4d.tracking.appearance import AppearanceConfig
 from geodiff4d.tracking.blend import reads_expression
 from geodiff4d.tracking.layout import Layout
 from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
+from geodiff4d.tracking.projection import DIFFERENCE, Projection
 from geodiff4d.tracking.solve import Limits, Normal, Unknowns
-
-FRONT = IMAGE_NORMAL_FROM_CAM
-"""Rotation from the world to an upright camera that looks along -z."""
-
-DIFFERENCE = 1e-6
-"""Step of the pose angles' numerical derivatives [rad]."""
 
 CHUNK = 32
 """Number of frames whose Jacobians are in memory at once."""
@@ -61,6 +56,8 @@ class HeadFitConfig:
     read_bend: float = 0.15
     """`expr_bend` and `gaze_bend_rad` where a reader says what a face does: its answers are steadied already, and a
     blink takes four frames."""
+    appearance: AppearanceConfig = AppearanceConfig()
+    """How a film's pixels are aligned."""
     steps: int = 25
     """Largest number of Levenberg–Marquardt steps of the last stage."""
     tolerance: float = 5e-4
@@ -69,17 +66,12 @@ class HeadFitConfig:
     def __post_init__(self) -> None:
         optional = ("focal_sigma", "turn_sigma_rad", "guess_sigma")
         for f in fields(self):
-            if f.name == "weighting":
+            if f.name in ("weighting", "appearance"):
                 continue
             if getattr(self, f.name) < 0 or (
                 f.name.endswith(("sigma", "_rad", "_m")) and f.name not in optional and getattr(self, f.name) == 0
             ):
                 raise ValueError(f"{f.name} must be positive, got {getattr(self, f.name)}")
-
-
-def camera_offset() -> Float[Tensor, "3"]:
-    """Return the world's origin in the camera while fitting: one metre in front of it."""
-    return torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -97,17 +89,8 @@ class Problem:
         self, head: Head, layout: Layout, seen: Observed, K: Float[Tensor, "3 3"], config: HeadFitConfig, moves: Limits
     ):
         self.head, self.layout, self.seen, self.K, self.config = head, layout, seen, K, config
-        free = moves.free_frame.nonzero()[:, 0].tolist()
-        angles = [
-            i
-            for k in ("rotation", "jaw_pose", "eyes_pose", "eyelids")
-            if k in layout.slices
-            for i in range(layout.size)[layout.slices[k]]
-        ]
-        self.angles = [i for i in angles if i in free]
-        self.shapes_move = bool(moves.free_shared[:-1].any())
+        self.projection = Projection(head, layout, len(seen.index), K, moves)
         n = len(seen.seen)
-        self.front, self.offset = FRONT.double(), camera_offset()
         self.mean, self.precision, self.slope, self.coupling = frame_priors(layout, seen, config)
         # Landmarks err the same way in every frame: many frames say little more of the identity than ten do.
         repeats = max(n / 10.0, 1.0)
@@ -115,81 +98,18 @@ class Problem:
         self.shared_precision = torch.full((layout.shapes + 1,), repeats / config.shape_sigma**2, dtype=torch.float64)
         self.shared_precision[-1] = focal
         self.shared_mean = torch.zeros(layout.shapes + 1, dtype=torch.float64)
-        if config.guess_sigma > 0 and seen.shape is not None and self.shapes_move:
+        if config.guess_sigma > 0 and seen.shape is not None and moves.free_shared[:-1].any():
             guessed = min(len(seen.shape), layout.shapes)
             self.shared_mean[:guessed] = seen.shape[:guessed]
             self.shared_precision[:guessed] = repeats / config.guess_sigma**2
         self.guess = guessed_rotation(seen, K) if config.turn_sigma_rad > 0 else None
         self.anchor: Anchor | None = None
 
-    def project(
-        self, frame: Float[Tensor, "frames unknowns"], shared: Float[Tensor, " shared"]
-    ) -> Float[Tensor, "frames points 2"]:
-        """Return the landmarks of some frames [px]."""
-        xy, _ = self._through_camera(self._place(frame, shared[:-1]), shared[-1])
-        return xy
-
-    def _place(self, frame: Tensor, shape: Tensor) -> Tensor:
-        """Return the landmarks in the world [frames, points, 3]."""
-        params = self.layout.params(frame, shape.expand(len(frame), -1))
-        return self.head.pose(params).vertices[:, : len(self.seen.index)]
-
-    def _through_camera(self, world: Tensor, log_zoom: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [frames, points, 2] and their derivative in the world's points [frames, points, 2, 3]."""
-        cam = world @ self.front.T + self.offset
-        # A head that a bad step puts behind the camera stays finite, and is rejected by its cost.
-        z = cam[..., 2].clamp(min=0.02)
-        focal = self.K[0, 0] * log_zoom.exp()
-        ray = cam[..., :2] / z[..., None]
-        J = torch.zeros(*z.shape, 2, 3, dtype=z.dtype)
-        J[..., 0, 0] = J[..., 1, 1] = focal / z
-        J[..., 2] = -focal * ray / z[..., None]
-        return ray * focal + self.K[:2, 2], J @ self.front
-
-    def jacobian(
-        self, frame: Float[Tensor, "frames unknowns"], shared: Float[Tensor, " shared"]
-    ) -> tuple[Float[Tensor, "frames points 2"], Float[Tensor, "frames points 2 all"]]:
-        """Landmarks [px], and their derivatives (single precision) in the frames' unknowns, then the shared ones.
-
-        Linear bases are differentiated by hand (through skinning and the joints that they move), the few pose angles by
-        differences in double precision. What the stage holds fixed is left at zero.
-        """
-        world = self._place(frame, shared[:-1])
-        xy, camera = self._through_camera(world, shared[-1])
-        n, where = self.layout.size, self.layout.slices
-        moved_by = torch.zeros(*world.shape, n + len(shared))
-        for i in self.angles:
-            moved = frame.clone()
-            moved[:, i] += DIFFERENCE
-            moved_by[..., i] = ((self._place(moved, shared[:-1]) - world) / DIFFERENCE).float()
-        moved_by[..., where["translation"]] = torch.eye(3)
-        if self.shapes_move:
-            moved_by[..., n:-1], moved_by[..., where["expr"]] = self._through_skinning(frame)
-        J = torch.einsum("fpab,fpbk->fpak", camera.float(), moved_by)
-        J[..., -1] = (xy - self.K[:2, 2]).float()
-        return xy, J
-
-    def _through_skinning(self, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """Derivatives of the placed landmarks in the identity and expression coefficients [frames, points, 3, …]."""
-        n, shapes = len(self.seen.index), self.layout.shapes
-        params = self.layout.params(frame, frame.new_zeros(len(frame), shapes))
-        angles = torch.stack([params.rotation, params.neck_pose, params.jaw_pose, *params.eyes_pose.split(3, -1)], -2)
-        R = axis_angle_to_matrix(angles)
-        basis = torch.cat([self.head.shape_basis, self.head.expr_basis], -1)
-        # With the rotations held, joint transforms are linear in the joints' places.
-        joints = (self.head.joint_regressor @ basis.flatten(1)).view(-1, *basis.shape[1:]).permute(2, 0, 1)
-        T = joint_transforms(R[:, None].expand(-1, len(joints), -1, -1, -1), joints.expand(len(R), -1, -1, -1))
-        weights = self.head.skin_weights[:n]
-        turn = torch.einsum("nj,fjab->fnab", weights, T[:, 0, :, :3, :3]).float()
-        out = torch.einsum("fnab,nbk->fnak", turn, basis[:n].float())
-        out = out + torch.einsum("nj,fkja->fnak", weights.float(), T[..., :3, 3].float())
-        return out[..., :shapes], out[..., shapes:]
-
     def __call__(self, x: Unknowns) -> Normal:
         n, cost, parts, cutoff = x.frame.shape[1], 0.0, [], 3.0**2
         for i in range(0, len(x.frame), CHUNK):
             part = slice(i, i + CHUNK)
-            xy, J = self.jacobian(x.frame[part], x.shared)
+            xy, J = self.projection.jacobian(x.frame[part], x.shared)
             sigma = self.seen.sigma_px[part][..., None]
             r = (xy - self.seen.points[part]) / sigma
             squared, weight = r.square().sum(-1), self.seen.weight[part]

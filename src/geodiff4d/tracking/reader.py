@@ -136,7 +136,7 @@ class FaceReader(nn.Module):
         moves[list(STILL)] = 0
         for name, value in (("spread", 0.2 * moves), ("centre", 0 * moves), ("gain", moves), ("offset", 0 * moves)):
             self.register_buffer(name, value.clone())
-        self.register_buffer("blend", torch.tensor([0.5, 0.5, 0.0])[:, None].repeat(1, TARGETS))
+        self.register_buffer("blend", torch.tensor([0.5, 0.5, 0.0])[:, None].repeat(2, 1, TARGETS))
 
     def forward(self, crops: Float[Tensor, "b 3 size size"]) -> Raw:
         eyes = torch.cat(eye_windows((crops - 0.5) * 4))
@@ -161,7 +161,7 @@ class FaceReader(nn.Module):
         sigma = raw.log_sigma.exp() * self.spread * self.gain
         expr, jaw, eyes = value.split([EXPRS, JAW, EYES], 1)
         expr_sigma, jaw_sigma, eyes_sigma = sigma.split([EXPRS, JAW, EYES], 1)
-        blend = self.blend.expand(len(crops), -1, -1)
+        blend = self.blend.expand(len(crops), -1, -1, -1)
         return Reading(expr.clamp(min=0), jaw, eyes, expr_sigma, jaw_sigma, eyes_sigma, blend)
 
     def take_trunk(self, encoder: dict[str, Tensor]) -> None:

@@ -28,8 +28,9 @@ class Reading:
     expr_sigma: Float[Tensor, "b 52"]
     jaw_sigma: Float[Tensor, "b 3"]
     eyes_sigma: Float[Tensor, "b 6"]
-    blend: Float[Tensor, "b 3 targets"]
-    """How the fit and this reading are brought together (`blend.py`): slopes of both, and what is added."""
+    blend: Float[Tensor, "b 2 3 targets"]
+    """How a fit to landmarks, and one whose pixels were aligned, are each brought together with this reading
+    (`blend.py`): slopes of fit and reading, and what is added."""
 
     def __len__(self) -> int:
         return len(self.expr)

@@ -251,7 +251,8 @@ def locate(
             f"{source or 'the images'} shows no face: expected one face, seen from the front or up to 60° from it; "
             "try an image where it is larger, brighter or upright"
         )
-    result = fit(head, detections, width, height, focal_px, config.fit)
+    shot = lambda: islice(frames(), *(span or (None,)))  # noqa: E731
+    result = fit(head, detections, width, height, focal_px, config.fit, shot if video else None)
     mesh = head.pose(result.params)
     region = head_region(head)
     box = canonical_crop_box(result.camera, mesh.vertices[:, region])
