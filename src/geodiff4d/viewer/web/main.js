@@ -7,7 +7,9 @@ async function start() {
   const json = (id) => JSON.parse(get(id).textContent);
   if (!document.createElement("canvas").getContext("webgl2")) throw new Error(NO_WEBGL);
   if (!window.DecompressionStream) throw new Error("This page needs a browser of 2023 or later (DecompressionStream).");
-  const scene = await readScene(get("avatar").textContent);
+  const scene = await readScene(get("avatar").textContent).catch((error) => {
+    throw new Error(`The avatar in this file cannot be read (${error.message}): export or download it again.`);
+  });
   const stage = new Stage(get("canvas"), scene, { shaders: json("shaders"), worker: json("worker") });
   const panel = new Panel(stage);
   const settings = json("settings");
