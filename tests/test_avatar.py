@@ -171,7 +171,7 @@ def test_ssim_of_equal_and_different():
 
 
 def test_images_are_compared_as_eq_2_says():
-    """Ours / theirs: alpha is the rendered one. Where it is the mask, both are the same."""
+    """Ours / theirs: alpha is the rendered one, or the mask. Where they are equal, both are the same."""
     config = LossConfig(ssim=0.0, normals=0.1, alpha=0.2)
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:, 4:] = 1
@@ -188,6 +188,10 @@ def test_images_are_compared_as_eq_2_says():
     assert loss(mask * 0.5, mask * normal * 0.5) == pytest.approx(0.2 * 0.5 * 144 / 256, abs=1e-6), "alpha alone"
     outside = torch.where(mask > 0, normal, torch.ones(3, 16, 16))
     assert loss(mask, outside) == pytest.approx(0, abs=1e-6), "normals count on the foreground"
+    config = replace(config, normal_alpha="mask")
+    assert loss(mask, mask * normal) == pytest.approx(0, abs=1e-6)
+    whole = loss(mask * 0.5, mask * normal * 0.5) - 0.2 * 0.5 * 144 / 256
+    assert whole == pytest.approx(0.1 * 0.5 / 3, abs=1e-6), "half an alpha is half a normal too few"
 
 
 def test_refinement_groups_follow_the_paper():
@@ -203,8 +207,9 @@ def test_refinement_groups_follow_the_paper():
 
 def test_refinement_schedule():
     config = RefineConfig()
-    rates = [config.schedule(x) for x in (0.0, 0.05, 0.1, 0.5, 0.7, 1.0)]
+    rates = [config.rate(1.0, x) for x in (0.0, 0.05, 0.1, 0.5, 0.7, 1.0)]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0, 0.01]))
+    assert replace(config, start=0.25).rate(1.0, 0.0) == 0.25 and replace(config, start=0.25).rate(1.0, 0.05) == 0.625
 
 
 def test_refinement_starts_at_the_clip(head, clip):

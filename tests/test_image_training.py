@@ -174,6 +174,13 @@ def test_draws_belong_to_a_sample_and_not_to_its_batch(codec, batches):
                 assert torch.equal(getattr(both, k)[row : row + 1], v), k
 
 
+def test_an_average_without_decay_is_the_weights_wherever_it_is_held(codec, batches, tmp_path):
+    config = replace(TRAINING, steps=2, ema=0.0, ema_on_host=True, clip=0.0, pictures=0)
+    train_video_model(tmp_path, EMBEDDED, codec, batches, config)
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(torch.equal(v, saved[k.replace("ema.", "model.", 1)]) for k, v in saved.items() if k.startswith("ema."))
+
+
 def test_a_finished_run_goes_on_when_it_is_given_more_steps(codec, batches, tmp_path):
     train_video_model(tmp_path, EMBEDDED, codec, batches, replace(TRAINING, pictures=0))
     seen: list[int] = []

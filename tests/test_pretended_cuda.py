@@ -6,12 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from geodiff4d.avatar.fit import fit
 from geodiff4d.data.footage.rendered import TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
+from geodiff4d.presets import preset
 from geodiff4d.video.model import Conditions
 from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 from geodiff4d.video.train import train_video_model
 from pretended_cuda import pretended_cuda
+from test_avatar import clip, head  # noqa: F401
 from tiny import EMBEDDED, TRAINING, UNET, TinyStore, build, ingredients, tiny_batches, tiny_codec
 
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
@@ -70,3 +73,15 @@ def test_sampling_with_guidance_and_windows_waits_for_nothing():
             [(k.to("cuda"), v.to("cuda")) for k, v in reference], start.to("cuda"),
         )  # fmt: skip
         assert sample(model, given, config).is_cuda and not waits
+
+
+@pytest.mark.slow
+def test_steps_of_a_fit_wait_for_nothing(clip, tmp_path):  # noqa: F811
+    """What is waited for is the score, at the end, and the fitted avatar that goes to the host."""
+    config = replace(preset("debug").fit, device="cuda", checkpoint_every=100)
+    waited = []
+    for iterations in (2, 5):
+        with pretended_cuda() as waits:
+            fit(clip, tmp_path / str(iterations), replace(config, iterations=iterations))
+        waited.append(besides_saving(waits))
+    assert waited[0] == waited[1] and not any(where.startswith("avatar/model.py") for where in waited[0])

@@ -168,7 +168,8 @@ def test_flicker_is_what_changes_otherwise_than_the_truth():
 def test_expressions_are_dropped_by_the_frame_and_later_by_the_clip(codec, clips):
     model, batch = build(VIDEO, codec), clips[0]
     for parts in ("all", "temporal"):
-        config = replace(STAGE2, parts=parts, drop_expression=0.1)
+        pairs = replace(CLIPS, clips=parts == "temporal")
+        config = replace(STAGE2, pairs=pairs, drop_expression=0.1)
         batches = (replace(batch, index=2 * i + torch.arange(2)) for i in range(1000))
         dropped = torch.cat([draw(model, given, config).drop_expression for given in batches])
         assert dropped.shape == (2000, 4) and abs(dropped.float().mean().item() - 0.1) < 0.02

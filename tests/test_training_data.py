@@ -139,6 +139,16 @@ def test_terabytes_are_not_rendered(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_papers_silences_have_switches():
+    stage = preset("paper").video
+    given = Args("video", Path(), beta2=0.999, ema=0.0, clip=0.0, weight_decay=0.0, parts="all", ema_on_host=True)
+    config = _training.training_config(given, stage)
+    assert (config.beta2, config.ema, config.clip, config.weight_decay) == (0.999, 0, 0, 0)
+    assert config.parts == "all" and config.ema_on_host
+    plain = _training.training_config(Args("video", Path()), stage)
+    assert (plain.parts, plain.beta2, plain.ema_on_host) == ("temporal", 0.99, False)
+
+
 def test_the_presets_batch_is_shared_out(monkeypatch):
     """Over processes and parts: a step sees 32 references, whatever holds them."""
     monkeypatch.setattr(_training, "process_state", lambda: SimpleNamespace(num_processes=4))
@@ -159,7 +169,10 @@ def test_the_paper_preset_is_the_papers():
         assert stage.temporal_loss == stage.sampled_starts == stage.warm_start == 0 and stage.weights == UNIFORM
         assert {rate_factor(step, stage) for step in (stage.warmup, steps // 2, steps - 1, steps)} == {1.0}
         assert stage.preview.guidance == 2.5 and stage.preview.steps > 1
+        assert (stage.beta2, stage.weight_decay, stage.ema, stage.clip) == (0.99, 1e-2, 0.999, 1.0), "docs/PAPER.md"
     assert (p.sample.steps, p.sample.guidance, p.sample.start, p.sample.window) == (25, 2.5, "reference", 16)
+    assert p.sample.finish == () and p.fit.refine.start == p.fit.refine.rate(1e-5, 0.0) == 1e-10
+    assert p.fit.loss.normal_alpha == "mask" and preset("embedded").fit.loss.normal_alpha == "rendered"
     assert p.model.size == 512 and p.model.diffusion.prediction == "epsilon" and not p.model.warp
     assert (p.views, p.frames, p.fit.iterations) == (12, 200, 100_000)
     peaks = {g["name"]: g["peak"] for g in Refinement(openhead().neutral(2)).groups(p.fit.refine)}

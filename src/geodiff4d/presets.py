@@ -10,6 +10,7 @@ from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.deformation import DeformationConfig
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.dynamics import DynamicsConfig
+from geodiff4d.avatar.losses import LossConfig
 from geodiff4d.avatar.refine import RefineConfig
 from geodiff4d.avatar.surface import RemeshConfig
 from geodiff4d.core.errors import UserError
@@ -263,8 +264,9 @@ _ROWS = (
             iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
             color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
             refine=RefineConfig(
-                expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8
+                expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8, start=1e-10
             ),
+            loss=LossConfig(normal_alpha="mask"),
             remesh=RemeshConfig(128),
             deformation=DeformationConfig(size=128, channels=64, levels=6, lr=1e-4),
             dynamics=DynamicsConfig(features=16, hidden=64, lr=1e-4, feature_lr=2.5e-3),

@@ -122,8 +122,8 @@ class Fitting:
     def _set_rates(self, progress: float) -> None:
         refine = self.config.refine
         for group in self.adam.param_groups:
-            factor = refine.schedule(progress) if refine and group["refine"] else LAST_RATE**progress
-            group["lr"] = group["peak"] * factor
+            peak = group["peak"]
+            group["lr"] = refine.rate(peak, progress) if refine and group["refine"] else peak * LAST_RATE**progress
 
     def _penalties(self, posing: Posing) -> Tensor:
         total = torch.zeros((), device=self.config.device)

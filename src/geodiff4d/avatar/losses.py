@@ -6,6 +6,7 @@ an eyelid and one of the scalp differ in size a hundredfold; and needles cost, s
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -32,6 +33,8 @@ class LossConfig:
     """λ: (1-λ)·L1 + λ·(1-SSIM)."""
     normals: float = 0.1
     """λ_n of Eq. 2 (not stated in the paper); 0 switches the term off."""
+    normal_alpha: Literal["rendered", "mask"] = "rendered"
+    """α of Eq. 2: what is rendered, or the foreground mask, as the paper has it."""
     alpha: float = 0.2
     """L1 between alpha and the foreground mask."""
     position: float = 0.02
@@ -58,7 +61,8 @@ def image_loss(
     loss = photometric(ours, theirs, config.ssim)
     if normal is not None and config.normals:
         inside = mask[:, *box]
-        difference = (frame.normal[:, *box] - frame.alpha[:, *box] * normal[:, *box]).abs() * inside
+        alpha = frame.alpha[:, *box] if config.normal_alpha == "rendered" else inside
+        difference = (frame.normal[:, *box] - alpha * normal[:, *box]).abs() * inside
         loss = loss + config.normals * difference.sum() / (3 * inside.sum()).clamp(min=1)
     return loss + config.alpha * (frame.alpha - mask).abs().mean()
 

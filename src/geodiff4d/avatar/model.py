@@ -224,7 +224,8 @@ def render_splats(
 
 def splat_normals(gaussians: Gaussians, camera: Camera) -> Float[Tensor, "n 3"]:
     """Return each splat's shortest axis, flipped to the viewer, in camera space (x right, y up, z to the camera)."""
-    R = (IMAGE_NORMAL_FROM_CAM @ camera.T_cam_world[:3, :3].cpu()).to(gaussians.quats)
+    turn = camera.T_cam_world[:3, :3]
+    R = (IMAGE_NORMAL_FROM_CAM.to(turn.device) @ turn).to(gaussians.quats)
     if not gaussians.quats.is_cuda:
         eye = camera.position.to(gaussians.means)
         return shortest_axes(gaussians.quats, gaussians.scales, gaussians.means, eye, R)

@@ -28,12 +28,14 @@ class RefineConfig:
     """End of the warm-up. The paper says both 20K and 40K of 100K."""
     plateau: float = 0.7
     """Where the decay begins; it ends at a hundredth."""
+    start: float = 0.0
+    """Rate of all residuals at the first step; the paper has 1e-10."""
 
-    def schedule(self, progress: float) -> float:
-        """Return the factor on the peak rates at a share of the fit in [0, 1]."""
+    def rate(self, peak: float, progress: float) -> float:
+        """Return the rate of a residual with this peak at a share of the fit in [0, 1]."""
         if progress < self.warmup:
-            return progress / self.warmup
-        return 0.01 ** max((progress - self.plateau) / (1 - self.plateau), 0.0)
+            return self.start + (peak - self.start) * progress / self.warmup
+        return peak * 0.01 ** max((progress - self.plateau) / (1 - self.plateau), 0.0)
 
 
 class Refinement:

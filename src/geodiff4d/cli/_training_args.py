@@ -55,6 +55,18 @@ class Args:
     """Parts that a process takes a step's batch in, one after another: less memory, the same step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for a third more time."""
+    ema_on_host: bool = False
+    """Keep the average of the weights in the host's memory: a fifth less on the GPU in stage 1."""
+    parts: Literal["all", "temporal"] | None = None
+    """What is trained: by default everything in the image stage, temporal modules alone in the video stage."""
+    beta2: float | None = None
+    """AdamW's second decay rate, by default the preset's, as are the next three."""
+    ema: float | None = None
+    """Decay of the averaged weights; 0 saves them as they are."""
+    clip: float | None = None
+    """Largest norm of a gradient; 0 clips none."""
+    weight_decay: float | None = None
+    """AdamW's weight decay."""
     save_minutes: float = 10.0
     """Also write a checkpoint when the last one is this old."""
     keep_checkpoints: int = 2

@@ -1,13 +1,16 @@
 """Train the codec, the image model, the video model and its decoder, or the networks of tracking; the same command
 resumes."""
 
+import math
 from dataclasses import fields
 
 from geodiff4d.cli._training_args import Args
 
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
-_LOOP = {"start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes",
-         "keep_checkpoints"}  # fmt: skip
+_LOOP = {
+    "start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes",
+    "keep_checkpoints", "ema_on_host", "parts", "beta2", "ema", "clip", "weight_decay",
+}  # fmt: skip
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
     "decoder": _COMMON | {"start", "photographs"},
@@ -23,6 +26,10 @@ def run(args: Args) -> None:
         raise UserError(f"--steps is {args.steps}: expected at least 1")
     if args.accumulate < 1:
         raise UserError(f"--accumulate is {args.accumulate}: expected at least 1")
+    for name, below in (("beta2", 1.0), ("ema", 1.0), ("clip", math.inf), ("weight_decay", math.inf)):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < below:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: expected at least 0 and below {below}")
     if args.keep_checkpoints < 1:
         raise UserError(f"--keep-checkpoints is {args.keep_checkpoints}: expected at least 1")
     for option in fields(args):

@@ -44,11 +44,18 @@ class VideoTraining:
     hold: float = 0.4
     """Share of the steps before the rate decays along a cosine; 1 keeps it."""
     weight_decay: float = 1e-2
+    beta2: float = 0.99
+    """AdamW's second decay rate."""
     clip: float = 1.0
+    """Largest norm of a gradient; 0 clips none."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step; in every process each has `pairs.references` references, with
     `pairs.targets` targets each."""
     ema: float = 0.999
+    """Decay of the averaged weights, which are validated and saved; 0 takes the weights as they are."""
+    ema_on_host: bool = False
+    """Keep the average in the host's memory: four bytes a weight less on the GPU. It is then brought up to date every
+    `EMA_EVERY` steps, with as much decay as these have."""
     drop_expression: float = 0.1
     """S-A.1."""
     drop_warp: float = 0.15
@@ -94,6 +101,9 @@ class _Run:
     """References of a step, over all processes and parts."""
 
 
+EMA_EVERY = 10
+"""Steps between two looks at the weights by an average in the host's memory."""
+
 FREE = frozenset({
     "steps", "gradient_checkpointing", "references", "accumulate", "save_minutes", "keep_checkpoints", "log_every",
     "validate_every", "pictures", "preview",
@@ -132,7 +142,8 @@ def train_video_model(
         folder = RunFolder(run, known, FREE, accelerator.is_main_process, on_record, config.keep_checkpoints)
     model = _build(model_config, codec, config, start).to(accelerator.device)
     optimiser = _optimiser(model, config)
-    ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
+    held = torch.device("cpu") if config.ema_on_host else accelerator.device
+    ema = {k: v.detach().to(held, copy=True) for k, v in trained_state(model).items()}
     first = 0
     if (saved := folder.load(accelerator.print)) is not None:
         tensors, first = saved
@@ -141,7 +152,7 @@ def train_video_model(
         warm_start(model.expression, batches.samples, config.warm_start, config.autocast, on_record)
         # Every process did the same, but no two cards to the last bit.
         broadcast(accelerator, model.expression)
-        ema = {k: v.detach().clone() for k, v in trained_state(model).items()}
+        ema = {k: v.detach().to(held, copy=True) for k, v in trained_state(model).items()}
     check_consistent(accelerator, {"configuration": known, "first step": first}, model)
     objective, prepared = accelerator.prepare(Objective(model, config.temporal_loss), optimiser)
 
@@ -157,7 +168,7 @@ def train_video_model(
             folder.path / "model", {k.removeprefix("ema."): v for k, v in copies.items() if k.startswith("ema.")}
         )
 
-    exchange = Exchange(ranks)
+    exchange, averaged_at = Exchange(ranks), first
     with folder.settled(), stop_requests() as stop:
         for step in range(first, config.steps):
             for group in optimiser.param_groups:
@@ -174,7 +185,7 @@ def train_video_model(
                         error = objective(batch, draws) / config.accumulate
                     accelerator.backward(error.mean())
                 per_domain += error.detach()
-            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip)
+            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
             per_domain, stops = exchange(per_domain, stop.asked)
             loss, last = per_domain.mean(), step == config.steps - 1
             logs = step % config.log_every == 0 or last
@@ -187,7 +198,9 @@ def train_video_model(
                 check_finite(loss, norm, bad, step, folder.path)
             prepared.step()
             prepared.zero_grad(set_to_none=True)
-            _average(ema, model, min(config.ema, (1 + step) / (10 + step)))
+            if saves or (step + 1) % (EMA_EVERY if config.ema_on_host else 1) == 0:
+                _average(ema, model, min(config.ema, (1 + step) / (10 + step)) ** (step + 1 - averaged_at))
+                averaged_at = step + 1
 
             if logs and watch is not None:
                 record = {"step": step, "loss": round(loss.item(), 5), "lr": optimiser.param_groups[0]["lr"]}
@@ -232,14 +245,23 @@ def _build(
     draws.fill(model, given if torch.cuda.is_available() else {k: v.clone() for k, v in given.items()}, strict=False)
     if not torch.cuda.is_available():
         channels_last(model)
-    if config.parts == "temporal":
+    train_parts(model, config.parts)
+    if config.gradient_checkpointing:
+        checkpoint_gradients(model)
+    return model
+
+
+def train_parts(model: VideoModel, parts: Literal["all", "temporal"]) -> None:
+    """Mark what of a model is trained.
+
+    Raises:
+        UserError: nothing would be.
+    """
+    if parts == "temporal":
         if not model.temporal:
             raise UserError("the model has no temporal modules to train: give it some (UNetConfig.temporal_layers)")
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(".temporals." in name)
-    if config.gradient_checkpointing:
-        checkpoint_gradients(model)
-    return model
 
 
 def _optimiser(model: VideoModel, config: VideoTraining) -> torch.optim.AdamW:
@@ -248,7 +270,7 @@ def _optimiser(model: VideoModel, config: VideoTraining) -> torch.optim.AdamW:
         for names, factor in ((("unet", "reference"), 1.0), (("expression",), config.expression_lr))
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, config.lr, (0.9, 0.99), weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 
 def _restore(
@@ -304,7 +326,7 @@ class _Clock:
 @torch.no_grad()
 def _average(ema: dict[str, Tensor], model: VideoModel, decay: float) -> None:
     current = trained_state(model)
-    torch._foreach_lerp_(list(ema.values()), [current[k] for k in ema], 1 - decay)
+    torch._foreach_lerp_(list(ema.values()), [current[k].to(v.device) for k, v in ema.items()], 1 - decay)
 
 
 def rate_factor(step: int, config: VideoTraining) -> float:
@@ -330,7 +352,7 @@ def _draw_sample(model: VideoModel, batch: Batch, row: int, config: VideoTrainin
     shape = (1, len(model.config.domains), *batch.target.shape[2:])
     noise = model.diffusion.noise_like(torch.empty(shape), g)[0]
     # Stage 2 drops whole clips: the null branch of guidance is a clip without any expression.
-    flags = 1 if config.parts == "temporal" else frames
+    flags = 1 if config.pairs.clips else frames
     dropped = (torch.rand(flags, generator=g) < config.drop_expression).expand(frames)
     kept, started = torch.rand(2, generator=g) >= torch.tensor([config.drop_warp, 1 - config.sampled_starts])
     if started:
