@@ -50,9 +50,9 @@ class OnDevice(Tensor):
         return made
 
     # Python is told of a GPU. In C++ it is a CPU's tensor, because a build without CUDA knows no streams and no guards.
-    device = property(lambda self: FIRST)
-    is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
+    device = property(lambda self: FIRST)  # pyright: ignore[reportAssignmentType]
+    is_cuda = property(lambda self: True)  # pyright: ignore[reportAssignmentType]
+    is_cpu = property(lambda self: False)  # pyright: ignore[reportAssignmentType]
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.to("cpu")
@@ -204,7 +204,7 @@ class _Splatted(torch.autograd.Function):
 
         ctx.given = [x.held.clone().requires_grad_() for x in (means, quats, scales, opacities, colors)]
         with torch.enable_grad():
-            image, alpha, _ = rasterize_cpu(*ctx.given, viewmat.held, K.held, width, height)
+            image, alpha, _ = rasterize_cpu(*ctx.given, viewmat.held, K.held, width, height)  # pyright: ignore[reportCallIssue]
         ctx.made = image, alpha
         return OnDevice(image), OnDevice(alpha)
 

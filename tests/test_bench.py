@@ -1,5 +1,8 @@
 """Benchmarks count what is known by hand, and their rows have their keys."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import conv2d, linear, relu, scaled_dot_product_attention
@@ -8,7 +11,7 @@ from geodiff4d.bench.count import count_memory, count_work
 from geodiff4d.bench.machine import Clock, Rates
 from geodiff4d.bench.splat import SplatBench
 from geodiff4d.bench.unet import UnetBench, ladder, roofline_seconds
-from geodiff4d.presets import PRESETS
+from geodiff4d.presets import PRESETS, preset
 
 
 def there(*shape: int) -> torch.Tensor:
@@ -41,6 +44,20 @@ def test_memory_is_what_is_alive_at_once():
 
     assert count_memory(run) == 2 * 4000
     assert count_memory(lambda: x.add_(1)) == 0
+
+
+@pytest.mark.slow
+def test_training_takes_the_memory_that_is_documented():
+    """A change that adds four per cent fails."""
+    from geodiff4d.bench.training_memory import count_step
+
+    page = Path(__file__).parents[1] / "docs/TRAINING.md"
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if re.match(r"\| stage \d", line)]
+    assert rows
+    for name, given, *gb in rows:
+        stage = "image" if "stage 1" in name else "video"
+        step = count_step(preset("paper"), stage, int(given.split()[0]))
+        assert [step.peak(), step.peak(average_on_gpu=False)] == pytest.approx([float(x) for x in gb], rel=0.04)
 
 
 def test_each_rung_adds_one_measure():

@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +95,15 @@ def count_memory(run: Callable[[], object]) -> int:
 
     Workspaces of kernels and the allocator's waste are not counted.
     """
+    return peak_memory(run, torch.no_grad(), _Attention())
+
+
+def peak_memory(run: Callable[[], object], *modes: AbstractContextManager[object]) -> int:
+    """Return the peak memory of one call beside its inputs [bytes], under `modes`; gradients are counted too."""
     memory = _Memory()
-    with torch.no_grad(), _Attention(), memory:
+    with ExitStack() as stack:
+        for mode in (*modes, memory):
+            stack.enter_context(mode)
         run()
     return memory.peak
 
