@@ -16,7 +16,10 @@ from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_arrays, read_config, read_tensors
+from geodiff4d.core.rundir import RunFolder, restore_optimiser
 from geodiff4d.core.video import read_video
+from geodiff4d.data import synthhuman
+from geodiff4d.data.importing import Choice, Report
 from geodiff4d.data.rowstore import create_rows, open_rows
 from geodiff4d.data.sheet import fits, sizes
 from geodiff4d.heads import load_head
@@ -137,3 +140,24 @@ def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
     (tmp_path / "a.mp4").write_bytes(data.replace(b"mp4v", b"zzzz").replace(b"esds", b"free"))
     with pytest.raises(UserError, match="decoded as video"):
         list(read_video(tmp_path / "a.mp4"))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    """Its file is whole, and the network or the optimiser is another."""
+    folder = RunFolder(tmp_path, FacesConfig())
+    network = torch.nn.Linear(2, 2)
+    optimiser = torch.optim.AdamW(network.parameters())
+    for tensors in ({"weight": torch.zeros(3, 2)}, {"weight": torch.zeros(2, 2)}, {"other": torch.zeros(2)}):
+        with pytest.raises(UserError, match="does not fit this run"), folder.restoring():
+            network.load_state_dict(tensors)
+    with pytest.raises(UserError, match="does not fit this run"), folder.restoring():
+        restore_optimiser(optimiser, {"optimiser.x.step": torch.zeros(1)})
+
+
+def test_a_folder_where_an_image_should_be_costs_one_sample(tmp_path):
+    (tmp_path / "rgb_0000000.png").mkdir()
+    (tmp_path / "cam_0000000.txt").write_text("1 0 0\n0 1 0\n0 0 1\n")
+    report = Report()
+    [source] = synthhuman.read(tmp_path, Choice(None, 1, (), ()), report)
+    assert list(source.frames(lambda timestep, camera: True)) == []
+    assert any("cannot be read" in line for line in report.lines())

@@ -110,7 +110,8 @@ def _fit(
     saved = run.load(lambda line: run.log({"warning": line}))
     first = 0
     if saved is not None:
-        fitting.restore(saved[0])
+        with run.restoring():
+            fitting.restore(saved[0])
         first = saved[1]
     seconds = _learn(fitting, run, first, seed, progress)
     metrics = {

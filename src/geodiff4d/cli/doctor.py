@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,12 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class Args:
-    """No options: the command runs its probes, about a second, and prints a table."""
+    """Options of `geodiff4d doctor`; its probes take about a second, and a table says what they found."""
+
+    self_test: bool = False
+    """Also take a made-up portrait the whole way at debug size: track, synthesize, fit, render, export, in a temporary
+    folder. About two minutes; one line a step with its time, and the log of one that fails (exit code 1). Put the
+    output into a bug report."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,12 @@ def run(args: Args) -> None:
     # A pipe has no width of its own; 80 columns would fold every line.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     broken = [f.what for f in findings if f.state == "failed"]
-    print(f"needs attention: {', '.join(broken)}" if broken else "ready")
+    print(f"needs attention: {', '.join(broken)}" if broken else "ready", flush=True)
+    if args.self_test:
+        from geodiff4d.cli._self_test import self_test
+
+        if not self_test(say=partial(print, flush=True)):
+            raise SystemExit(1)
 
 
 def examine() -> list[Finding]:

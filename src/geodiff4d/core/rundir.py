@@ -114,6 +114,23 @@ class RunFolder:
         finally:
             self.settle()
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Take a checkpoint's tensors over within the block.
+
+        Raises:
+            UserError: they do not fit the run: the file was changed, or is another run's.
+        """
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"the checkpoint in {self.path} does not fit this run ({reason}): remove the folder to start over"
+            ) from None
+
     def _write(self, tensors: dict[str, Tensor], step: int) -> None:
         names = [self._name(i) for i in range(self.keep)]
         with fresh_file(names[0]) as temporary:

@@ -221,7 +221,8 @@ def _resume(folder: RunFolder, model: Perception, optimiser: torch.optim.Optimiz
     if found is None:
         return 0
     tensors, step = found
-    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-    average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
-    restore_optimiser(optimiser, tensors)
+    with folder.restoring():
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+        restore_optimiser(optimiser, tensors)
     return step

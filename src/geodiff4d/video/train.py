@@ -147,7 +147,8 @@ def train_video_model(
     first = 0
     if (saved := folder.load(accelerator.print)) is not None:
         tensors, first = saved
-        _restore(model, optimiser, ema, tensors)
+        with folder.restoring():
+            _restore(model, optimiser, ema, tensors)
     elif config.warm_start and batches.samples.knows_motion:
         warm_start(model.expression, batches.samples, config.warm_start, config.autocast, on_record)
         # Every process did the same, but no two cards to the last bit.

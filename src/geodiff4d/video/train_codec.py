@@ -46,7 +46,10 @@ def train_codec(
         codec.fit_basis(_images(store, np.random.default_rng(config.seed), config.basis_images))
     channels_last(codec)
     optimiser = torch.optim.AdamW(codec.parameters(), config.lr, weight_decay=1e-4)
-    first = 0 if saved is None else _resume(codec, optimiser, *saved)
+    first = 0
+    if saved is not None:
+        with folder.restoring():
+            first = _resume(codec, optimiser, *saved)
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = (

@@ -191,10 +191,11 @@ def train_decoder(
     first = 0
     if (found := folder.load()) is not None:
         tensors, first = found
-        both.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
-        average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
-        restore_optimiser(makes, _part(tensors, "makes."))
-        restore_optimiser(tells, _part(tensors, "tells."))
+        with folder.restoring():
+            both.load_state_dict({k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")})
+            average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
+            restore_optimiser(makes, _part(tensors, "makes."))
+            restore_optimiser(tells, _part(tensors, "tells."))
     begun, since = round(config.adversarial_from * config.steps), time.monotonic()
     for step in range(first, config.steps):
         rate = min(1.0, (step + 1) / config.warmup) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / config.steps)))
