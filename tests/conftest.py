@@ -28,6 +28,7 @@ CHECKED = [
     "render.rasterizer_cuda",
     "render.harmonics",
     "render.photometric",
+    "render.merge",
     "render.relief",
     "render.binding_kernels",
     "render.crops",

@@ -39,7 +39,7 @@ def tracked_clip(pair, tmp_path) -> Path:
 
 
 def given(source: Path, **options) -> GenerationArgs:
-    return GenerationArgs(portrait=source, driving=source, generator="warp", preset="debug", **options)
+    return GenerationArgs(portrait=(source,), driving=source, generator="warp", preset="debug", **options)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_only_the_part_that_is_used_is_tracked_and_nothing_stays(tracked_clip, t
     write_image(tmp_path / "me.png", torch.rand(3, 32, 32))
     write_video(tmp_path / "film.mp4", torch.rand(30, 3, 32, 32), FPS)
     args = GenerationArgs(
-        portrait=tmp_path / "me.png", driving=tmp_path / "film.mp4", generator="warp", preset="debug", start=1.0
+        portrait=(tmp_path / "me.png",), driving=tmp_path / "film.mp4", generator="warp", preset="debug", start=1.0
     )
     asked, fails = [], []
 

@@ -247,6 +247,14 @@ RECIPES = [
         ("runs/large/video.mp4",),
         says="2 frames",
     ),
+    Recipe(
+        "synthesize --portrait photographs/anna_1.png photographs/anna_2.png --driving world/train_1 "
+        "--preset debug --generator warp --views 2 --frames 2 --out runs/several",
+        ("runs/several/transforms.json",),
+        says="2 images of one person are merged",
+    ),
+    bad(f"animate --portrait me.png world/train_0 --driving world/train_1 {MODEL}", says="a folder: expected it alone"),
+    bad(f"animate --portrait me.png nobody.png --driving world/train_1 {MODEL}", says="nobody.png does not exist"),
     bad(f"animate {PEOPLE} {MODEL} --size 128", says="no guided decoder"),
     bad(f"animate {PEOPLE} --preset debug --model runs/decoder/model --size 70", says="a multiple of 4 from 64"),
     bad("evaluate photographs nowhere --preset debug", says="nowhere is not a folder"),

@@ -1,6 +1,7 @@
 """Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from geodiff4d.presets import Preset, preset
 from geodiff4d.render.crops import canonical_crop, head_region
 from geodiff4d.render.viewpoints import capture_cameras, capture_views
 from geodiff4d.tracking.placed import placed
+from geodiff4d.tracking.source import is_video
+from geodiff4d.tracking.together import track_together
 from geodiff4d.tracking.track import TrackingConfig, track
 from geodiff4d.video.generate import Generated, GenerationRequest, Generator
 from geodiff4d.video.inputs import Driving, Portrait, still_head, with_identity_of
@@ -73,6 +76,21 @@ def tracked(
         clip.require_head(head.name)
         return clip
     return track(source, out, head, config=TrackingConfig(size=size, limit=limit, skip=skip), progress=progress)
+
+
+def tracked_portrait(
+    sources: Sequence[Path], head: Head, size: int, out: Path, progress: Progress = silent
+) -> Clip:  # fmt: skip
+    """Open a tracked folder, or track one image into `out`; of several images, or a video, one clip of one person.
+
+    Raises:
+        UserError: a source is unreadable or shows no face, or folders are among several.
+    """
+    if len(sources) == 1 and (Path(sources[0]).is_dir() or not is_video(Path(sources[0]))):
+        return tracked(sources[0], head, size, out, 1, progress)
+    for folder in (s for s in sources if Path(s).is_dir()):
+        raise UserError(f"{folder} is a folder: expected it alone, or images and videos, which are tracked together")
+    return track_together(sources, out, head, config=TrackingConfig(size=size), progress=progress)
 
 
 def following(portrait: Portrait, driving: Driving, head: Head) -> tuple[Driving, Camera]:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 class GenerationArgs:
     """Options that animate, synthesize and reconstruct have in common."""
 
-    portrait: Path
+    portrait: tuple[Path, ...]
     """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; HEIC too if pillow-heif is installed),
-    or a tracked folder."""
+    or a tracked folder. Several images of the person, or a video, show more of them: what each shows best is taken,
+    and the first leads (of a video, its most frontal frame)."""
     driving: Path
     """Video of one face, or a tracked or synthetic clip folder."""
     start: float = 0.0
@@ -84,11 +85,11 @@ def set_up(args: GenerationArgs) -> Setup:
         raise UserError(f"--start is {args.start}: expected seconds from the driver's first frame, 0 or more")
     if args.seconds is not None and not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds is {args.seconds}: expected more than 0")
-    for flag in ("portrait", "driving"):
-        if not getattr(args, flag).exists():
-            raise UserError(
-                f"--{flag} {getattr(args, flag)} does not exist: expected an image, a video or a tracked folder"
-            )
+    for flag, path in (*(("portrait", p) for p in args.portrait), ("driving", args.driving)):
+        if not path.exists():
+            raise UserError(f"--{flag} {path} does not exist: expected an image, a video or a tracked folder")
+    if not args.portrait:
+        raise UserError("--portrait names no file: expected one image or more, a video or a tracked folder")
     device, head = chosen_device(args.device), load_head(args.head)
     if args.generator == "diffusion":
         return _diffusion(args, head, device)
@@ -148,13 +149,13 @@ def prepare(
 
     The tracked portrait stays in `tracked_to`, if given.
     """
-    from geodiff4d.pipeline import tracked
+    from geodiff4d.pipeline import tracked_portrait
     from geodiff4d.video.generate import GenerationRequest
     from geodiff4d.video.inputs import load_portrait
 
     with tempfile.TemporaryDirectory(prefix="geodiff4d-") as name:
         side = setup.frame_size
-        clip = tracked(args.portrait, setup.head, side, tracked_to or Path(name) / "portrait", 1, progress)
+        clip = tracked_portrait(args.portrait, setup.head, side, tracked_to or Path(name) / "portrait", progress)
         _tell("portrait", clip)
         if side > setup.size and (shown := clip.extra.get("crop", (0, 0, side))[2]) < 0.75 * side:
             print(
@@ -163,6 +164,8 @@ def prepare(
                 file=sys.stderr,
             )
         portrait = load_portrait(clip, side)
+        if portrait.others:
+            print(f"note: portrait: {1 + len(portrait.others)} images of one person are merged", file=sys.stderr)
         driving = _driver(args, setup, Path(name) / "driving", limit, progress)
     return GenerationRequest(portrait, driving, setup.head)
 

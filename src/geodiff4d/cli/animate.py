@@ -39,7 +39,7 @@ def run(args: Args) -> None:
         raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
-    refuse_foreign(args.out, args.portrait, args.driving)
+    refuse_foreign(args.out, *args.portrait, args.driving)
     setup = set_up(args)
     request = prepare(args, setup, bar, args.frames)
     portrait, driving = request.portrait, request.driving

@@ -27,7 +27,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.pipeline import plan_clip, synthesize
 
-    refuse_foreign(args.out, args.portrait, args.driving)
+    refuse_foreign(args.out, *args.portrait, args.driving)
     setup = set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     request = prepare(args, setup, bar, frames)

@@ -159,9 +159,27 @@ def complete(
     """
     carried = carry(vertices, head.faces, camera, mask)
     atlas = rasterize_uv(head.uv, head.uv_faces, texels)
+    own, other = both_sides(head, image, carried, atlas)
+    return CompletedHead(head, image, carried, completed_texture(head, own, other, atlas))
+
+
+Texels = tuple[Float[Tensor, "3 texels texels"], Float[Tensor, "1 texels texels"]]
+"""Colours of a texture, and how far they are known, 0 to 1."""
+
+
+def both_sides(
+    head: Head, image: Float[Tensor, "3 height width"], carried: Carried, atlas: Fragments
+) -> tuple[Texels, Texels]:
+    """Return what a portrait shows of every texel, and what it shows of the texel's mirror image."""
     twin = mirror_vertices(head)
     mirrored = Carried(carried.grid[twin], carried.visibility[twin])
-    (own, own_weight), (other, other_weight) = (_trusted(image, c, atlas, head.faces) for c in (carried, mirrored))
+    own, other = (_trusted(image, c, atlas, head.faces) for c in (carried, mirrored))
+    return own, other
+
+
+def completed_texture(head: Head, seen: Texels, mirrored: Texels, atlas: Fragments) -> Float[Tensor, "3 texels texels"]:
+    """Complete a texture from what is seen of it and of its mirror image (`complete`)."""
+    (own, own_weight), (other, other_weight) = seen, mirrored
     weight = own_weight + (1 - own_weight) * other_weight
     # What nobody saw continues the mean of both sides, so that the back of the head has no middle seam.
     mean = (own * own_weight + other * other_weight) / (own_weight + other_weight).clamp(min=1e-6)
@@ -170,8 +188,7 @@ def complete(
     both = own_weight * other_weight
     other = (other + push_pull((own - other) * both, both, SEAM_LEVELS)).clamp(0, 1)
     texture = own_weight * own + (weight - own_weight) * other + (1 - weight) * hidden
-    texture = paint_hidden(head, texture, weight, own_weight, atlas)
-    return CompletedHead(head, image, carried, texture.clamp(0, 1))
+    return paint_hidden(head, texture, weight, own_weight, atlas).clamp(0, 1)
 
 
 def sample_completed(

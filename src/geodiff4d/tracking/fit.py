@@ -75,7 +75,7 @@ def fit(
         >>> result.params.rotation.shape  # doctest: +SKIP
         torch.Size([1, 3])
     """
-    seen = observe(head, detections, config.weighting)
+    seen = observe(head, detections, config.weighting, consecutive=config.consecutive)
     small = landmark_head(head, seen.landmarks)
     layout = Layout(small)
     focal = focal_px or assumed_focal(small, layout, seen, width, height, config)

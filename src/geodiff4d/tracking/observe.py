@@ -62,8 +62,11 @@ def observe(
     detections: Sequence[Detection | None],
     weighting: Weighting = Weighting(),
     shared: Shared | None = None,
+    consecutive: bool = True,
 ) -> Observed:
     """Return the points that head and detector share, with their weights; `shared` saves finding them again.
+
+    What a reader says is steadied over `consecutive` frames.
 
     Raises:
         UserError: no frame has a face, or head and detector share too few points.
@@ -95,12 +98,12 @@ def observe(
         shape = torch.stack([_given(d.shape) for d in detections if d is not None]).mean(0).double()
     return Observed(
         points, weight * seen[:, None], sigma, index, landmarks, inner, seen, face_px, turn, centre, shape,
-        readings_of(detections),
+        readings_of(detections, consecutive),
     )  # fmt: skip
 
 
-def readings_of(detections: Sequence[Detection | None]) -> Reading | None:
-    """Gather what the reader says of each frame, steadied where frames follow each other; None if none looked."""
+def readings_of(detections: Sequence[Detection | None], consecutive: bool = True) -> Reading | None:
+    """Gather what the reader says of each frame, steadied over consecutive frames; None if none looked."""
     known = [d.reading for d in detections if d is not None and d.reading is not None]
     if len(known) < sum(d is not None for d in detections):
         return None
@@ -111,6 +114,8 @@ def readings_of(detections: Sequence[Detection | None]) -> Reading | None:
         **{k: torch.full_like(getattr(first, k), torch.inf) for k in ("expr_sigma", "jaw_sigma", "eyes_sigma")},
     )
     whole = Reading.cat([nothing if d is None or d.reading is None else d.reading for d in detections])
+    if not consecutive:
+        return whole
     at = torch.tensor([d is not None for d in detections]).nonzero()[:, 0]
     for name in ("expr", "jaw_pose", "eyes_pose"):
         values = getattr(whole, name)

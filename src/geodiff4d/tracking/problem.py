@@ -58,6 +58,8 @@ class HeadFitConfig:
     blink takes four frames."""
     appearance: AppearanceConfig = AppearanceConfig()
     """How a film's pixels are aligned."""
+    consecutive: bool = True
+    """Whether frames follow each other; off, they are photographs of one person: nothing is smoothed over them."""
     steps: int = 25
     """Largest number of Levenberg–Marquardt steps of the last stage."""
     tolerance: float = 5e-4
@@ -66,7 +68,7 @@ class HeadFitConfig:
     def __post_init__(self) -> None:
         optional = ("focal_sigma", "turn_sigma_rad", "guess_sigma")
         for f in fields(self):
-            if f.name in ("weighting", "appearance"):
+            if f.name in ("weighting", "appearance", "consecutive"):
                 continue
             if getattr(self, f.name) < 0 or (
                 f.name.endswith(("sigma", "_rad", "_m")) and f.name not in optional and getattr(self, f.name) == 0
@@ -225,4 +227,4 @@ def limits(layout: Layout, config: HeadFitConfig, read: bool = False) -> Limits:
     )  # fmt: skip
     shared = torch.ones(layout.shapes + 1, dtype=torch.float64)
     shared[-1] = float(config.focal_sigma > 0)
-    return Limits(free, shared, bend.square().reciprocal(), low, high)
+    return Limits(free, shared, bend.square().reciprocal() * config.consecutive, low, high)

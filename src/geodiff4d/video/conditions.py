@@ -9,6 +9,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.images import encode_normals
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.hidden import inside_of_mouth
+from geodiff4d.render.merge import MergedPortrait, View, merge_portraits
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import LiftedPortrait, lift_portrait
 from geodiff4d.video.frames import WarpedFrames
@@ -19,17 +20,24 @@ TEXELS = 256
 """Side of the completed texture, the same as in training, up to a portrait of that size; else the portrait's."""
 
 
-def lifted(head: Head, portrait: Portrait, surroundings: bool) -> LiftedPortrait:
-    """Lift a portrait's texture onto its head, once for all targets.
+Lifted = LiftedPortrait | MergedPortrait
+"""One portrait or several, ready to be drawn in other poses and views."""
+
+
+def lifted(head: Head, portrait: Portrait, surroundings: bool) -> Lifted:
+    """Lift a portrait's texture onto its head, once for all targets; of several portraits, what each shows best.
 
     `surroundings` adds hair and shoulders.
     """
     mesh, texels = head.pose(portrait.params), max(TEXELS, portrait.image.shape[-1])
+    if portrait.others:
+        views = [View(p.on_grey, p.mask, head.pose(p.params), p.camera) for p in (portrait, *portrait.others)]
+        return merge_portraits(head, views, texels, surroundings)
     return lift_portrait(head, portrait.on_grey, portrait.mask, mesh, portrait.camera, texels, surroundings)
 
 
 def condition_images(
-    head: Head, portrait: LiftedPortrait, params: HeadParams, cameras: Camera, moved: HeadParams | None = None
+    head: Head, portrait: Lifted, params: HeadParams, cameras: Camera, moved: HeadParams | None = None
 ) -> ConditionImages:
     """Draw pose map, warped portrait and its visibility for every target frame.
 
@@ -62,7 +70,7 @@ class Targets:
     """The frames that are asked of a portrait: how its head is posed in each, and which camera sees it."""
 
     head: Head
-    portrait: LiftedPortrait
+    portrait: Lifted
     params: HeadParams
     """[frames, …], in the portrait's shape; pose maps do not read the expression."""
     cameras: Camera

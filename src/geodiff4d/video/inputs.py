@@ -27,6 +27,8 @@ class Portrait:
     """Tracked parameters (no batch axis)."""
     normal: Float[Tensor, "3 height width"] | None = None
     """Camera-space normals of an estimator, if the user has one; else the model generates its own."""
+    others: "tuple[Portrait, ...]" = ()
+    """More portraits of the same person, in the same shape (ours); this one is the reference."""
 
     @property
     def on_grey(self) -> Float[Tensor, "3 height width"]:
@@ -37,15 +39,17 @@ class Portrait:
         """Return the portrait with all of its tensors on a device."""
         normal = None if self.normal is None else self.normal.to(device)
         return Portrait(
-            self.image.to(device), self.mask.to(device), self.camera.to(device), self.params.to(device), normal
-        )
+            self.image.to(device), self.mask.to(device), self.camera.to(device), self.params.to(device), normal,
+            tuple(other.to(device) for other in self.others),
+        )  # fmt: skip
 
     def resized(self, size: int) -> "Portrait":
         """Return the portrait at another size; at its own it is returned as it is."""
         if self.image.shape[-1] == size:
             return self
+        others = tuple(other.resized(size) for other in self.others)
         frame = resized_frame(ClipFrame(0, 0, self.camera, self.image, self.mask, self.normal, self.params), size)
-        return Portrait(frame.image, frame.mask, frame.camera, self.params, frame.normal)
+        return Portrait(frame.image, frame.mask, frame.camera, self.params, frame.normal, others)
 
 
 @dataclass(frozen=True)
@@ -134,12 +138,18 @@ def resized_frame(frame: ClipFrame, size: int) -> ClipFrame:
 
 
 def load_portrait(clip: Clip, size: int) -> Portrait:
-    """Take a clip's first frame as the portrait, `size` pixels wide.
+    """Take a clip's first frame as the portrait, `size` pixels wide; of several portraits, all of them.
 
     Raises:
-        UserError: the frame has no head parameters, or is not square.
+        UserError: a frame has no head parameters, or is not square.
     """
-    frame = resized_frame(clip.frame(0), size)
+    count = len(clip) if clip.extra.get("portraits") else 1
+    first, *others = (_portrait(clip, k, size) for k in range(count))
+    return replace(first, others=tuple(others))
+
+
+def _portrait(clip: Clip, index: int, size: int) -> Portrait:
+    frame = resized_frame(clip.frame(index), size)
     if frame.params is None:
         raise UserError(f"{clip.folder} has no head parameters: run `geodiff4d track` on the image first")
     # Only a detector's normals are taken: those of a rendered clip are the truth, which no portrait has.

@@ -15,7 +15,7 @@ from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import composite
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import rasterize
-from geodiff4d.render.relief import LiftedPortrait
+from geodiff4d.video.conditions import Lifted
 from geodiff4d.video.inputs import Portrait
 
 SEEN = 0.3
@@ -35,7 +35,7 @@ def around(head: Head, portrait: Portrait, yaw_deg: float, tilt_deg: float = 0.0
     return turned(portrait.camera, head.pose(portrait.params).vertices.mean(0), yaw_deg, tilt_deg)
 
 
-def seen_turned(head: Head, portrait: Portrait, texture: LiftedPortrait, yaw_deg: float, tilt_deg: float) -> Portrait:
+def seen_turned(head: Head, portrait: Portrait, texture: Lifted, yaw_deg: float, tilt_deg: float) -> Portrait:
     """Return a portrait as a camera sees it that is turned about the head, only where the portrait shows it."""
     cameras = Camera.stack([around(head, portrait, yaw_deg, tilt_deg)])
     posed = head.pose(HeadParams.stack([portrait.params]))
