@@ -160,7 +160,9 @@ def _parse(path: Path, modified_ns: int) -> tuple[Head, int]:
             f"{path} is not a head: it lacks {', '.join(missing)}; expected OpenHead's format (docs/OPENHEAD.md)"
         )
     _check(path, data)
-    return _assemble(path, data), int(data.get("exposed_shapes", data["shape_basis"].shape[-1]))
+    return _assemble(path, data), int(data["exposed_shapes"]) if "exposed_shapes" in data else data[
+        "shape_basis"
+    ].shape[-1]
 
 
 def _read(path: Path) -> tuple[Head, int]:

@@ -179,7 +179,8 @@ def _texture(
         share = maps * known + 1e-9 * known
         share = share / share.sum(0).clamp(min=1e-12)
         mixed.append(((share * colours).sum(0), known.amax(0)))
-    return completed_texture(head, *mixed, atlas)
+    own, mirrored = mixed
+    return completed_texture(head, own, mirrored, atlas)
 
 
 def relit(view: View, merged: MergedPortrait) -> Float[Tensor, "3 height width"]:

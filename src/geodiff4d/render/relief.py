@@ -7,6 +7,7 @@ cardboard would, and what lies behind it stays unknown. Beyond the paper; measur
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -146,8 +147,18 @@ def lift_portrait(
     return LiftedPortrait(texture, torch.cat([image, foreground]), relief)
 
 
+class Shows(Protocol):
+    """One portrait, or several merged, that can be drawn in other poses and views (`LiftedPortrait.shown`)."""
+
+    def shown(
+        self, fragments: Fragments, T_world_joint: Float[Tensor, "t joints 4 4"], cameras: Camera
+    ) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 2 height width"]]:
+        """Draw it on grey; returns (rgb, visibility)."""
+        ...
+
+
 def render_lifted(
-    portrait: LiftedPortrait, mesh: PosedHead, cameras: Camera
+    portrait: Shows, mesh: PosedHead, cameras: Camera
 ) -> tuple[
     Float[Tensor, "t 3 height width"], Float[Tensor, "t 3 height width"], Float[Tensor, "t 1 height width"]
 ]:  # fmt: skip
