@@ -7,7 +7,7 @@ cardboard would, and what lies behind it stays unknown. Beyond the paper; measur
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -147,6 +147,7 @@ def lift_portrait(
     return LiftedPortrait(texture, torch.cat([image, foreground]), relief)
 
 
+@runtime_checkable
 class Shows(Protocol):
     """One portrait, or several merged, that can be drawn in other poses and views (`LiftedPortrait.shown`)."""
 
