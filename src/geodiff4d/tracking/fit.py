@@ -112,9 +112,9 @@ def aligned(head: Head, problem: Problem, x: Unknowns, moves: Limits, frames: Fr
         pixels = AppearanceLevel(film, blur, x)
         x = minimise(added(landmarks, pixels), x, moves, config.appearance.steps, config.tolerance)
     # What rests becomes still again, and what moves stays.
-    where = problem.layout.slices["expr"]
-    x.frame[:, where] = steadied(x.frame[:, where], frame_noise(x.frame[:, where]))
-    return x
+    where, frame = problem.layout.slices["expr"], x.frame.clone()
+    frame[:, where] = steadied(frame[:, where], frame_noise(frame[:, where]))
+    return replace(x, frame=frame)
 
 
 def assumed_focal(
