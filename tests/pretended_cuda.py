@@ -132,6 +132,12 @@ def _check(name: str, args: tuple[Any, ...], leaves: list[Any], kwargs: dict[str
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, but {shapes} are on the CPU")
 
 
+def _put_back(name: str, module: types.ModuleType | None) -> None:
+    sys.modules.pop(name)
+    if module is not None:
+        sys.modules[name] = module
+
+
 @contextmanager
 def pretended_cuda() -> Iterator[Counter[str]]:
     """Have torch and Accelerate find one GPU, and count in the yielded `waits` where the host waits for it."""
@@ -176,7 +182,9 @@ def pretended_cuda() -> Iterator[Counter[str]]:
         stack.enter_context(patch.object(torch.amp.autocast_mode, "autocast", _Autocast))
         stack.enter_context(patch.object(torch, "autocast", _Autocast))
         stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda device="cuda": enabled("cpu")))
-        stack.enter_context(patch.dict("sys.modules", gsplat=_gsplat()))
+        # Not `patch.dict`, which forgets every module that is first imported meanwhile: numba cannot be loaded twice.
+        stack.callback(_put_back, "gsplat", sys.modules.get("gsplat"))
+        sys.modules["gsplat"] = _gsplat()
         torch._C._set_only_lift_cpu_tensors(True)
         torch.__future__.set_swap_module_params_on_conversion(True)
         try:
