@@ -42,6 +42,7 @@ CHECKED = [
     "evaluate",
     "viewer",
     "bench",
+    "provenance",
 ]
 KERNELS = {"deferred", "lattice"}
 """Of the world."""
@@ -51,6 +52,14 @@ install_import_hook(
     # The numeric tower lets an int stand in for a float, as PEP 484 says it may.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_credentials_of_the_users(tmp_path_factory):
+    """Commands that sign make their local certificate here, not in the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -303,6 +303,14 @@ def test_bad_images_are_user_errors(tmp_path, make, message):
         images.read_image(path)
 
 
+def test_a_label_changes_its_corner_alone():
+    image = torch.full((3, 64, 128), 0.5)
+    shown = images.labelled(image)
+    off = (shown - image).abs().amax(0)
+    assert (shown[:, 48:, :64] > 0.7).any() and (shown[:, 48:, :64] < 0.2).any()
+    assert off[:48].max() < 0.01 and off[:, 100:].max() < 0.01
+
+
 def test_normals_round_trip_through_an_image():
     n = torch.nn.functional.normalize(torch.randn(2, 3, 4, 5), dim=1)
     mask = torch.ones(2, 1, 4, 5)

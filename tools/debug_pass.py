@@ -338,6 +338,8 @@ RECIPES = [
     Recipe("export runs/plain me.html --title me --origin https://example.org", ("me.html",), says="MB"),
     Recipe("export runs/avatar exported.glb", ("exported.glb",), says="MB"),
     Recipe("export runs/avatar exported.g4d --to compact", ("exported.g4d",), says="MB"),
+    Recipe("verify runs/avatar exported.glb runs/avatar.mp4", says="untouched since it was signed"),
+    Recipe("verify me.png", says="unsigned", code=1, prepare=photograph),
     Recipe("import compact exported.g4d imported/avatar", ("imported/avatar/avatar.safetensors",)),
     Recipe("view exported.g4d --port 0 --size 64 --seconds 1", says="http://127.0.0.1:"),
     Recipe("view runs/plain --port 0 --seconds 1", says="http://127.0.0.1:"),

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "render": ("geodiff4d.cli.render", "render an avatar as a video"),
     "view": ("geodiff4d.cli.view", "look at an avatar in the browser, with sliders"),
     "live": ("geodiff4d.cli.live", "track a webcam or a growing video as it comes, and drive an avatar by it"),
+    "verify": ("geodiff4d.cli.verify", "say what files carry about their making, and whether they were altered"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "import": ("geodiff4d.cli.imports", "read data sets or trackers' results into clips, or avatars of others"),
     "export": (

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from geodiff4d.cli._device import DeviceName, chosen_device
+from geodiff4d.cli._signing import SigningArgs
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from geodiff4d.data.clip import Clip
     from geodiff4d.heads import Head
     from geodiff4d.presets import Preset
+    from geodiff4d.provenance.statement import Statement
     from geodiff4d.video.generate import GenerationRequest, Generator
     from geodiff4d.video.inputs import Driving
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationArgs:
+class GenerationArgs(SigningArgs):
     """Options that animate, synthesize and reconstruct have in common."""
 
     portrait: tuple[Path, ...]
@@ -52,10 +54,19 @@ class GenerationArgs:
     sampler: Literal["ddim", "unipc", "dpm++"] | None = None
     device: DeviceName = "auto"
     """Where the video model computes; auto: on CUDA if there is any."""
+    consent: Literal["self", "permitted", "not stated"] = "not stated"
+    """Whose portrait it is, for the signed statement: self (yours), or permitted (you may use it)."""
     memory: Literal["fast", "offload"] = "fast"
     """offload: what a stage does not need waits in the host's memory, guidance takes two passes and frames are decoded
     one by one."""
     seed: int = 0
+
+
+def stated(args: GenerationArgs, generator: "Generator") -> "Statement":
+    """Return what is said of what a generating command makes."""
+    from geodiff4d.provenance.statement import Statement, hash_portraits
+
+    return Statement(hash_portraits(args.portrait), generator.fingerprint(), args.consent)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from geodiff4d.cli._generation import GenerationArgs, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, prepare, set_up, stated
+from geodiff4d.cli._signing import sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def run(args: Args) -> None:
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
     refuse_foreign(args.out, *args.portrait, args.driving)
-    setup = set_up(args)
+    signer, setup = sealer(args), set_up(args)
     request = prepare(args, setup, bar, args.frames)
     portrait, driving = request.portrait, request.driving
     n, own = len(driving), portrait.params
@@ -61,4 +62,5 @@ def run(args: Args) -> None:
         write_video(folder / "normals.mp4", normals, driving.fps)
         rows = (torch.cat([portrait.on_grey, crops[i], made.rgb[i], normals[i]], -1) for i in range(n))
         write_video(folder / "side_by_side.mp4", rows, driving.fps)
+    signer.seal(args.out, stated(args, setup.generator))
     print(f"{args.out}: {n} frames; side_by_side.mp4 shows portrait, driver, result and normals")

@@ -26,6 +26,7 @@ CORE = [
 EXTRAS = {
     # extra: (distribution, import name, what it is for)
     "gpu": ("gsplat", "gsplat", "splatting on CUDA"),
+    "provenance": ("c2pa-python", "c2pa", "signed statements in what is made, and verify"),
     "onnx": ("onnxruntime", "onnxruntime", "your own DAViD and ArcFace files"),
     "judges": ("dlib-bin", "dlib", "independent networks that read expressions and identities (`evaluate pairs`)"),
     "data": ("h5py", "h5py", "RenderMe-360 and, with OpenEXR, SynthHuman"),

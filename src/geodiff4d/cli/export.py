@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from geodiff4d.cli._driving import DrivingArgs
+from geodiff4d.cli._signing import SigningArgs, sealer
 
 
 @dataclass(frozen=True)
-class Args(DrivingArgs):
+class Args(DrivingArgs, SigningArgs):
     """Options of `geodiff4d export`; docs/AVATAR.md and docs/DATA.md say what is in the result."""
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -35,6 +36,8 @@ class Args(DrivingArgs):
 
 def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
+    from geodiff4d.provenance.beside import read_beside
+    from geodiff4d.provenance.seal import available, origin
 
     if not 0 <= args.background <= 1:
         raise UserError(f"--background is {args.background:g}: expected 0 (black) to 1 (white)")
@@ -50,7 +53,11 @@ def run(args: Args) -> None:
     suffix = suffixes.get(to)
     if suffix and args.out.suffix.lower() != suffix:
         raise UserError(f"{args.out}: --to {to} writes one file, expected a name ending in {suffix}")
+    signer = sealer(args)
     (_vhap if is_clip else _avatar)(args, to)
+    # A clip without a statement may be of a real recording.
+    if not is_clip or (available() and read_beside(args.source)):
+        signer.seal(args.out, origin(args.source))
 
 
 def _avatar(args: Args, to: str) -> None:

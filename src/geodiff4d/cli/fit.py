@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 import tyro
 
 from geodiff4d.cli._device import DeviceName, chosen_device
+from geodiff4d.cli._signing import SigningArgs, sealer
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(SigningArgs):
     """Options of `geodiff4d fit`."""
 
     clip: Annotated[Path, tyro.conf.Positional]
@@ -42,6 +43,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.data.clip import Clip
     from geodiff4d.presets import preset
+    from geodiff4d.provenance.seal import origin
     from geodiff4d.tracking.normals import normal_estimator
 
     config = preset(args.preset).fit
@@ -57,9 +59,10 @@ def run(args: Args) -> None:
         raise UserError("--hold-out-views must not be negative, and --hold-out-times be at least 0 and below 1")
     if args.hold_out_views or args.hold_out_times:
         config = replace(config, hold_out=HoldOut(0, args.hold_out_views, args.hold_out_times))
-    clip = Clip(args.clip)
+    signer, clip = sealer(args), Clip(args.clip)
     normals = normal_estimator() if config.normal_source == "estimator" else None
     metrics = fit(clip, args.out, config, args.seed, progress.bar, normals)
+    signer.seal(args.out, origin(args.clip))
     speed = f"{metrics['gaussians']} Gaussians, {metrics['iterations_per_second']:.1f} it/s"
     print(f"{args.out}: {speed}, held out: {shown(metrics['held_out'])}")
     for name in ("views", "times"):

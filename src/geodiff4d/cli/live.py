@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from geodiff4d.cli._signing import SigningArgs, sealer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(SigningArgs):
     """Options of `geodiff4d live`. It ends with its source, after --frames or at Ctrl-C; the frames so far are kept."""
 
     source: Annotated[Path, tyro.conf.Positional]
@@ -45,12 +47,14 @@ def run(args: Args) -> None:
     from geodiff4d.core.video import write_video
     from geodiff4d.heads import load_head
     from geodiff4d.heads.rig import HeadParams
+    from geodiff4d.provenance.seal import origin
     from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
 
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
     if not 16 <= args.size <= 2048:
         raise UserError(f"--size is {args.size}: expected 16 to 2048")
+    signer = sealer(args)
     avatar = None if args.avatar is None else Avatar.load(args.avatar)
     head = load_head(args.head) if avatar is None else avatar.head
     tracked: list[HeadParams] = []
@@ -63,6 +67,8 @@ def run(args: Args) -> None:
     panels = _panels(chain([first], frames), head, avatar, args.size, tracked)
     write_video(args.out / "live.mp4", panels, args.fps)
     HeadParams.stack(tracked).save(args.out / "params.npz")
+    if args.avatar is not None:
+        signer.seal(args.out / "live.mp4", origin(args.avatar))
     seconds = time.monotonic() - began
     print(f"\n{args.out / 'live.mp4'}: {len(tracked)} frames in {seconds:.1f} s; params.npz beside it")
 

@@ -4,7 +4,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up, stated
+from geodiff4d.cli._signing import sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ def run(args: Args) -> None:
     begun = (args.out / "reconstruction.json").exists()
     for name in ("portrait", "clip", "avatar"):
         refuse_foreign(args.out / name)
-    setup = set_up(args)
+    signer, setup = sealer(args), set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     if setup.preset.fit.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -54,6 +55,11 @@ def run(args: Args) -> None:
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
     finish(args.out, request.portrait, request.driving, args.generator, bar)
+    statement = stated(args, setup.generator)
+    for stage in ("clip", "avatar"):
+        signer.seal_stage(args.out / stage, statement)
+    for made in ("avatar.mp4", "report.html"):
+        signer.seal(args.out / made, statement)
     psnr = json.loads((args.out / "avatar" / "metrics.json").read_text())["held_out"]["psnr_fg"]
     found = "too few frames to hold one out" if psnr is None else f"{psnr:.1f} dB on held-out generated frames"
     print(f"{args.out}: avatar fitted, {found}; open {args.out / 'report.html'}")

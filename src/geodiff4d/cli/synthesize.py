@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up, stated
+from geodiff4d.cli._signing import sealer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,10 @@ def run(args: Args) -> None:
     from geodiff4d.pipeline import plan_clip, synthesize
 
     refuse_foreign(args.out, *args.portrait, args.driving)
-    setup = set_up(args)
+    signer, setup = sealer(args), set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     request = prepare(args, setup, bar, frames)
     plan = plan_clip(request, views, frames, motion_of(setup, args.driver_only))
     clip = synthesize(plan, setup.generator, args.out, bar)
+    signer.seal(args.out, stated(args, setup.generator))
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

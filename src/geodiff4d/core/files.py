@@ -36,6 +36,8 @@ MARKER = ".geodiff4d"
 """In every folder that we write whole: the names in it, one a line, so that nothing else is ever replaced."""
 STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file browsers leave."""
+SIGNED = "provenance.json"
+"""What `provenance` writes into a folder that is whole."""
 
 
 @contextmanager
@@ -167,7 +169,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether everything in a folder was written by us; nothing is, too."""
     marker = folder / MARKER
     known = marker.read_text(errors="replace").splitlines() if marker.is_file() else []
-    return {p.name for p in folder.iterdir()} <= {MARKER, *STRAY, *known}
+    return {p.name for p in folder.iterdir()} <= {MARKER, SIGNED, *STRAY, *known}
 
 
 @contextmanager

@@ -156,6 +156,19 @@ def write_image(path: Path, image: Float[Tensor, "channels height width"]) -> No
         Image.fromarray(to_uint8(image)).save(temporary, format="JPEG" if path.suffix in (".jpg", ".jpeg") else "PNG")
 
 
+def labelled(image: Float[Tensor, "3 height width"], text: str = "AI-generated") -> Float[Tensor, "3 height width"]:
+    """Return the image with a text in its lower left corner, white on a dark ground, a twentieth of its height tall."""
+    from PIL import ImageDraw, ImageFont
+
+    drawn = Image.fromarray(to_uint8(image))
+    draw, size = ImageDraw.Draw(drawn), max(8, image.shape[1] // 20)
+    font, pad = ImageFont.load_default(size), size // 2
+    box = draw.textbbox((pad, image.shape[1] - pad), text, font, anchor="lb")
+    draw.rectangle((box[0] - pad // 2, box[1] - pad // 2, box[2] + pad // 2, box[3] + pad // 2), (20, 20, 20))
+    draw.text((pad, image.shape[1] - pad), text, (255, 255, 255), font, anchor="lb")
+    return torch.from_numpy(np.asarray(drawn).copy()).permute(2, 0, 1).float() / 255
+
+
 def encode_normals(
     normals: Float[Tensor, "*batch 3 height width"], mask: Float[Tensor, "*batch 1 height width"]
 ) -> Float[Tensor, "*batch 3 height width"]:
