@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from scipy.linalg import expm
 
 from geodiff4d.core import camera as cameras
-from geodiff4d.core import files, geometry, images, packing, presentation, topology, video
+from geodiff4d.core import files, films, geometry, images, packing, stills, topology, video
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import advancing, silent
@@ -258,7 +258,7 @@ def test_what_may_not_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     images.write_image(tmp_path / "a.png", torch.rand(3, 4, 4))
-    monkeypatch.setattr(images, "open_image", refuse)
+    monkeypatch.setattr(stills, "open_image", refuse)
     with pytest.raises(UserError, match=r"cannot be read \(permission denied\)"):
         images.read_image(tmp_path / "a.png")
 
@@ -382,7 +382,7 @@ def test_a_video_cut_short_yields_what_it_has(tmp_path):
             container.mux(packet)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert 0 < len(list(video.read_video(path))) < 20
-    assert "ends after" in (video.cut_short(path, len(list(video.read_video(path)))) or "")
+    assert "ends after" in (films.cut_short(path, len(list(video.read_video(path)))) or "")
 
 
 def test_a_cut_copy_of_an_mp4_is_noted(tmp_path):
@@ -397,16 +397,16 @@ def test_a_cut_copy_of_an_mp4_is_noted(tmp_path):
             noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
         container.mux(stream.encode())
-    assert video.cut_short(path, len(list(video.read_video(path)))) is None
+    assert films.cut_short(path, len(list(video.read_video(path)))) is None
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     count = len(list(video.read_video(path)))
     assert 0 < count < 30
-    assert f"a.mp4 ends after {count} of about 40 frames" in (video.cut_short(path, count) or "")
+    assert f"a.mp4 ends after {count} of about 40 frames" in (films.cut_short(path, count) or "")
 
 
 def test_videos_too_large_are_refused(tmp_path, monkeypatch):
     video.write_video(tmp_path / "a.mp4", frames_of_colour(1))
-    monkeypatch.setattr(presentation, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(films, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="48×32 pixels: at most 1,000"):
         next(video.read_video(tmp_path / "a.mp4"))
 

@@ -4,20 +4,24 @@ import io
 import struct
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from avatars import painted_avatar, talking, with_networks
 from geodiff4d.avatar.compact import open_avatar, write_compact
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import main
+from geodiff4d.core import films, sandbox, stills
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_arrays, read_config, read_tensors
+from geodiff4d.core.images import write_image
 from geodiff4d.core.rundir import RunFolder, restore_optimiser
-from geodiff4d.core.video import read_video
+from geodiff4d.core.video import read_video, write_video
 from geodiff4d.data import synthhuman
 from geodiff4d.data.importing import Choice, Report
 from geodiff4d.data.rowstore import create_rows, open_rows
@@ -161,3 +165,61 @@ def test_a_folder_where_an_image_should_be_costs_one_sample(tmp_path):
     [source] = synthhuman.read(tmp_path, Choice(None, 1, (), ()), report)
     assert list(source.frames(lambda timestep, camera: True)) == []
     assert any("cannot be read" in line for line in report.lines())
+
+
+@pytest.fixture
+def limited(monkeypatch):
+    """Decode in processes with limits."""
+    monkeypatch.setenv(sandbox.VARIABLE, "1")
+    yield
+    sandbox.close()
+
+
+def test_a_limited_process_decodes_what_this_one_does(tmp_path, monkeypatch, limited):
+    frames = [torch.rand(3, 32, 48, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    write_image(tmp_path / "a.png", frames[0])
+    write_video(tmp_path / "a.mp4", frames)
+    monkeypatch.chdir(tmp_path)
+    image, film = Path("a.png"), Path("a.mp4")
+    assert np.array_equal(sandbox.decode(stills.read_still, image, "L"), stills.read_still(image, "L"))
+    next(read_video(film))  # and no more of it
+    [child] = sandbox.waiting
+    found = list(read_video(film, limit=2, skip=1))
+    assert sandbox.decode(films.about, film) == films.about(film)
+    assert sandbox.decode(films.cut_short, film, 9) is None
+    for path, message in ((Path("b.png"), "b.png does not exist"), (film, "not an image")):
+        with pytest.raises(UserError, match=message):
+            sandbox.decode(stills.read_still, path)
+    assert sandbox.waiting == [child], "one process did it all"
+    monkeypatch.delenv(sandbox.VARIABLE)
+    assert all(map(torch.equal, found, read_video(film, limit=2, skip=1)))
+
+
+def test_a_limited_process_that_does_not_answer_is_ended(tmp_path, limited):
+    child = sandbox.Child()
+    child.ask(stills.read_still, tmp_path / "a.png", ())
+    with pytest.raises(UserError, match=r"a\.png cannot be decoded with 4 GiB of memory and 60 s .*\(no answer\)"):
+        child.answer(0.0)
+    assert child.process.poll() is not None
+    child.end()
+
+
+@pytest.mark.slow
+def test_bombs_end_a_limited_process_alone(tmp_path, monkeypatch, limited):
+    """An image of 64 million pixels is within the limits; with less memory or time it is refused in one line."""
+    Image.new("RGB", (8000, 8000), (9, 99, 199)).save(tmp_path / "a.png")
+    assert sandbox.decode(stills.read_still, tmp_path / "a.png").shape == (8000, 8000, 3)
+    for name, value in (("MEMORY_BYTES", 2**28), ("PROCESSOR_S", 0)):
+        sandbox.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(sandbox, name, value)
+            with pytest.raises(UserError, match=r"a\.png cannot be decoded"):
+                sandbox.decode(stills.read_still, tmp_path / "a.png")
+
+
+def test_playlists_are_no_videos(tmp_path):
+    """FFmpeg would read the files that they name."""
+    write_video(tmp_path / "a.mp4", [torch.rand(3, 32, 48)] * 2)
+    (tmp_path / "b.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    with pytest.raises(UserError, match=r"b\.mp4 cannot be decoded"):
+        next(read_video(tmp_path / "b.mp4"))

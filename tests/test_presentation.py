@@ -13,7 +13,7 @@ from PIL import Image
 
 from geodiff4d.core import images, video
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.presentation import described
+from geodiff4d.core.films import described
 from geodiff4d.tracking.source import is_video
 
 WHITE = 203.0

@@ -43,6 +43,7 @@ def make(folder: Path) -> Path:
     (folder / "weights.jsonl").write_text('{"jawOpen": 0.2}\n{"jawOpen": 0.8, "eyeBlinkLeft": 1}\n{"time": 0.1}\n')
     (folder / "weights.json").write_text(json.dumps([{"jawOpen": 0.2}, {"jawOpen": 0.8}]))
     gaussian_avatars(folder)
+    jobs(folder)
     (folder / "whole").touch()
     return folder
 
@@ -112,6 +113,15 @@ def data_sets(folder: Path) -> None:
     (folder / "world/train_0").mkdir(parents=True)
     write(folder)
     shutil.rmtree(folder / "world")
+
+
+def jobs(folder: Path) -> None:
+    """Two jobs of a fleet."""
+    lines = [
+        {"name": "ply", "run": ["export", str(folder / "avatar"), "{out}", "--to", "ply-sequence"]},
+        {"name": "track", "run": ["track", str(folder / "me.mp4"), "--size", "64", "--out", "{out}"]},
+    ]
+    (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def gaussian_avatars(folder: Path) -> None:

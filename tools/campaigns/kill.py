@@ -19,10 +19,10 @@ from random import Random
 import corpus
 from warm import call, import_everything, warm_up
 
-CLOCKS = ("second", "per_second", "started", "minutes", "elapsed", "time_s", "gigabytes", "memory", "speed")
-"""JSON keys with one of these in their name are times and rates."""
-UNLIKE = (".lock", "torch", "report.html", "diff.patch", "curves.png")
-"""Files that name times, or are locks."""
+CLOCKS = ("second", "per_second", "started", "minutes", "elapsed", "time_s", "gigabytes", "memory", "speed", "command")
+"""JSON keys with one of these in their name are times and rates, or have the name of the working directory in them."""
+UNLIKE = (".lock", "torch", "report.html", "diff.patch", "curves.png", "fleet.jsonl", "log.txt")
+"""Files that name times or attempts, or are locks."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,6 @@ class Stage:
     name: str
     line: str
     out: str
-    slow: bool = False
-    """Whether it is only killed when asked for by name or by --all."""
 
 
 DEBUG = "--preset debug"
@@ -58,6 +56,8 @@ STAGES = [
           "import nersemble {c}/sets/nersemble out --params {c}/sets/params --head openhead --size 48", "out"),
     Stage("render", "render {c}/avatar --frames 4 --size 64 --out out.mp4", "out.mp4"),
     Stage("reconstruct", f"reconstruct {PEOPLE} {DEBUG} --generator warp --out out", "out"),
+    Stage("fleet", "fleet {c}/jobs.jsonl --workers 1 --out out", "out"),
+    Stage("demo", f"demo {DEBUG} --out out", "out"),
 ]  # fmt: skip
 
 

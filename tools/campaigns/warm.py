@@ -149,11 +149,13 @@ class Runner:
             code = None if not ready and kill_at_s is None else os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - start
         self.done += 1
-        # Looking through all processes takes longer than many a job: while the fork lives, its children are asked for.
-        last = not said or self.done >= self.jobs or bool(_children(self.pid))
-        left = _end_session(self.pid, apart=(self.pid,) if said else ()) if last else []
-        if not said or self.done >= self.jobs or left or about["traceback"]:
+        # A fork that has children, as one that is through, is looked at after its end: so a command's process ends too.
+        # Looking through all processes takes longer than many a job.
+        pid = self.pid
+        over = not said or self.done >= self.jobs or bool(about["traceback"]) or bool(_children(pid))
+        if over:
             self.close()
+        left = _end_session(pid) if over else []
         text = log.read_text(errors="replace")[-PRINTED:] if log.exists() else ""
         log.unlink(missing_ok=True)
         peak = about.get("peak", 0)
@@ -297,10 +299,10 @@ class Watch:
             self.seen.append(f"{event} {str(arguments)[:120]}")
 
 
-def _end_session(session: int, apart: Sequence[int] = (), grace_s: float = 2.0) -> list[str]:
+def _end_session(session: int, grace_s: float = 2.0) -> list[str]:
     """Wait a moment for what a command started to end with it; kill and name what does not."""
     deadline = time.monotonic() + grace_s
-    while (members := _members(session, apart)) and time.monotonic() < deadline:
+    while (members := _members(session)) and time.monotonic() < deadline:
         time.sleep(0.02)
     for pid in members:
         try:
@@ -324,8 +326,8 @@ def _children(pid: int) -> list[str]:
         return []
 
 
-def _members(session: int, apart: Sequence[int]) -> dict[int, str]:
-    """Return the living processes of a session by number, but for some."""
+def _members(session: int) -> dict[int, str]:
+    """Return the living processes of a session by number."""
     out = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -333,6 +335,6 @@ def _members(session: int, apart: Sequence[int]) -> dict[int, str]:
         except OSError:
             continue
         state, _, _, of = rest.split()[:4]
-        if int(of) == session and state not in "ZX" and int(stat.parent.name) not in apart:
+        if int(of) == session and state not in "ZX":
             out[int(stat.parent.name)] = name
     return out

@@ -17,7 +17,8 @@ from geodiff4d.core.camera import IMAGE_NORMAL_FROM_CAM, Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, save_tensors, write_json
 from geodiff4d.core.geometry import quat_to_matrix
-from geodiff4d.core.images import MAX_PIXELS, write_image
+from geodiff4d.core.images import write_image
+from geodiff4d.core.stills import MAX_PIXELS
 from geodiff4d.data.clip import MAX_FPS
 from geodiff4d.data.importing import camera_checked
 from geodiff4d.heads import load_head

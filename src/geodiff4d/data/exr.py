@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError, install_extra
-from geodiff4d.core.images import MAX_PIXELS
+from geodiff4d.core.stills import MAX_PIXELS
 
 ORDERS = ("RGBA", "XYZ")
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json
+from geodiff4d.core.films import open_video, video_stream
 from geodiff4d.core.images import read_image
-from geodiff4d.core.presentation import open_video, video_stream
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked
 
 CALIBRATED_WIDTH, CALIBRATED_HEIGHT = 2200, 3208

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.presentation import presented, video_stream
+from geodiff4d.core.films import CONTAINERS, decoded, video_stream
+from geodiff4d.core.presentation import presented
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection, FollowingDetector
@@ -200,12 +201,16 @@ def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor,
     count = 0
     try:
         with av.open(
-            growing or str(source), "r", format=None if growing else "v4l2", metadata_errors="replace"
+            growing or str(source),
+            "r",
+            format=None if growing else "v4l2",
+            options=CONTAINERS if growing else {},
+            metadata_errors="replace",
         ) as container:
             aspect = video_stream(container, source).sample_aspect_ratio
             for frame in container.decode(video=0):
                 count += 1
-                yield presented(frame, source, aspect)
+                yield presented(decoded(frame, source, aspect))
     except (av.FFmpegError, IndexError) as error:
         if not count:
             raise UserError(

@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.images import is_heif, open_image, read_image
-from geodiff4d.core.presentation import open_video, video_stream
+from geodiff4d.core.films import about
+from geodiff4d.core.images import read_image
+from geodiff4d.core.sandbox import decode
+from geodiff4d.core.stills import focal_length_mm, is_image
 from geodiff4d.core.video import read_video
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -25,13 +27,7 @@ def is_video(source: Path) -> bool:
         raise UserError(f"{source} is a directory: expected one image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
     if not source.exists():
         raise UserError(f"{source} does not exist: expected an image (PNG, JPEG, WebP) or video (MP4, MOV, WebM)")
-    if source.suffix.lower() in IMAGE_SUFFIXES or is_heif(source):
-        return False
-    try:
-        with open_image(source):
-            return False
-    except Exception:
-        return True
+    return source.suffix.lower() not in IMAGE_SUFFIXES and not decode(is_image, source)
 
 
 def frames_of(source: Path, limit: int | None, skip: int = 0) -> Iterator[Float[Tensor, "3 height width"]]:
@@ -51,15 +47,12 @@ def first_size(frames: Iterator[Tensor]) -> tuple[int, int]:
 
 def frame_rate(source: Path) -> float:
     """Return the frames per second of a video; 24 where the file states none, or not 0 to 1000."""
-    with open_video(source) as container:
-        rate = video_stream(container, source).average_rate
-    return float(rate) if rate and 0 < rate <= 1000 else 24.0
+    return decode(about, source).rate
 
 
 def frame_count(source: Path) -> int | None:
     """Return the number of frames that a video's header states; None where it states none."""
-    with open_video(source) as container:
-        return video_stream(container, source).frames or None
+    return decode(about, source).count
 
 
 def focal_length(source: Path | None, width: int, height: int, given_px: float | None) -> tuple[float | None, str]:
@@ -79,21 +72,7 @@ def focal_length(source: Path | None, width: int, height: int, given_px: float |
                 f"image of {width}×{height}; leave it out if you do not know it"
             )
         return given_px, "given"
-    equivalent = None if source is None else _exif_focal_mm(source)
+    equivalent = None if source is None or is_video(source) else decode(focal_length_mm, source)
     if equivalent:
         return equivalent / FULL_FRAME_DIAGONAL_MM * diagonal, f"exif ({equivalent:g} mm)"
     return None, "assumed"
-
-
-def _exif_focal_mm(source: Path) -> float | None:
-    if is_video(source):
-        return None
-    from PIL import ExifTags
-
-    try:
-        with open_image(source) as image:
-            value = float(image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm, 0))
-    except Exception:
-        # Damaged EXIF is no reason to refuse an image.
-        return None
-    return value if 5 < value < 2000 else None

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.films import cut_short, described
 from geodiff4d.core.images import encode_normals, read_image, to_uint8, write_image
-from geodiff4d.core.presentation import described
 from geodiff4d.core.progress import Progress, silent
-from geodiff4d.core.video import cut_short, write_video
+from geodiff4d.core.sandbox import decode
+from geodiff4d.core.video import write_video
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
@@ -178,11 +179,12 @@ def track(
     unread = {*located.lost, *located.doubtful}
     scale = 256 / located.box[2]
     read = located.shots[-1][1] if located.shots else count
-    short = cut_short(source, config.skip + read) if video and (config.limit is None or read < config.limit) else None
+    whole = video and (config.limit is None or read < config.limit)
+    short = decode(cut_short, source, config.skip + read) if whole else None
     extra = {
         "source": source.name, "source_size": [width, height], "crop": list(located.box),
         "focal_source": located.focal_source, "focal_px": float(result.camera.K[0, 0]),
-        "notes": (described(source) if video else []) + notes(source, located) + ([short] if short else []),
+        "notes": (decode(described, source) if video else []) + notes(source, located) + ([short] if short else []),
         "shots": located.shots, "first_frame": config.skip + first, "lost_frames": located.lost,
         "doubtful_frames": located.doubtful,
         "normals": "detector" if any(d is not None and d.normal is not None for d in located.detections) else None,
