@@ -1,6 +1,8 @@
 """What `geodiff4d train` trains on and starts from: folders told apart, mixtures, Stable Diffusion's weights."""
 
 import json
+import pickle
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +17,14 @@ from geodiff4d.cli import _training
 from geodiff4d.cli.train import Args, run
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import RunFolder
+from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.data.footage.render import build_store
-from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples
+from geodiff4d.data.footage.take import FrameKey
+from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples, open_footage
 from geodiff4d.presets import PRESETS, ablated, preset, with_temporal_modules
 from geodiff4d.render.viewpoints import openhead
-from geodiff4d.video.batches import UNIFORM, Batches
+from geodiff4d.video.batches import UNIFORM, Batches, WeightConfig
+from geodiff4d.video.encode import encode_clips, fits, write_shard
 from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.recode import continued, start_from_stable_diffusion
 from geodiff4d.video.sample import SampleConfig
@@ -102,6 +107,100 @@ def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path
     assert model.config.moves
     notes = {k: json.loads((tmp_path / f"out/latents_{k}_0.json").read_text())["normals"] for k in ("train", "val")}
     assert notes == {"train": "as estimated", "val": "exact"}, "what is validated on stays exact"
+
+
+# Encoded clips
+
+LIKE = replace(EMBEDDED, size=40, expression=replace(EMBEDDED.expression, size=24))
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """Clips from several cameras, a film and photographs, and the store of all of them, a recording a shard."""
+    folder = tmp_path_factory.mktemp("encoded")
+    smiling = replace(openhead().neutral(2), expr=torch.full((2, 52), 0.5))
+    write(folder / "clips/a", 2, (40.0, 0.0), extra={"subject": "a", "params": "truth"}, motion=smiling)
+    write(folder / "clips/film", 2, (10.0,), cropped=False)
+    write(folder / "clips/stills", 2, (0.0,), extra={"stills": True})
+    write(folder / "clips/val/b", 1, (0.0,))
+    tiny_codec().save(folder / "vae")
+    encode_clips([ClipFootage(folder / "clips")], folder / "store", folder / "vae", LIKE, shard_bytes=1)
+    return folder
+
+
+def test_a_store_gives_the_batches_of_its_clips(encoded):
+    """The same frames of the same samples: latents within half precision, images within a level of 255."""
+    codec, read = tiny_codec(), ReadConfig(40, 24, warp=True, augment=None)
+    for index, clips in ((0, False), (1, True)):
+        pairs = PairConfig(references=2, targets=2, clips=clips, moved=0.5)
+        plain, stored = (Samples([open_footage(encoded / k)], pairs, read, seed=1) for k in ("clips", "store"))
+        assert [plain.draw(i) for i in range(60)] == [stored.draw(i) for i in range(60)]
+        stored = pickle.loads(pickle.dumps(stored))  # noqa: S301 - our own bytes: what a worker gets.
+        a, b = (Batches(s, codec, WeightConfig())[index] for s in (plain, stored))
+        for k, v in vars(a).items():
+            if k in ("warp", "visibility"):
+                assert (getattr(b, k) - v).abs().mean() < 2e-3, k
+            else:
+                assert_close(getattr(b, k), v, atol=1e-2, rtol=4e-3, msg=lambda m, k=k: f"{k}: {m}")
+    known, same = plain.drivers(0, 3)[1], stored.drivers(0, 3)[1]
+    assert_close(known.expr, same.expr)
+    assert_close(known.eyes_pose, same.eyes_pose)
+
+
+def test_encoding_goes_on_where_it_was_killed(encoded, monkeypatch):
+    out, source = encoded / "again", ClipFootage(encoded / "clips/stills")
+    rest = (encoded / "vae", LIKE, "cpu", 1, 1)
+    done: list[int] = []
+
+    def dying(*job):
+        if done:
+            raise KeyboardInterrupt
+        done.append(job[1])
+        return write_shard(*job)
+
+    monkeypatch.setattr("geodiff4d.video.encode.write_shard", dying)
+    with pytest.raises(KeyboardInterrupt):
+        encode_clips([source], out, *rest)
+    with pytest.raises(UserError, match="is unfinished: give the same"):
+        open_footage(out)
+    monkeypatch.setattr("geodiff4d.video.encode.write_shard", write_shard)
+    (out / ".shard-00001.npy.1.part").write_bytes(b"half")
+    assert [encode_clips([source], out, *rest) for _ in range(2)] == [1, 0]
+    assert not list(out.glob(".shard*")), "nothing is left"
+    whole, again = open_footage(encoded / "store"), open_footage(out)
+    for i in range(2):
+        of, same = (f.cached([FrameKey(k, 0, 0)]) for f, k in ((again, i), (whole, 2 + i)))
+        assert torch.equal(of.planes, same.planes)
+    with pytest.raises(UserError, match="holds other clips, or for another model"):
+        encode_clips([ClipFootage(encoded / "clips/film")], out, *rest)
+
+
+def test_stores_below_a_folder_are_one_and_say_whom_they_suit(encoded, tmp_path):
+    for name in ("store", "other"):
+        shutil.copytree(encoded / "store", tmp_path / "all" / name)
+    whole, one = open_footage(tmp_path / "all"), open_footage(encoded / "store")
+    assert [t.subject for t in whole.takes] == 2 * [t.subject for t in one.takes]
+    keys = [FrameKey(k, 1, 0) for k in (1, 5)]
+    assert_close(whole.cached(keys).planes, one.cached(keys[:1]).planes.expand(2, -1, -1, -1))
+    codec, other = tiny_codec(), tiny_codec()
+    other.basis.mul_(-1)
+    paper = replace(PAPER, size=40, expression=LIKE.expression)
+    assert fits(whole.stores[0].config, codec, LIKE) is None
+    for wrong, model, reason in (
+        (other, LIKE, "another codec"),
+        (codec, EMBEDDED, "not 32 and"),
+        (codec, paper, "pose maps"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            whole.require(lambda made, m=model, c=wrong: fits(made, c, m))
+    with pytest.raises(UserError, match="with --estimated"):
+        open_footage(tmp_path / "all", estimated=True)
+    (tmp_path / "all/store/shard-00002.npy").write_bytes(b"x")
+    with pytest.raises(UserError, match="missing or damaged"):
+        open_footage(tmp_path / "all").cached(keys)
+    (tmp_path / "all/store/index.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="damaged"):
+        open_footage(tmp_path / "all")
 
 
 @pytest.mark.parametrize(

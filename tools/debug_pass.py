@@ -187,7 +187,13 @@ RECIPES = [
         says="flicker_rgb_alone",
     ),
     Recipe(
-        "train image --preset debug --data world stores --workers 1 --vae runs/vae/vae --steps 2 --out runs/mixed",
+        "encode world --preset debug --vae runs/vae/vae --workers 1 --out shards",
+        ("shards/shard-00000.npy", "shards/index.safetensors"),
+        says="2 takes, 16 frames",
+    ),
+    Recipe(
+        "train image --preset debug --data shards world stores --workers 1 --vae runs/vae/vae --steps 2 "
+        "--out runs/mixed",
         ("runs/mixed/model/unet/model*.safetensors", "runs/mixed/log.jsonl"),
         says="% of the samples",
     ),
@@ -419,6 +425,7 @@ RECIPES = [
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
     bad("fit empty --preset debug", says="no frames"),
+    bad("encode stores --preset debug --vae runs/vae/vae --workers 1", says="has nothing to train on"),
     bad("train video --preset debug", says="needs a stage-1 model"),
     bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),
     bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere is not a folder"),

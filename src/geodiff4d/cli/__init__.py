@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("geodiff4d.cli.verify", "say what files carry about their making, and whether they were altered"),
     "synth": ("geodiff4d.cli.synth", "write clips of made-up people"),
     "import": ("geodiff4d.cli.imports", "read data sets or trackers' results into clips, or avatars of others"),
+    "encode": ("geodiff4d.cli.encode", "encode clips once, into shards that training reads"),
     "export": (
         "geodiff4d.cli.export",
         "write an avatar or a clip for other programs: 3DGS .ply and more",

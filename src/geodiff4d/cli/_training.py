@@ -12,14 +12,17 @@ from geodiff4d.cli.progress import bar, record_lines
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
+from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.render import build_store, build_tracks
 from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
 from geodiff4d.data.footage.take import Footage
 from geodiff4d.data.sampling import ReadConfig, Samples, open_footage
+from geodiff4d.data.shards import NOTE, stores_below
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
 from geodiff4d.tracking.relabel import render_tracked
 from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.encode import fits
 from geodiff4d.video.model import VideoModelConfig, load_video_model
 from geodiff4d.video.objective import trained_state
 from geodiff4d.video.recode import continued, start_from_stable_diffusion, starting_weights
@@ -155,7 +158,9 @@ def batches(
         args.out.mkdir(parents=True, exist_ok=True)
         for split, found in sources.items():
             for i, source in enumerate(found):
-                if isinstance(source, RenderedFootage) and source.store.config.size == model.size:
+                if isinstance(source, EncodedFootage):
+                    source.require(lambda made: fits(made, codec, model))
+                elif isinstance(source, RenderedFootage) and source.store.config.size == model.size:
                     encode_store(source, codec, args.out / f"latents_{split}_{i}.npy", encoded_pose)
 
     def made(split: str, seed: int, augment: AugmentConfig | None) -> Batches:
@@ -178,7 +183,7 @@ def batches(
 
 def is_footage(folder: Path) -> bool:
     """Say whether a folder is a store or holds clips, and not the place where `train` renders stores."""
-    if (folder / "store.json").exists() or (folder / "transforms.json").exists():
+    if (folder / "store.json").exists() or (folder / "transforms.json").exists() or stores_below(folder, HELD_OUT):
         return True
     # Deeper than this no importer and no tracker writes.
     return folder.is_dir() and any(next(folder.glob(f"{depth}transforms.json"), None) for depth in ("*/", "*/*/"))
@@ -215,6 +220,10 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
                 out[split].append(open_footage(store, head, estimated and split == "train"))
             elif split == "train" and is_footage(folder):
                 out[split].append(open_footage(folder, head, estimated))
+            elif split == "val" and stores_below(folder, HELD_OUT):
+                beside = {f / HELD_OUT for f in (folder, *stores_below(folder, HELD_OUT))}
+                if held := sorted(f for f in beside if (f / NOTE).exists()):
+                    out[split].append(EncodedFootage(held, head))
             elif split == "val" and is_footage(folder) and clips_below(folder, held_out=True):
                 out[split].append(ClipFootage(folder, head, held_out=True))
     if len(out["train"]) < len(args.data):

@@ -46,7 +46,7 @@ class RunFolder:
         self._failed: BaseException | None = None
         self.path.mkdir(parents=True, exist_ok=True)
         if writes:
-            _lock(self.path.resolve())
+            lock_folder(self.path.resolve())
             for left in self.path.glob(".*.part"):
                 left.unlink()
         ours = json.loads(json.dumps(asdict(config), default=str))
@@ -164,7 +164,7 @@ class RunFolder:
         return None
 
 
-def _lock(folder: Path) -> None:
+def lock_folder(folder: Path) -> None:
     """Keep other processes out of a folder until this one ends.
 
     Raises:

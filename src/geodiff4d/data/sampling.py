@@ -28,9 +28,11 @@ from torch.utils.data import Dataset
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig, augment_crops
-from geodiff4d.data.footage.clips import ClipFootage
+from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage
+from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.rendered import RenderedFootage, Store
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
+from geodiff4d.data.shards import stores_below
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.world.seeds import generator
 
@@ -39,7 +41,7 @@ TRIES = 4
 
 
 def open_footage(folder: Path, head: str | None = None, estimated: bool = False) -> Footage:
-    """Open a rendered store, a clip, or a folder with clips anywhere below it.
+    """Open a rendered store, encoded clips, a clip, or a folder with clips anywhere below it.
 
     Args:
         head: path of the head that clips on FLAME need.
@@ -51,6 +53,12 @@ def open_footage(folder: Path, head: str | None = None, estimated: bool = False)
     folder = Path(folder)
     if (folder / "store.json").exists():
         return RenderedFootage(Store(folder), estimated)
+    if stores := stores_below(folder, HELD_OUT):
+        encoded = EncodedFootage(stores, head)
+        if encoded.estimated != estimated:
+            wanted = "with" if estimated else "without"
+            raise UserError(f"{folder} was encoded otherwise: `geodiff4d encode` the clips {wanted} --estimated")
+        return encoded
     return ClipFootage(folder, head, estimated)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import grid_sample, max_pool2d
 from torch.nn.functional import interpolate as resize
@@ -18,7 +18,7 @@ from torch.nn.functional import interpolate as resize
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
-from geodiff4d.heads.rig import Head, PosedHead
+from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.render.warp import CompletedHead, complete, push_pull, sample_completed
 
@@ -174,6 +174,18 @@ def render_lifted(
     around = torch.stack([push_pull(n * m, m) for n, m in zip(normals, inside, strict=True)])
     around = around * (around.square().sum(1, keepdim=True) + 1e-12).rsqrt()
     return rgb, torch.where(inside > 0, normals, around * (mask > 0)), mask
+
+
+def render_still(
+    portrait: Shows, head: Head, params: HeadParams, cameras: Camera,
+    read: HeadParams | None = None, moved: Bool[Tensor, " t"] | None = None,
+) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 2 height width"]]:  # fmt: skip
+    """Draw a portrait on heads without expression, and where `moved`, with the one in `read`; (rgb, visibility)."""
+    still = head.pose(params.without_expression())
+    vertices = still.vertices
+    if read is not None and moved is not None:
+        vertices = torch.where(moved[:, None, None], head.pose(read).vertices, vertices)
+    return portrait.shown(rasterize(vertices, still.faces, cameras), still.T_world_joint, cameras)
 
 
 def _centres(rows: int, columns: int, device: torch.device) -> Float[Tensor, "points 2"]:

@@ -145,7 +145,7 @@ class Batches:
         weight = self._weight(f, planes.shape[-1])[1:][pad]
         # By itself: the others in its batch must not change what a sample counts.
         weight = weight / weight[valid].mean() * valid[:, None, None]
-        known = f.has_normal[1:][pad] if isinstance(f, DecodedFrames) else torch.ones(len(pad), dtype=torch.bool)
+        known = f.has_normal[1:][pad]
         return Batch(
             index=torch.tensor([e.index]), reference_pose=planes[:1, 2 * c :],
             target=rearrange(clip[:, : 2 * c], "t (d c) h w -> 1 d c t h w", d=2),

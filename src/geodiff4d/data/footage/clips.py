@@ -6,7 +6,8 @@ Only the clips' indices are held.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import groupby
@@ -28,7 +29,7 @@ from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.heads.rig import SKULL_JOINT
 from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box, head_region
 from geodiff4d.render.meshes import interpolate, rasterize, render_normals
-from geodiff4d.render.relief import lift_portrait
+from geodiff4d.render.relief import lift_portrait, render_still
 from geodiff4d.world.seeds import generator
 from geodiff4d.world.tracker_error import disturbed, moved_as_tracked
 
@@ -51,6 +52,11 @@ class _Where:
 
     folder: Path
     cameras: tuple[int, ...]
+    head: str
+
+
+_NOWHERE = _Where(Path(), (), "")
+_NOTHING = Take("", np.zeros(0, np.int64), np.zeros((0, 0), bool), False)
 
 
 class ClipFootage:
@@ -110,7 +116,7 @@ class ClipFootage:
         if not known:
             # A person tracked on two heads is two: no head can pose the other's parameters.
             subject += f" on {header.head_name}"
-        where = _Where(path, tuple(cameras))
+        where = _Where(path, tuple(cameras), header.head_name)
         if header.extra.get("stills"):
             for i, t in enumerate(steps):
                 self.takes.append(Take(f"{path}:{t}", np.array([t]), present[i : i + 1], False, header.fps, known))
@@ -121,6 +127,25 @@ class ClipFootage:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_clips": OrderedDict(), "_whole": OrderedDict()}
+
+    def head_name(self, take: int) -> str:
+        """Return the name of the head that a take's parameters are of."""
+        return self._where[take].head
+
+    def part(self, takes: Iterable[int]) -> "ClipFootage":
+        """Return footage that has some takes alone, under their numbers: what a process is sent to read them."""
+        chosen, part = set(takes), copy(self)
+        part.__dict__.update(self.__getstate__(), _views={}, _boxes={})
+        part.takes = [t if i in chosen else _NOTHING for i, t in enumerate(self.takes)]
+        part._where = [w if i in chosen else _NOWHERE for i, w in enumerate(self._where)]
+        return part
+
+    def poses(self, take: int, view: int, instants: Sequence[int], size: int) -> tuple[HeadParams, HeadParams, Camera]:
+        """Return heads as tracked, the same as `warped` moves them, and the cameras of the canonical crop."""
+        params, cameras = self.params(take, instants), self._cameras(take, view, instants)
+        moved = self._of_all("moved", take)[torch.tensor(list(instants))] if self.takes[take].motion else params
+        box = self.crop_box(take, view) or (0.0, 0.0, float(cameras.width))
+        return params, moved, cameras.cropped(*box, size)
 
     def _opened(self, take: int) -> tuple[Clip, dict[tuple[int, int], int]]:
         path = self._where[take].folder
@@ -135,7 +160,7 @@ class ClipFootage:
         return self._opened(take)[0]
 
     def _head(self, take: int) -> Head:
-        return _head(self._clip(take).head_name, self.head_path)
+        return clip_head(self._where[take].head, self.head_path)
 
     def _records(self, take: int, view: int, instants: Sequence[int]) -> list[int]:
         """Return positions of frames in the clip."""
@@ -275,13 +300,11 @@ class ClipFootage:
         for take, view, instants in _runs(keys):
             box = self.crop_box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
             cameras = self._cameras(take, view, instants).cropped(*box, size)
-            still = own.pose(self.params(take, instants).without_expression())
-            vertices = still.vertices
+            here, read = None, None
             if moved is not None and moved[first : first + len(instants)].any():
-                here = torch.from_numpy(moved[first : first + len(instants)])[:, None, None]
+                here = torch.from_numpy(moved[first : first + len(instants)])
                 read = self._of_all("moved", take)[torch.tensor(instants)]
-                vertices = torch.where(here, own.pose(read).vertices, vertices)
-            shown.append(portrait.shown(rasterize(vertices, still.faces, cameras), still.T_world_joint, cameras))
+            shown.append(render_still(portrait, own, self.params(take, instants), cameras, read, here))
             first += len(instants)
         return torch.cat([x[0] for x in shown]), torch.cat([x[1] for x in shown])
 
@@ -344,7 +367,7 @@ def _forget(cache: OrderedDict[Any, Any]) -> None:
 
 
 @cache
-def _head(name: str, path: str | None) -> Head:
+def clip_head(name: str, path: str | None) -> Head:
     """Load a clip's head: the file that was given, else by its name.
 
     Raises:

@@ -228,7 +228,7 @@ class RenderedFootage:
         planes = self._planes = np.load(self.cache, mmap_mode="r") if self._planes is None else self._planes
         rows = self.rows(keys)
         cover, focus = (take(x, rows, 255.0) for x in (self.store.cover, self.store.focus))
-        return CachedFrames(take(planes, rows), cover, focus)
+        return CachedFrames(take(planes, rows), cover, focus, torch.ones(len(cover), dtype=torch.bool))
 
     def driving(self, keys: Sequence[FrameKey], size: int) -> Float[Tensor, "n 3 size size"]:
         return at_size(take(self.store.crop, self.rows(keys), 255.0), size)

@@ -78,6 +78,7 @@ class CachedFrames:
     """Share of the foreground in each latent cell."""
     focus: Float[Tensor, "n h w"]
     """Share of mouth, eyes and brows in each latent cell or one beside it."""
+    has_normal: Bool[Tensor, " n"]
 
 
 @runtime_checkable
