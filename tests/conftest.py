@@ -5,10 +5,12 @@ whose modules load torch, and their annotations' names, only when a command runs
 """
 
 import os
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 
+import jaxtyping
 import pytest
-from jaxtyping import install_import_hook
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     # A core and a thread each, before anything counts cores: threads that wait for each other spin, and workers that
@@ -47,7 +49,29 @@ CHECKED = [
 KERNELS = {"deferred", "lattice"}
 """Of the world."""
 CHECKED += [f"world.{path.stem}" for path in WORLD.glob("*.py") if path.stem not in KERNELS | {"__init__"}]
-install_import_hook(
+
+
+def checked(fn=None, *, typechecker=None, _checked=jaxtyping.jaxtyped):
+    """Check what a function is called with and what it returns, as cheaply as its annotations allow.
+
+    Checking is woven into a function where it is defined, which takes a millisecond: functions inside functions, which
+    are defined at every call, are left alone. Jaxtyping compares shapes between arguments, at several times the cost of
+    beartype alone; where no array is annotated there is none to compare. Names in quotes may exist for type checkers
+    only, which jaxtyping forgives.
+    """
+    if fn is None:
+        return partial(checked, typechecker=typechecker)
+    if "<locals>" in getattr(fn, "__qualname__", ""):
+        return fn
+    if isinstance(fn, FunctionType):
+        annotations = fn.__annotations__.values()
+        if "jaxtyping" not in repr(annotations) and not any(isinstance(a, str) for a in annotations):
+            return typechecker(fn)
+    return _checked(fn, typechecker=typechecker)
+
+
+jaxtyping.jaxtyped = checked
+jaxtyping.install_import_hook(
     [f"geodiff4d.{name}" for name in CHECKED],
     # The numeric tower lets an int stand in for a float, as PEP 484 says it may.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
