@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from geodiff4d.heads import Head, load_head
-from geodiff4d.render.hidden import complete_eyes, face_light, inner_light, paint_hidden
+from geodiff4d.render.hidden import complete_eyes, face_light, inner_light, lid_edges, met_lids, paint_hidden
 from geodiff4d.render.meshes import interpolate, rasterize, rasterize_uv
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.render.warp import complete, sample_completed
@@ -103,6 +103,38 @@ def test_a_blink_shows_skin_and_not_drawn_out_lashes(head):
     middle = head.template[head.regions["left_eye"]].mean(0)
     x, y = camera.project(middle[None] + torch.tensor([[0.0, 0.002, 0.012]]))[0][0].round().long().tolist()
     assert_close(rgb[:, y, x], skin, atol=0.15, rtol=0)
+
+
+def test_lids_that_have_met_are_parted_by_a_dark_line(head):
+    """The lower lid's wet rim is light: open, it is seen; closed, nothing lighter than skin is left of it."""
+    skin, rim = torch.tensor([0.6, 0.45, 0.4]), torch.tensor([0.9, 0.8, 0.8])
+    colours = torch.where(head.regions["lids"][:, None], rim, skin)
+    colours = torch.where(head.regions["eyes"][:, None], torch.tensor([0.2, 0.2, 0.2]), colours)
+    camera = front()
+    opened = rasterize(head.template, head.faces, camera)
+    image = interpolate(opened, head.faces, colours) + 0.5 * (~opened.mask)
+    portrait = complete(head, image, head.template, camera, texels=TEXELS)
+    blink = torch.zeros(1, len(head.expression_names))
+    blink[:, [head.expression_names.index(f"eyeBlink{side}") for side in ("Left", "Right")]] = 1.0
+    closed = head.pose(replace(head.neutral(1), expr=blink))
+    shut = rasterize(closed.vertices[0], closed.faces, camera)
+    views = {"open": opened, "shut": shut}
+    edges = {k: interpolate(f, head.faces, lid_edges(head).float()[:, None]) > 0.9 for k, f in views.items()}
+    rgb = {k: sample_completed(portrait, f, SIZE, SIZE)[0].mean(0, keepdim=True) for k, f in views.items()}
+    assert edges["shut"].sum() > 8 and edges["open"].sum() > 8
+    assert (rgb["open"][edges["open"]] > skin.mean() + 0.1).float().mean() > 0.5
+    assert (rgb["shut"][edges["shut"]] < skin.mean() + 0.02).float().mean() > 0.95
+
+
+def test_lids_have_met_where_no_eye_is_beside_them():
+    edge = torch.zeros(1, 1, 100, 100)
+    edge[..., 40:42, 20:80] = 1
+    eye = torch.zeros_like(edge)
+    eye[..., 42:52, 50:80] = 1
+    met = met_lids(edge, eye)
+    assert (met[..., 40:42, 20:48] == 1).all() and (met[..., 41, 52:78] == 0).all()
+    assert (met * (1 - edge) == 0).all()
+    assert (met_lids(edge, torch.zeros_like(edge)) == edge).all()
 
 
 def test_the_own_view_is_the_portraits(head):

@@ -9,11 +9,12 @@ Ours, beyond the paper.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import avg_pool2d, normalize
 
 from geodiff4d.core.topology import vertex_normals
 from geodiff4d.heads.rig import Head
 from geodiff4d.render.meshes import Fragments, interpolate
+from geodiff4d.render.push_pull import push_pull
 
 ALBEDO = {
     "mouth": (0.10, 0.020, 0.018),
@@ -32,6 +33,12 @@ AROUND_EYE_M = 0.032
 """Lids and the skin below them lie this near to the middle of their eye."""
 LID_TRAVEL_M = 0.006
 """A full blink moves the middle of an upper lid about this far."""
+UNSHADED = 0.75
+"""Skin around an eye that is darker than this share of its median is in shadow, or is none."""
+LASHES = 0.6
+"""Where lids have met, their edges are darkened to this share of what is seen of them apart (sRGB)."""
+MET_SHARE = 0.012
+"""Lids that show no eyeball within this share of the image's width have met."""
 EYE_BINS = 24
 """Rings of equal colour in which an eye is seen."""
 EYE_REACH_RAD = 0.9
@@ -57,7 +64,7 @@ def paint_hidden(
             inner = torch.maximum(inner, head.regions[name].float()[:, None])
     skin = (seen[0] > 0.9) & (interpolate(atlas, head.faces, inner)[0] < 0.01)
     texture = paint_mouth(head, texture, weight, atlas, face_light(texture, skin))
-    texture = paint_lids(head, texture, atlas, skin)
+    texture = paint_lids(head, texture, seen, atlas, skin)
     return complete_eyes(head, texture, weight, atlas)
 
 
@@ -101,9 +108,10 @@ def paint_mouth(
 
 
 def paint_lids(
-    head: Head, texture: Float[Tensor, "3 texels texels"], atlas: Fragments, skin: Bool[Tensor, "texels texels"]
-) -> Float[Tensor, "3 texels texels"]:
-    """Paint what a blink pulls over the eye in the colour of the skin below it.
+    head: Head, texture: Float[Tensor, "3 texels texels"], seen: Float[Tensor, "1 texels texels"], atlas: Fragments,
+    skin: Bool[Tensor, "texels texels"],
+) -> Float[Tensor, "3 texels texels"]:  # fmt: skip
+    """Continue the skin around an eye over what a blink pulls across it, and the lids' edges where they are not seen.
 
     An open eye shows its lid as a sliver of crease and lashes, which would be drawn out over the closed eye.
     """
@@ -112,17 +120,47 @@ def paint_lids(
         return texture
     travel = head.expr_basis[..., blink].norm(dim=1).amax(-1)
     pulled = ((travel / LID_TRAVEL_M - 0.25) / 0.5).clamp(0, 1)
-    lids = interpolate(atlas, head.faces, pulled[:, None])
+    lids, edges = interpolate(atlas, head.faces, torch.stack([pulled, lid_edges(head).to(pulled)], -1))
     position = interpolate(atlas, head.faces, head.template)
     for side in ("left_eye", "right_eye"):
         off = position - head.template[head.regions[side]].mean(0)[:, None, None]
-        near = off.square().sum(0) < AROUND_EYE_M**2
-        below = near & skin & (off[1] < -0.012) & (off[0].abs() < 0.02)
-        if int(below.sum()) < 20:
+        near = (off.square().sum(0) < AROUND_EYE_M**2) & (atlas.face_index >= 0)
+        around = near & skin & (lids < 0.05)
+        if int(around.sum()) < 20:
             continue
-        colour = texture[:, below].median(1).values[:, None, None]
-        texture = texture + lids * near * (colour - texture)
+        bright = texture.mean(0)
+        # Brows, glasses and shadows are no lids' colour.
+        plain = (around & (bright > UNSHADED * bright[around].median()))[None].to(texture.dtype)
+        colour = push_pull(texture * plain, plain)
+        shown = edges * near * seen
+        rims = push_pull(texture * shown, shown)
+        colour = colour + edges * (rims - colour)
+        texture = texture + torch.maximum(lids, edges) * near * (1 - edges * seen) * (colour - texture)
     return texture
+
+
+def lid_edges(head: Head) -> Bool[Tensor, " verts"]:
+    """Return the vertices of the lids' edges, where lashes grow; none of a head whose lids are not told apart."""
+    if "eyeBlinkLeft" not in head.expression_names or "lids" not in head.regions:
+        return torch.zeros_like(head.template[:, 0], dtype=torch.bool)
+    return head.regions["lids"]
+
+
+def met_lids(
+    edge: Float[Tensor, "n 1 height width"], eye: Float[Tensor, "n 1 height width"]
+) -> Float[Tensor, "n 1 height width"]:
+    """Return where a view shows edges of lids that have met: with no eyeball beside them.
+
+    There they show neither skin nor the wet rim of the lower lid, but the line of the lashes (`LASHES`).
+
+    Args:
+        edge: where the lids' edges are.
+        eye: where an eyeball is.
+    """
+    reach = max(1, round(MET_SHARE * edge.shape[-1]))
+    # The height of the gap between the lids [px]: less than one is none.
+    gap = avg_pool2d(eye, 2 * reach + 1, 1, reach) * (2 * reach + 1)
+    return edge * (1 - gap).clamp(0, 1)
 
 
 def complete_eyes(

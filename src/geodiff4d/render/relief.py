@@ -20,7 +20,8 @@ from geodiff4d.core.geometry import transform
 from geodiff4d.core.images import composite
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
-from geodiff4d.render.warp import CompletedHead, complete, push_pull, sample_completed
+from geodiff4d.render.push_pull import push_pull
+from geodiff4d.render.warp import CompletedHead, complete, sample_completed
 
 CELL_PX = 4
 """Pixels of the portrait per cell of the sheet, up to a width of 256; a wider portrait has no more cells than that."""

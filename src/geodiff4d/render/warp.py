@@ -11,14 +11,15 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, grid_sample, max_pool2d, normalize, pad
+from torch.nn.functional import grid_sample, max_pool2d, normalize, pad
 from torch.nn.functional import interpolate as resize
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.topology import vertex_normals
 from geodiff4d.heads.rig import Head
-from geodiff4d.render.hidden import paint_hidden
+from geodiff4d.render.hidden import LASHES, lid_edges, met_lids, paint_hidden
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv
+from geodiff4d.render.push_pull import push_pull
 
 DEPTH_TOLERANCE_M = 0.004
 """A vertex this far behind the z-buffer still counts as seen (more where the surface is steep)."""
@@ -203,7 +204,9 @@ def sample_completed(
     Of coarser fragments than the image that is asked for, coordinates are resampled and not colours.
     """
     head, v = portrait.head, portrait.carried.visibility[..., None]
-    corners = torch.cat([portrait.carried.grid, v, (v > 0).to(v.dtype), torch.ones_like(v)], -1)
+    eyes = head.regions.get("eyes", torch.zeros_like(head.template[:, 0], dtype=torch.bool))
+    parts = torch.stack([lid_edges(head), eyes], -1).to(v).expand(*v.shape[:-1], 2)
+    corners = torch.cat([portrait.carried.grid, v, (v > 0).to(v.dtype), torch.ones_like(v), parts], -1)
     maps = torch.cat([
         interpolate(fragments, head.faces, corners), interpolate(fragments, head.uv_faces, head.uv * 2 - 1)
     ], -3)  # fmt: skip
@@ -211,15 +214,18 @@ def sample_completed(
     maps = maps.reshape(-1, *maps.shape[-3:])
     if maps.shape[-2:] != (height, width):
         maps = resize(maps, (height, width), mode="bilinear", align_corners=False)
-    own, seen, whole, share, uv = maps.split((2, 1, 1, 1, 2), 1)
+    own, seen, whole, share, edge, eye, uv = maps.split((2, 1, 1, 1, 1, 1, 2), 1)
     inside = (share > 0.5).to(maps.dtype)
     visibility = seen * (whole > 0.999 * share) * inside
     visibility = visibility * _unstretched((own / share.clamp(min=1e-3)).movedim(1, -1), visibility, inside)
+    # Whatever the portrait shows of the lids' edges, it shows apart from each other.
+    met = met_lids(edge, eye)
+    visibility = visibility * (1 - met)
 
     def look(image: Float[Tensor, "3 rows columns"], grid: Float[Tensor, "n 2 height width"]) -> Tensor:
         return sample(image.expand(len(grid), -1, -1, -1), (grid / share.clamp(min=1e-3)).movedim(1, -1))
 
-    texture = look(portrait.texture, uv)
+    texture = look(portrait.texture, uv) * (1 - (1 - LASHES) * met)
     rgb = texture + visibility * (look(portrait.image, own) - texture)
     return tuple(x.view(*batch, *x.shape[1:]) for x in (rgb, visibility, inside))  # pyright: ignore[reportReturnType]
 
@@ -259,23 +265,3 @@ def _nearest_depth(
             y = (corner[..., 1] + dy).clamp(0, height - 1).long()
             values.append(depth.flatten(-2).gather(-1, y * width + x))
     return torch.stack(values).amin(0)
-
-
-def push_pull(
-    premultiplied: Float[Tensor, "channels height width"], weight: Float[Tensor, "1 height width"], levels: int = 99
-) -> Float[Tensor, "channels height width"]:
-    """Fill holes smoothly: average down until nothing is empty, then let each level cover the coarser where it knows.
-
-    With fewer levels than that takes, what is further away fades to zero.
-    """
-    pyramid = [(premultiplied[None], weight[None])]
-    while max(pyramid[-1][0].shape[-2:]) > 1 and len(pyramid) <= levels:
-        p, w = (avg_pool2d(x, 2, ceil_mode=True) for x in pyramid[-1])
-        # A quarter of known texels is as good as all: small islands must not fade on the way down.
-        gain = (4 * w).clamp(max=1) / w.clamp(min=1e-6)
-        pyramid.append((p * gain, w * gain))
-    p, w = pyramid.pop()
-    out = p / w.clamp(min=1e-6) if p.shape[-2:] == (1, 1) else p
-    for p, w in reversed(pyramid):
-        out = p + (1 - w) * resize(out, p.shape[-2:], mode="bilinear", align_corners=False)
-    return out[0]
