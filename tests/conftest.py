@@ -8,6 +8,7 @@ import os
 from functools import partial
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -51,7 +52,7 @@ KERNELS = {"deferred", "lattice"}
 CHECKED += [f"world.{path.stem}" for path in WORLD.glob("*.py") if path.stem not in KERNELS | {"__init__"}]
 
 
-def checked(fn=None, *, typechecker=None, _checked=jaxtyping.jaxtyped):
+def checked(fn: Any = None, *, typechecker: Any = None, _checked=jaxtyping.jaxtyped):
     """Check what a function is called with and what it returns, as cheaply as its annotations allow.
 
     Checking is woven into a function where it is defined, which takes a millisecond: functions inside functions, which

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from geodiff4d.heads import Head, load_head
-from geodiff4d.render.hidden import complete_eyes, face_light, inner_light, lid_edges, met_lids, paint_hidden
+from geodiff4d.render.hidden import complete_eyes, eyes_and_lids, face_light, inner_light, met_lids, paint_hidden
 from geodiff4d.render.meshes import interpolate, rasterize, rasterize_uv
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.render.warp import complete, sample_completed
@@ -119,7 +119,7 @@ def test_lids_that_have_met_are_parted_by_a_dark_line(head):
     closed = head.pose(replace(head.neutral(1), expr=blink))
     shut = rasterize(closed.vertices[0], closed.faces, camera)
     views = {"open": opened, "shut": shut}
-    edges = {k: interpolate(f, head.faces, lid_edges(head).float()[:, None]) > 0.9 for k, f in views.items()}
+    edges = {k: interpolate(f, head.faces, eyes_and_lids(head)[:, 1:].float()) > 0.9 for k, f in views.items()}
     rgb = {k: sample_completed(portrait, f, SIZE, SIZE)[0].mean(0, keepdim=True) for k, f in views.items()}
     assert edges["shut"].sum() > 8 and edges["open"].sum() > 8
     assert (rgb["open"][edges["open"]] > skin.mean() + 0.1).float().mean() > 0.5

@@ -120,7 +120,7 @@ def paint_lids(
         return texture
     travel = head.expr_basis[..., blink].norm(dim=1).amax(-1)
     pulled = ((travel / LID_TRAVEL_M - 0.25) / 0.5).clamp(0, 1)
-    lids, edges = interpolate(atlas, head.faces, torch.stack([pulled, lid_edges(head).to(pulled)], -1))
+    lids, edges = interpolate(atlas, head.faces, torch.stack([pulled, eyes_and_lids(head)[:, 1].to(pulled)], -1))
     position = interpolate(atlas, head.faces, head.template)
     for side in ("left_eye", "right_eye"):
         off = position - head.template[head.regions[side]].mean(0)[:, None, None]
@@ -139,11 +139,12 @@ def paint_lids(
     return texture
 
 
-def lid_edges(head: Head) -> Bool[Tensor, " verts"]:
-    """Return the vertices of the lids' edges, where lashes grow; none of a head whose lids are not told apart."""
-    if "eyeBlinkLeft" not in head.expression_names or "lids" not in head.regions:
-        return torch.zeros_like(head.template[:, 0], dtype=torch.bool)
-    return head.regions["lids"]
+def eyes_and_lids(head: Head) -> Bool[Tensor, "verts 2"]:
+    """Return the vertices of the eyeballs, and those of the lids' edges, where lashes grow; none of the latter of a
+    head whose edges are not told apart from its lids."""
+    none = torch.zeros_like(head.template[:, 0], dtype=torch.bool)
+    edges = head.regions.get("lids", none) if "eyeBlinkLeft" in head.expression_names else none
+    return torch.stack([head.regions.get("eyes", none), edges], -1)
 
 
 def met_lids(

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate as resize
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.topology import vertex_normals
 from geodiff4d.heads.rig import Head
-from geodiff4d.render.hidden import LASHES, lid_edges, met_lids, paint_hidden
+from geodiff4d.render.hidden import LASHES, eyes_and_lids, met_lids, paint_hidden
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, rasterize_uv
 from geodiff4d.render.push_pull import push_pull
 
@@ -204,9 +204,9 @@ def sample_completed(
     Of coarser fragments than the image that is asked for, coordinates are resampled and not colours.
     """
     head, v = portrait.head, portrait.carried.visibility[..., None]
-    eyes = head.regions.get("eyes", torch.zeros_like(head.template[:, 0], dtype=torch.bool))
-    parts = torch.stack([lid_edges(head), eyes], -1).to(v).expand(*v.shape[:-1], 2)
-    corners = torch.cat([portrait.carried.grid, v, (v > 0).to(v.dtype), torch.ones_like(v), parts], -1)
+    eyes = eyes_and_lids(head).to(v) if head.regions else v.new_zeros(v.shape[-2], 2)
+    eyes = eyes.expand(*v.shape[:-1], 2)
+    corners = torch.cat([portrait.carried.grid, v, (v > 0).to(v.dtype), torch.ones_like(v), eyes], -1)
     maps = torch.cat([
         interpolate(fragments, head.faces, corners), interpolate(fragments, head.uv_faces, head.uv * 2 - 1)
     ], -3)  # fmt: skip
@@ -214,7 +214,7 @@ def sample_completed(
     maps = maps.reshape(-1, *maps.shape[-3:])
     if maps.shape[-2:] != (height, width):
         maps = resize(maps, (height, width), mode="bilinear", align_corners=False)
-    own, seen, whole, share, edge, eye, uv = maps.split((2, 1, 1, 1, 1, 1, 2), 1)
+    own, seen, whole, share, eye, edge, uv = maps.split((2, 1, 1, 1, 1, 1, 2), 1)
     inside = (share > 0.5).to(maps.dtype)
     visibility = seen * (whole > 0.999 * share) * inside
     visibility = visibility * _unstretched((own / share.clamp(min=1e-3)).movedim(1, -1), visibility, inside)

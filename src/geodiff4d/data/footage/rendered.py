@@ -192,7 +192,10 @@ class RenderedFootage:
         """The head whose mesh the store refers to, which outlives a new version of OpenHead."""
         if self._head is None:
             mesh = {k: torch.from_numpy(np.array(getattr(self.store, k))) for k in TOPOLOGY}
-            self._head = replace(openhead(), **mesh)
+            head = openhead()
+            # Another mesh's vertices have no names here.
+            regions = head.regions if self.store.carried.shape[-2] == len(head.template) else {}
+            self._head = replace(head, **mesh, regions=regions)
         return self._head
 
     def reference_views(self, take: int) -> Sequence[int]:
