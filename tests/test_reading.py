@@ -13,8 +13,10 @@ from geodiff4d.core.geometry import rigid
 from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.tracking.blend import FIT_ALONE, fitted_blend
+from geodiff4d.tracking.blinks import completed_blinks
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.fit import fit
+from geodiff4d.tracking.layout import Layout
 from geodiff4d.tracking.observe import readings_of
 from geodiff4d.tracking.points import choose_points
 from geodiff4d.tracking.projection import FRONT
@@ -53,6 +55,50 @@ def test_noise_is_measured_beside_events():
     assert_close(frame_noise(quiet), torch.tensor([0.05]), rtol=0.25, atol=0)
     assert_close(frame_noise(quiet + blink(200)), frame_noise(quiet), rtol=0.2, atol=0)
     assert frame_noise(quiet[:2]) == 0
+
+
+def lids(head, left: torch.Tensor, right: torch.Tensor | None = None) -> tuple[Layout, torch.Tensor]:
+    """Unknowns of frames in which only the lids move."""
+    layout = Layout(head)
+    frame = torch.zeros(len(left), layout.slices["expr"].stop + 20)
+    for side, values in (("Left", left), ("Right", left if right is None else right)):
+        frame[:, layout.slices["expr"].start + layout.names.index(f"eyeBlink{side}")] = values
+    return layout, frame
+
+
+def risen(frames: int, at: int, length: int, height: float) -> torch.Tensor:
+    out = torch.zeros(frames)
+    out[at : at + length] = height
+    return out
+
+
+def test_a_blink_closes_the_eyes(head):
+    """One that was read to two thirds, on lids that rest a tenth shut."""
+    seen = 0.1 + risen(60, 20, 4, 0.55) + risen(60, 40, 3, 0.2)
+    layout, frame = lids(head, seen)
+    out = completed_blinks(layout, frame)
+    moved = (out != frame).any(0).nonzero()[:, 0].tolist()
+    names = [layout.names[k - layout.slices["expr"].start] for k in moved]
+    assert names == ["eyeBlinkLeft", "eyeBlinkRight"]
+    assert_close(out[20:24, moved[0]], torch.full((4,), 0.95), atol=0.02, rtol=0)
+    rest = [t for t in range(60) if not 18 <= t < 26]
+    assert torch.equal(out[rest], frame[rest]), "what is too little to be a blink stays what it is"
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (risen(80, 20, 40, 0.6), None),
+        (risen(80, 20, 4, 0.6), torch.zeros(80)),
+        (risen(80, 20, 4, 1.1), None),
+        (torch.full((80,), 0.7), None),
+        (risen(1, 0, 1, 0.6), None),
+    ],
+    ids=["a squint lasts", "a wink", "shut already", "eyes that stay shut", "an image"],
+)
+def test_what_is_no_blink_stays_what_it_is(head, left, right):
+    layout, frame = lids(head, left, right)
+    assert torch.equal(completed_blinks(layout, frame), frame)
 
 
 @given(st.floats(-2, 2), st.integers(1, 12))
@@ -138,7 +184,10 @@ def test_fit_and_reading_are_blended(head):
     found[3] = None
     got = fit(head, found, SIZE, SIZE, 900.0).params
     left, there = head.expression_names.index("eyeBlinkLeft"), torch.arange(FRAMES) != 3
-    assert_close(got.expr[there, left], readings_of(found).expr[there, left] * 0.8 + 0.05, atol=1e-4, rtol=0)
+    both = readings_of(found).expr[:, left] * 0.8 + 0.05
+    shutting = both > 0.3
+    assert_close(got.expr[there & ~shutting, left], both[there & ~shutting], atol=1e-4, rtol=0)
+    assert (got.expr[shutting, left] > both[shutting]).all(), "a blink goes all the way"
     assert got.expr[3].abs().max() < 0.3 and (got.expr >= 0).all()
     alone = fit(head, observed(head, params, said), SIZE, SIZE, 900.0)
     blended = fit(head, observed(head, params, replace(said, blend=blend)), SIZE, SIZE, 900.0)

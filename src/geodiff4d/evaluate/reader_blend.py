@@ -16,6 +16,7 @@ from geodiff4d.tracking.blend import FIT_ALONE, fitted_blend
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.observe import readings_of
+from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.reader import FaceReader
 from geodiff4d.tracking.reader_data import visible_coefficients
 from geodiff4d.tracking.reader_scenes import mirrored_targets
@@ -41,19 +42,20 @@ def measured_blend(
     blend = reader.blend.clone()
     reader.blend.copy_(FIT_ALONE.expand_as(blend))
     rows: list[Tensor] = []
+    config = TrackingConfig(fit=HeadFitConfig(blinks=False))
     try:
         for video in progress(performances(FIRST + people, "val", frames, 256)[2 * FIRST :], "measuring the reader"):
             path = folder / f"{video.name}.mp4"
             truth = render_video(path, video)
             try:
                 located = locate(
-                    lambda path=path: read_video(path), head, EmbeddedDetector(reader=reader), TrackingConfig(), True
+                    lambda path=path: read_video(path), head, EmbeddedDetector(reader=reader), config, True
                 )
             except UserError:
                 continue
             reading, whole = readings_of(located.detections), located.fit.camera
             assert reading is not None
-            alone = fit(head, located.detections, whole.width, whole.height, float(whole.K[0, 0]))
+            alone = fit(head, located.detections, whole.width, whole.height, float(whole.K[0, 0]), config.fit)
             expr = visible_coefficients(SyntheticSubject(video.seed, "val").rig, truth.expr)
             said = (alone.params, located.fit.params, reading, replace(truth, expr=expr))
             row = torch.stack([torch.cat([p.expr, p.jaw_pose, p.eyes_pose], 1) for p in said])

@@ -24,6 +24,7 @@ from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.crops import head_region
 from geodiff4d.tracking.appearance import Appearance, AppearanceLevel, added, face_points
 from geodiff4d.tracking.blend import blended
+from geodiff4d.tracking.blinks import completed_blinks
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.observe import Observed, observe
@@ -96,9 +97,12 @@ def fit(
     appearance = config.appearance
     short = int(seen.seen.sum()) < appearance.least_frames
     if frames is None or short or not len(face_points(head, appearance).face_index):
-        return _result(problem, x, blended(layout, seen, x.frame), width, height)
-    moved = aligned(head, problem, x, everything, frames)
-    return _result(problem, x, blended(layout, seen, moved.frame, aligned=True), width, height)
+        said = blended(layout, seen, x.frame)
+    else:
+        said = blended(layout, seen, aligned(head, problem, x, everything, frames).frame, aligned=True)
+    if config.blinks and config.consecutive:
+        said = completed_blinks(layout, said)
+    return _result(problem, x, said, width, height)
 
 
 def aligned(head: Head, problem: Problem, x: Unknowns, moves: Limits, frames: Frames) -> Unknowns:

@@ -60,6 +60,8 @@ class HeadFitConfig:
     """How a film's pixels are aligned."""
     consecutive: bool = True
     """Whether frames follow each other; off, they are photographs of one person: nothing is smoothed over them."""
+    blinks: bool = True
+    """Whether short closings of both eyes, in consecutive frames, close them all the way (`blinks.py`)."""
     steps: int = 25
     """Largest number of Levenberg–Marquardt steps of the last stage."""
     tolerance: float = 5e-4
