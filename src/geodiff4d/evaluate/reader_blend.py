@@ -42,7 +42,7 @@ def measured_blend(
     blend = reader.blend.clone()
     reader.blend.copy_(FIT_ALONE.expand_as(blend))
     rows: list[Tensor] = []
-    config = TrackingConfig(fit=HeadFitConfig(blinks=False))
+    detector, config = EmbeddedDetector(reader=reader), TrackingConfig(fit=HeadFitConfig(blinks=False))
     try:
         for video in progress(performances(FIRST + people, "val", frames, 256)[2 * FIRST :], "measuring the reader"):
             path = folder / f"{video.name}.mp4"
