@@ -48,9 +48,7 @@ def measured_blend(
             path = folder / f"{video.name}.mp4"
             truth = render_video(path, video)
             try:
-                located = locate(
-                    lambda path=path: read_video(path), head, EmbeddedDetector(reader=reader), config, True
-                )
+                located = locate(lambda path=path: read_video(path), head, detector, config, True)
             except UserError:
                 continue
             reading, whole = readings_of(located.detections), located.fit.camera
