@@ -20,6 +20,7 @@ from torch import Tensor
 from geodiff4d.core.errors import UserError
 from geodiff4d.evaluate.expression import expressed, face_displacements, face_region
 from geodiff4d.evaluate.expression_gain import Products, video_products
+from geodiff4d.evaluate.readers import AS_SEEN
 from geodiff4d.heads import Head, HeadParams
 from geodiff4d.render.crops import crop_image
 from geodiff4d.tracking.detect import Detection, FollowingDetector
@@ -60,7 +61,7 @@ def observe_frames(
     five, params = torch.full((len(frames), 5, 2), torch.nan), None
     if count:
         try:
-            fitted = fit(head, found, frames.shape[-1], frames.shape[-2], focal_px)
+            fitted = fit(head, found, frames.shape[-1], frames.shape[-2], focal_px, AS_SEEN)
         except UserError:  # a head without the points that the detector knows
             return Observed(found, points, five, None)
         params = fitted.params

