@@ -46,6 +46,7 @@ CHECKED = [
     "viewer",
     "bench",
     "provenance",
+    "studio",
 ]
 KERNELS = {"deferred", "lattice"}
 """Of the world."""

@@ -1,5 +1,6 @@
 """Content credentials: untouched, altered, re-encoded and forged files are told apart, with other people's keys too."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -25,7 +26,7 @@ from geodiff4d.provenance import seal
 from geodiff4d.provenance.beside import NAME, place_of
 from geodiff4d.provenance.credentials import local_credentials, local_path, read_credentials, self_made
 from geodiff4d.provenance.seal import Sealer, origin, verify
-from geodiff4d.provenance.statement import Statement
+from geodiff4d.provenance.statement import Statement, hash_portraits
 from geodiff4d.provenance.verdict import State
 
 SAID = Statement(("ab" * 32,), "a model", "permitted")
@@ -176,6 +177,16 @@ def test_files_of_a_folder_and_names_outside_of_it(tmp_path, mine):
     assert origin(tmp_path / "clip") == Statement()
     (tmp_path / "clip" / "new.txt").write_text("new")
     assert verify([tmp_path / "clip" / "new.txt"])[0].state is State.UNSIGNED
+
+
+def test_a_tracked_portrait_tells_the_hash_of_its_file(tmp_path):
+    (tmp_path / "me.jpg").write_bytes(b"a portrait")
+    (tmp_path / "me").mkdir()
+    about = {"geodiff4d": {"extra": {"source_sha256": list(hash_portraits([tmp_path / "me.jpg"]))}}}
+    (tmp_path / "me" / "transforms.json").write_text(json.dumps(about))
+    assert hash_portraits([tmp_path / "me"]) == (hashlib.sha256(b"a portrait").hexdigest(),)
+    (tmp_path / "me" / "transforms.json").write_text("{}")
+    assert hash_portraits([tmp_path / "me"]) == ()
 
 
 def test_a_signed_folder_is_replaced_as_any_of_ours(tmp_path, mine):

@@ -18,9 +18,9 @@ from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import load_head
 from geodiff4d.viewer.live import Feed
+from geodiff4d.viewer.live_renderer import LiveRenderer, View
 from geodiff4d.viewer.scene import pose_rows
 from geodiff4d.viewer.server import Server, view_from
-from geodiff4d.viewer.studio import Studio, View
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def avatar():
 
 @pytest.fixture(scope="module")
 def server(avatar):
-    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "127.0.0.1", 0) as server:
-        studio.show(View(play=False))
+    with LiveRenderer(avatar, own_performance(avatar), 64) as renderer, Server(renderer, "127.0.0.1", 0) as server:
+        renderer.show(View(play=False))
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield server
         server.shutdown()
@@ -83,32 +83,32 @@ def test_strangers_are_refused(server):
 
 
 def test_views(server, avatar):
-    studio = server.source
-    wild = view_from({"pitch": 1e9, "zoom": -4, "expressions": {"jawOpen": 7}}, studio)
+    renderer = server.source
+    wild = view_from({"pitch": 1e9, "zoom": -4, "expressions": {"jawOpen": 7}}, renderer)
     assert (wild.pitch_deg, wild.zoom, wild.expressions["jawOpen"]) == (80, 0.3, 1)
-    front = studio.render(View(play=False), 0)
+    front = renderer.render(View(play=False), 0)
     away = front.shape[1:] == (64, 64) and (front - 0.5).abs().amax(0) > 0.03
     assert isinstance(away, torch.Tensor)
-    closer = (studio.render(View(play=False, zoom=0.7), 0) - 0.5).abs().amax(0) > 0.03
+    closer = (renderer.render(View(play=False, zoom=0.7), 0) - 0.5).abs().amax(0) > 0.03
     assert closer.sum() > 1.3 * away.sum()
     # From above, more of the head's top: its highest point moves down in the image less than its chin moves up.
-    tilted = studio.turned(View(pitch_deg=40))
-    below = studio.turned(View(pitch_deg=-40))
-    assert tilted.position[1] > studio.camera.position[1] > below.position[1]
-    pivot = torch.stack([c.project(studio.pivot[None])[0][0] for c in (tilted, below, studio.camera)])
+    tilted = renderer.turned(View(pitch_deg=40))
+    below = renderer.turned(View(pitch_deg=-40))
+    assert tilted.position[1] > renderer.camera.position[1] > below.position[1]
+    pivot = torch.stack([c.project(renderer.pivot[None])[0][0] for c in (tilted, below, renderer.camera)])
     assert (pivot - pivot[0]).abs().max() < 0.05
-    assert (studio.render(View(play=True), 5) - front).abs().max() > 0.05
+    assert (renderer.render(View(play=True), 5) - front).abs().max() > 0.05
 
 
 def test_lines_move_the_face(avatar):
-    studio = Studio(avatar, own_performance(avatar), 64)
-    before = studio.render(View(play=False), 0)
+    renderer = LiveRenderer(avatar, own_performance(avatar), 64)
+    before = renderer.render(View(play=False), 0)
     weights = torch.zeros(52)
     weights[avatar.head.expression_names.index("jawOpen")] = 1
-    studio.follow([Line(weights, torch.zeros(3))])
-    assert (studio.render(View(play=True), 0) - before).abs().max() > 0.1
-    studio.follow(iter([avatar.head.neutral()]))
-    assert (studio.render(View(play=True), 0) - before).abs().max() < 0.01
+    renderer.follow([Line(weights, torch.zeros(3))])
+    assert (renderer.render(View(play=True), 0) - before).abs().max() > 0.1
+    renderer.follow(iter([avatar.head.neutral()]))
+    assert (renderer.render(View(play=True), 0) - before).abs().max() < 0.01
 
 
 def test_command(avatar, tmp_path, capsys):
@@ -116,9 +116,9 @@ def test_command(avatar, tmp_path, capsys):
     avatar.save(tmp_path / "a")
     assert main(["view", str(tmp_path / "a"), "--port", "0", "--size", "64", "--seconds", "0.3"]) == 0
     assert "http://127.0.0.1:" in capsys.readouterr().out
-    studio = Studio(avatar, own_performance(avatar), 64)
-    with Server(studio, "127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot listen"):
-        Server(studio, "127.0.0.1", first.server_port)
+    renderer = LiveRenderer(avatar, own_performance(avatar), 64)
+    with Server(renderer, "127.0.0.1", 0) as first, pytest.raises(UserError, match="cannot listen"):
+        Server(renderer, "127.0.0.1", first.server_port)
     assert main(["view", str(tmp_path / "a"), "--port", "99999"]) == 2
 
 
@@ -126,11 +126,11 @@ def test_an_image_that_fails_ends_the_server(avatar, monkeypatch):
     def fails(*_: object) -> None:
         raise ZeroDivisionError("no rate")
 
-    monkeypatch.setattr(Studio, "render", fails)
-    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "127.0.0.1", 0) as server:
+    monkeypatch.setattr(LiveRenderer, "render", fails)
+    with LiveRenderer(avatar, own_performance(avatar), 64) as renderer, Server(renderer, "127.0.0.1", 0) as server:
         with pytest.raises(ZeroDivisionError, match="no rate"):
             server.serve_forever(0.01)
-        assert studio.stopped
+        assert renderer.stopped
 
 
 def test_numbers_without_end_are_refused(server):
@@ -144,7 +144,7 @@ def test_numbers_without_end_are_refused(server):
 def test_the_link_that_is_printed_works(avatar, host, shown):
     if ":" in host and not socket.has_ipv6:
         return
-    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, host, 0) as server:
+    with LiveRenderer(avatar, own_performance(avatar), 64) as renderer, Server(renderer, host, 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         link = server.link(host)
         assert link.startswith(shown)
@@ -158,7 +158,7 @@ def test_the_link_that_is_printed_works(avatar, host, shown):
     ("evil.example", 403), ("127.0.0.1.evil.example:80", 403),
 ])  # fmt: skip
 def test_a_server_for_the_network_answers_to_addresses_and_its_own_names(avatar, host, status):
-    with Studio(avatar, own_performance(avatar), 64) as studio, Server(studio, "0.0.0.0", 0) as server:
+    with LiveRenderer(avatar, own_performance(avatar), 64) as renderer, Server(renderer, "0.0.0.0", 0) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         assert ask(server, "GET", "/about", Host=host)[0] == status
         server.shutdown()

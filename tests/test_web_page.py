@@ -22,9 +22,9 @@ from geodiff4d.avatar.drive import held, own_performance
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.images import decode_image, write_image
 from geodiff4d.heads import load_head
+from geodiff4d.viewer.live_renderer import LiveRenderer, View
 from geodiff4d.viewer.page import PageConfig, write_page
 from geodiff4d.viewer.scene import pose_rows
-from geodiff4d.viewer.studio import Studio, View
 
 READY = "document.body !== null && /ready|failed/.test(document.body.className)"
 EXPRESSIONS = (
@@ -72,7 +72,7 @@ def shot(browser: Browser, row, view: View, size: int, normals: bool = False) ->
 def test_the_same_pixels_as_our_renderer(browser, avatar, tmp_path):
     """12 expressions by 3 views: at least 38 dB in the foreground."""
     names, size = avatar.head.expression_names, avatar.camera.height
-    studio = Studio(avatar, own_performance(avatar), size)
+    renderer = LiveRenderer(avatar, own_performance(avatar), size)
     worst, rows = 99.0, []
     for asked in EXPRESSIONS:
         weights = torch.zeros(1, len(names))
@@ -82,7 +82,7 @@ def test_the_same_pixels_as_our_renderer(browser, avatar, tmp_path):
         line = []
         for view in VIEWS:
             with torch.no_grad():
-                ours = avatar.render(params[0], studio.turned(view), 0.5)
+                ours = avatar.render(params[0], renderer.turned(view), 0.5)
             theirs = shot(browser, pose_rows(params)[0], view, size)
             inside = ours.alpha[0] > 0.5
             error = (ours.rgb.clamp(0, 1) - theirs)[:, inside].square().mean()
@@ -95,9 +95,9 @@ def test_the_same_pixels_as_our_renderer(browser, avatar, tmp_path):
 
 
 def test_normals_and_the_fitted_sequence(browser, avatar):
-    studio = Studio(avatar, own_performance(avatar), avatar.camera.height)
+    renderer = LiveRenderer(avatar, own_performance(avatar), avatar.camera.height)
     row = pose_rows(avatar.sequence)[1]
-    ours = studio.render(View(normals=True, play=True, yaw_deg=20), 1)
+    ours = renderer.render(View(normals=True, play=True, yaw_deg=20), 1)
     theirs = shot(browser, row, View(yaw_deg=20), avatar.camera.height, normals=True)
     error = (ours - theirs).square().mean()
     assert float(-10 * error.log10()) > 38

@@ -351,6 +351,8 @@ RECIPES = [
     Recipe("import compact exported.g4d imported/avatar", ("imported/avatar/avatar.safetensors",)),
     Recipe("view exported.g4d --port 0 --size 64 --seconds 1", says="http://127.0.0.1:"),
     Recipe("view runs/plain --port 0 --seconds 1", says="http://127.0.0.1:"),
+    Recipe("studio --out runs/studio --port 0 --no-browser --seconds 1", ("runs/studio/token",), says="?token="),
+    bad("studio --port 70000", says="expected 0 to 65535"),
     Recipe(
         "live me.ts --avatar runs/avatar --frames 8 --size 64 --out runs/live",
         ("runs/live/live.mp4", "runs/live/params.npz"),

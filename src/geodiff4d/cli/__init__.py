@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 COMMANDS: dict[str, tuple[str, str]] = {
     # name: (module, one line of help), in the order a user meets them.
+    "studio": ("geodiff4d.cli.studio", "make avatars in the browser: drop a portrait, get the avatar"),
     "demo": ("geodiff4d.cli.demo", "portrait to avatar on the embedded default, with figures and a page"),
     "track": ("geodiff4d.cli.track", "fit the head to a portrait or a video: a clip with masks and parameters"),
     "reconstruct": ("geodiff4d.cli.reconstruct", "portrait and driver in, avatar and video out"),

@@ -29,8 +29,9 @@ class GenerationArgs(SigningArgs):
     """Image of one face (PNG, JPEG, WebP, BMP, TIFF, GIF; HEIC too if pillow-heif is installed),
     or a tracked folder. Several images of the person, or a video, show more of them: what each shows best is taken,
     and the first leads (of a video, its most frontal frame)."""
-    driving: Path
-    """Video of one face, or a tracked or synthetic clip folder."""
+    driving: Path | None = None
+    """Video of one face, or a tracked or synthetic clip folder. Without it, synthesize and reconstruct lead the
+    portrait through the shipped range of motion alone."""
     start: float = 0.0
     """Take the driver from this second on."""
     seconds: float | None = None
@@ -60,6 +61,11 @@ class GenerationArgs(SigningArgs):
     """offload: what a stage does not need waits in the host's memory, guidance takes two passes and frames are decoded
     one by one."""
     seed: int = 0
+
+
+def inputs_of(args: GenerationArgs) -> tuple[Path, ...]:
+    """Return the files and folders that a generating command reads, none of which it may replace."""
+    return args.portrait if args.driving is None else (*args.portrait, args.driving)
 
 
 def stated(args: GenerationArgs, generator: "Generator") -> "Statement":
@@ -96,8 +102,10 @@ def set_up(args: GenerationArgs) -> Setup:
         raise UserError(f"--start is {args.start}: expected seconds from the driver's first frame, 0 or more")
     if args.seconds is not None and not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds is {args.seconds}: expected more than 0")
+    if args.driving is None and (args.start or args.seconds is not None):
+        raise UserError("--start and --seconds are a driver's: expected --driving")
     for flag, path in (*(("portrait", p) for p in args.portrait), ("driving", args.driving)):
-        if not path.exists():
+        if path is not None and not path.exists():
             raise UserError(f"--{flag} {path} does not exist: expected an image, a video or a tracked folder")
     if not args.portrait:
         raise UserError("--portrait names no file: expected one image or more, a video or a tracked folder")
@@ -146,11 +154,12 @@ def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[in
     return views, frames // views * views
 
 
-def motion_of(setup: Setup, driver_only: bool) -> "Driving | None":
+def motion_of(args: GenerationArgs, setup: Setup, driver_only: bool) -> "Driving | None":
     """Return the range of motion that a training clip shows beside its driver; None where it shows the driver alone."""
     from geodiff4d.video.range_of_motion import range_of_motion
 
-    return None if driver_only or setup.head.name != "openhead" else range_of_motion(setup.head, setup.crop)
+    alone = driver_only or args.driving is None or setup.head.name != "openhead"
+    return None if alone else range_of_motion(setup.head, setup.crop)
 
 
 def prepare(
@@ -182,13 +191,18 @@ def prepare(
 
 
 def _driver(args: GenerationArgs, setup: Setup, out: Path, limit: int | None, progress: "Progress") -> "Driving":
-    """Read the part of the driver that was asked for, and say so if there is more of it."""
+    """Read the part of the driver that was asked for, and say so if there is more of it; without a driver, the range of
+    motion.
+    """
     from geodiff4d.data.clip import Clip
     from geodiff4d.pipeline import tracked
     from geodiff4d.tracking.source import frame_count, frame_rate, is_video
     from geodiff4d.video.inputs import load_driving
+    from geodiff4d.video.range_of_motion import range_of_motion
 
     source, fps, total = args.driving, 24.0, None
+    if source is None:
+        return range_of_motion(setup.head, setup.crop)
     if source.is_dir():
         clip = Clip(source)
         fps, total = clip.fps, len(clip.timesteps)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from geodiff4d.cli._generation import GenerationArgs, prepare, set_up, stated
+from geodiff4d.cli._generation import GenerationArgs, inputs_of, prepare, set_up, stated
 from geodiff4d.cli._signing import sealer
 
 
@@ -40,7 +40,9 @@ def run(args: Args) -> None:
         raise UserError("--camera driver --pose still: expected one of them, a head follows the driver's camera or not")
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
-    refuse_foreign(args.out, *args.portrait, args.driving)
+    if args.driving is None:
+        raise UserError("no driver: expected --driving with a video of one face, or a tracked clip")
+    refuse_foreign(args.out, *inputs_of(args))
     signer, setup = sealer(args), set_up(args)
     request = prepare(args, setup, bar, args.frames)
     portrait, driving = request.portrait, request.driving

@@ -1,5 +1,6 @@
 """Progress of long work: a bar on a terminal, a line every ten seconds elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -13,7 +14,8 @@ from geodiff4d.core.progress import Description, Item
 if TYPE_CHECKING:
     from geodiff4d.core.rundir import OnRecord
 
-LINE_SECONDS = 10.0
+LINE_SECONDS = float(os.environ.get("GEODIFF4D_PROGRESS_SECONDS", "10"))
+"""Time between two lines [s]; the studio, which shows them, asks for one a second."""
 
 
 def bar(items: Iterable[Item], description: Description = "", total: int | None = None) -> Iterator[Item]:

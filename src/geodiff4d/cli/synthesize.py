@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up, stated
+from geodiff4d.cli._generation import GenerationArgs, clip_extent, inputs_of, motion_of, prepare, set_up, stated
 from geodiff4d.cli._signing import sealer
 
 
@@ -28,11 +28,11 @@ def run(args: Args) -> None:
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.pipeline import plan_clip, synthesize
 
-    refuse_foreign(args.out, *args.portrait, args.driving)
+    refuse_foreign(args.out, *inputs_of(args))
     signer, setup = sealer(args), set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
     request = prepare(args, setup, bar, frames)
-    plan = plan_clip(request, views, frames, motion_of(setup, args.driver_only))
+    plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only))
     clip = synthesize(plan, setup.generator, args.out, bar)
     signer.seal(args.out, stated(args, setup.generator))
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

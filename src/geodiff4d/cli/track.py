@@ -12,8 +12,9 @@ import tyro
 class Args:
     """Options of `geodiff4d track`."""
 
-    input: Annotated[Path, tyro.conf.Positional]
-    """Image (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face."""
+    input: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image (PNG, JPEG, WebP) or video (MP4, MOV, WebM) of one face. Several images or videos are tracked together, as
+    portraits of one person."""
     out: Path
     """Clip folder to write; it replaces an older one, and nothing else."""
     head: str = "openhead"
@@ -21,6 +22,8 @@ class Args:
     detector: Literal["embedded", "mediapipe"] | None = None
     """Detector of the landmarks: the package's own network, or MediaPipe (`make track-env` installs it); by default the
     network if it is shipped."""
+    portrait: bool = False
+    """Take the best frames of a video as portraits of one person, as `synthesize --portrait` does."""
     size: int = 256
     """Side of the square crop that is written [px]."""
     limit: int | None = None
@@ -33,20 +36,35 @@ class Args:
 
 def run(args: Args) -> None:
     from geodiff4d.cli import progress
+    from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign
     from geodiff4d.heads import load_head
     from geodiff4d.tracking.detect import MediaPipeDetector
     from geodiff4d.tracking.embedded import EmbeddedDetector
+    from geodiff4d.tracking.together import track_together
     from geodiff4d.tracking.track import TrackingConfig, default_detector, track
 
-    refuse_foreign(args.out, args.input)
+    if not args.input:
+        raise UserError("no input: expected an image or a video of one face")
+    first, *others = args.input
+    refuse_foreign(args.out, first, *others)
+    together = args.portrait or bool(others)
+    for option, given in (("--mask", args.mask), ("--limit", args.limit), ("--focal-px", args.focal_px)):
+        if together and given is not None:
+            raise UserError(f"{option} is for one image or video: several portraits are tracked as they are")
     config = TrackingConfig(size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask)
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
-    clip = track(args.input, args.out, load_head(args.head), detector, config, progress.bar)
+    if together:
+        clip = track_together(args.input, args.out, load_head(args.head), detector, config, progress.bar)
+    else:
+        clip = track(first, args.out, load_head(args.head), detector, config, progress.bar)
     for note in clip.extra["notes"]:
         print(f"note: {note}", file=sys.stderr)
     show = "overlay.mp4" if (clip.folder / "overlay.mp4").exists() else "overlay.png"
+    if together:
+        print(f"{clip.folder}: {len(clip)} portraits of one person; look at {show}")
+        return
     error, focal, origin = (clip.extra[k] for k in ("error_px_at_256", "focal_px", "focal_source"))
     print(
         f"{clip.folder}: {len(clip)} frame{'s' if len(clip) > 1 else ''}, landmarks {error:.2f} px off at 256 px, "

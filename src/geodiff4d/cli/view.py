@@ -37,9 +37,9 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.tracking.live import live_frames, track_live
     from geodiff4d.viewer.live import Feed
+    from geodiff4d.viewer.live_renderer import LiveRenderer
     from geodiff4d.viewer.scene import obstacle
     from geodiff4d.viewer.server import Server
-    from geodiff4d.viewer.studio import Studio
 
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port is {args.port}: expected 0 to 65535")
@@ -64,7 +64,7 @@ def run(args: Args) -> None:
             server.shutdown()
 
     drawn = obstacle(avatar) is None
-    made = Feed(avatar, show, args.avatar.stem, lines or camera) if drawn else Studio(avatar, show, args.size)
+    made = Feed(avatar, show, args.avatar.stem, lines or camera) if drawn else LiveRenderer(avatar, show, args.size)
     with made as source, Server(source, args.host, args.port) as server:
         print(f"{server.link(args.host)} shows {args.avatar}; Ctrl-C ends it", flush=True)
         if lines or camera:

@@ -12,8 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from geodiff4d.core.digest import sha256_of
 from geodiff4d.provenance.credentials import Credentials, scheme
-from geodiff4d.provenance.statement import GENERATOR, Statement, hash_file, read_statement
+from geodiff4d.provenance.statement import GENERATOR, Statement, read_statement
 from geodiff4d.provenance.verdict import State, Verdict
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def write_beside(path: Path, statement: Statement, credentials: Credentials) -> 
     """Write the signed statement of a file, or of a folder with everything in it that is not hidden."""
     from geodiff4d.core.files import write_json
 
-    files = {name: hash_file(file) for name, file in covered(path).items()}
+    files = {name: sha256_of(file) for name, file in covered(path).items()}
     claim = statement.described() | {"files": files}
     signature = base64.b64encode(credentials.sign(_canonical(claim))).decode()
     known = {"format": FORMAT, "version": VERSION, "claim": claim}
@@ -86,10 +87,10 @@ def read_beside(path: Path, anchors: "Sequence[Certificate]" = ()) -> Verdict | 
         return Verdict(path, State.ALTERED, str(error))
     if not path.is_dir():
         # A file may have been renamed together with its statement.
-        same = list(signed.files.values()) == [hash_file(path)]
+        same = list(signed.files.values()) == [sha256_of(path)]
         return signed.verdict(path, [] if same else ["its content changed"], anchors)
     files = covered(path)
-    changed = [name for name, digest in signed.files.items() if name in files and hash_file(files[name]) != digest]
+    changed = [name for name, digest in signed.files.items() if name in files and sha256_of(files[name]) != digest]
     missing = [name for name in signed.files if name not in files]
     problems = [f"{what}: {_some(names)}" for what, names in (("changed", changed), ("missing", missing)) if names]
     return signed.verdict(path, problems, anchors)
@@ -106,7 +107,7 @@ def read_above(path: Path, anchors: "Sequence[Certificate]" = ()) -> Verdict | N
             except ValueError as error:
                 return Verdict(path, State.ALTERED, str(error))
             if name in signed.files and path.is_file():
-                same = hash_file(path) == signed.files[name]
+                same = sha256_of(path) == signed.files[name]
                 return signed.verdict(path, [] if same else ["its content changed"], anchors)
     return None
 

@@ -1,6 +1,6 @@
 """The statement that everything made here carries: by what it was made, out of whose portrait, with what consent."""
 
-import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from geodiff4d import __version__
-from geodiff4d.core.errors import UserError
+from geodiff4d.core.digest import sha256_of
 
 GENERATOR = "geodiff4d"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -63,22 +63,17 @@ def read_statement(value: Mapping[str, Any]) -> Statement:
     return Statement(tuple(hashes), texts[0], consent, texts[1], texts[2])
 
 
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def hash_portraits(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Return the SHA-256 of each portrait; of a tracked folder, that of its first image.
-
-    Raises:
-        UserError: a folder has no images.
-    """
-    files = []
+    """Return the SHA-256 of each portrait; of a tracked folder, those of the files that were tracked, if it tells."""
+    found: list[str] = []
     for path in paths:
-        images = sorted((path / "images").glob("*")) if path.is_dir() else [path]
-        if not images:
-            raise UserError(f"{path} has no images: expected a tracked folder, from geodiff4d track")
-        files.append(images[0])
-    return tuple(hash_file(file) for file in files)
+        found += _tracked_from(path) if path.is_dir() else [sha256_of(path)]
+    return tuple(found)
+
+
+def _tracked_from(folder: Path) -> list[str]:
+    try:
+        extra = json.loads((folder / "transforms.json").read_text())["geodiff4d"]["extra"]
+        return [str(one) for one in extra["source_sha256"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.digest import sha256_of
 from geodiff4d.core.images import read_image, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip, ClipWriter
@@ -186,11 +187,18 @@ def track_together(
             photos += video_photos(source, head, detector, config, progress)
         else:
             photos.append(photo(source, read_image(source), head, detector, config, progress))
-    return write_portraits(out, head, photos, config)
+    return write_portraits(out, head, photos, config, [sha256_of(Path(source)) for source in sources])
 
 
-def write_portraits(out: Path, head: Head, photos: Sequence[Photo], config: TrackingConfig = TrackingConfig()) -> Clip:
-    """Fit one identity to photographs and write their clip, without those of somebody else (`track_together`)."""
+def write_portraits(
+    out: Path, head: Head, photos: Sequence[Photo], config: TrackingConfig = TrackingConfig(),
+    digests: Sequence[str] = (),
+) -> Clip:  # fmt: skip
+    """Fit one identity to photographs and write their clip, without those of somebody else (`track_together`).
+
+    Args:
+        digests: SHA-256 of the files that they come from, for the clip's notes.
+    """
     strange = strangers(head, photos, config.size, config.fit)
     said = [note for p in photos for note in notes(Path(p.name), p.located)]
     said += [
@@ -201,7 +209,8 @@ def write_portraits(out: Path, head: Head, photos: Sequence[Photo], config: Trac
     photos = fit_together(head, photos, config.size, config.fit)
     first = photos[0].located
     extra = {
-        "source": photos[0].name, "portraits": [p.name for p in photos], "crop": list(first.box),
+        "source": photos[0].name, "source_sha256": list(digests), "portraits": [p.name for p in photos],
+        "crop": list(first.box),
         "source_size": [first.fit.camera.width, first.fit.camera.height], "focal_source": first.focal_source,
         "notes": said, "normals": None if photos[0].detection.normal is None else "detector",
         "errors_px_at_256": [round(p.located.fit.error * 256 / p.located.box[2], 3) for p in photos],

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geodiff4d.core.camera import Camera
+from geodiff4d.core.digest import sha256_of
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.films import cut_short, described
 from geodiff4d.core.images import encode_normals, read_image, to_uint8, write_image
@@ -182,7 +183,8 @@ def track(
     whole = video and (config.limit is None or read < config.limit)
     short = decode(cut_short, source, config.skip + read) if whole else None
     extra = {
-        "source": source.name, "source_size": [width, height], "crop": list(located.box),
+        "source": source.name, "source_sha256": [sha256_of(source)], "source_size": [width, height],
+        "crop": list(located.box),
         "focal_source": located.focal_source, "focal_px": float(result.camera.K[0, 0]),
         "notes": (decode(described, source) if video else []) + notes(source, located) + ([short] if short else []),
         "shots": located.shots, "first_frame": config.skip + first, "lost_frames": located.lost,

@@ -1,4 +1,5 @@
-// Cameras: OpenCV's axes (x right, y down, z forward), world to camera, as core/camera.py and viewer/studio.py have them.
+// Cameras: OpenCV's axes (x right, y down, z forward), world to camera, as core/camera.py and viewer/live_renderer.py
+// have them.
 
 const MAX_PITCH_DEG = 80;
 const ZOOM = [0.3, 3];

@@ -47,7 +47,7 @@ class View:
     normals: bool = False
 
 
-class Studio:
+class LiveRenderer:
     """Renders the current view in its own thread, whenever it changes or a performance plays."""
 
     def __init__(self, avatar: Avatar, performance: Performance, size: int = 384):
@@ -67,7 +67,7 @@ class Studio:
         """Exception that ended the rendering thread."""
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "Studio":
+    def __enter__(self) -> "LiveRenderer":
         self._thread.start()
         return self
 

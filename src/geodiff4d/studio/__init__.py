@@ -1,0 +1,1 @@
+"""The studio: a page on this machine from a dropped portrait to an avatar, for those who type no commands."""
