@@ -544,10 +544,33 @@ def test_a_fresh_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path,
             raise OSError(errno.EIO, "broken")
         replace_(a, b)
 
+    def without_exchange(*_, **__):
+        raise OSError
+
+    monkeypatch.setattr(files.ctypes, "CDLL", without_exchange)
     monkeypatch.setattr(files.os, "replace", fails)
     with pytest.raises(OSError, match="broken"):
         made(tmp_path / "out", "scores.json")
     assert all(whole) and in_it(tmp_path) == {"out"} and in_it(tmp_path / "out") == {"config.json"}
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_that_another_process_puts_in_place_meanwhile_is_replaced(tmp_path, monkeypatch, exchange):
+    """Between a look and a rename another process may write, or take away, what is there."""
+    out, replace_, turns = tmp_path / "out", files.os.replace, []
+
+    def meanwhile(a, b):
+        turns.append(a)
+        if len(turns) == 1:
+            out.mkdir(exist_ok=True)
+            (out / "theirs").touch()
+        replace_(a, b)
+
+    monkeypatch.setattr(files.os, "replace", meanwhile)
+    if not exchange:
+        monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
+    made(out, "ours")
+    assert in_it(tmp_path) == {"out"} and in_it(out) == {"ours"} and turns
 
 
 def test_two_writers_do_not_mix_and_the_dead_leave_nothing(tmp_path, monkeypatch):
@@ -560,6 +583,9 @@ def test_two_writers_do_not_mix_and_the_dead_leave_nothing(tmp_path, monkeypatch
         (mine / "config.json").write_text("mine")
         (tmp_path / ".out.999999999.part").mkdir()
         (tmp_path / ".out.999999999.old").mkdir()
+        (tmp_path / ".a.json.999999999.part").touch()
+    files.write_json(tmp_path / "a.json", {})
+    (tmp_path / "a.json").unlink()
     assert (tmp_path / "out/config.json").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 

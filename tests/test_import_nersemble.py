@@ -96,6 +96,10 @@ def test_sheet(data, show, tmp_path):
     head = mask[0] > 0.5
     assert (((over - image).abs().sum(0) > 0.1) == head).float().mean() > 0.97
     assert (((normal - 0.5).abs().sum(0) > 0.2) == head).float().mean() > 0.97
+    # It is written last: an import that was killed before goes on with it.
+    (folder / "sheet.png").unlink()
+    import_sources(sources, tmp_path, "x", EVERYTHING, report, ImportConfig(joins=joins), show.head)
+    assert torch.equal(read_image(folder / "sheet.png"), sheet)
 
 
 def test_colours_are_corrected(data, show, tmp_path):

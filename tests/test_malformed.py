@@ -1,6 +1,8 @@
 """Damaged files, each the kind of a fault that a campaign of tools/campaigns found, are refused in one line."""
 
+import errno
 import io
+import os
 import struct
 import zipfile
 from dataclasses import replace
@@ -15,16 +17,17 @@ from safetensors.torch import load_file, save_file
 from avatars import painted_avatar, talking, with_networks
 from geodiff4d.avatar.compact import open_avatar, write_compact
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.cli import main
+from geodiff4d.cli import explain, main
 from geodiff4d.core import films, sandbox, stills
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_arrays, read_config, read_tensors
 from geodiff4d.core.images import write_image
-from geodiff4d.core.rundir import RunFolder, restore_optimiser
+from geodiff4d.core.progress import silent
+from geodiff4d.core.rundir import RunFolder, alone, restore_optimiser
 from geodiff4d.core.video import read_video, write_video
 from geodiff4d.data import synthhuman
 from geodiff4d.data.importing import Choice, Report
-from geodiff4d.data.rowstore import create_rows, open_rows
+from geodiff4d.data.rowstore import create_rows, fill_rows, open_rows
 from geodiff4d.data.sheet import fits, sizes
 from geodiff4d.heads import load_head
 from geodiff4d.tracking.reader_data import FacesConfig
@@ -129,6 +132,33 @@ def test_damaged_notes_and_rows_of_a_store_are_refused(tmp_path):
         (tmp_path / "done.npy").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"done\.npy"):
             open_rows(tmp_path, ["done"])
+
+
+def test_a_store_takes_all_its_space_at_once_or_none(tmp_path, monkeypatch):
+    """Written to through a map, a file on a full disk would end the process by a signal."""
+    arrays = dict.fromkeys(("a", "b"), ((4, 100), "f4"))
+
+    def full(file, start, size):
+        if (tmp_path / "b.npy").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        create_rows(tmp_path / "faces.json", FacesConfig(), arrays, {})
+    assert not list(tmp_path.iterdir())
+    assert explain(OSError("36360 requested and 8176 written"))[1] == 2  # numpy's words for the same
+
+
+def test_a_store_is_made_by_one_process(tmp_path):
+    config = FacesConfig()
+    with alone(tmp_path), pytest.raises(UserError, match="another process is writing to"):
+        create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
+    create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
+    with alone(tmp_path):
+        with pytest.raises(UserError, match="another process is writing to"):
+            fill_rows(tmp_path, lambda folder, s: None, 1, silent)
+        open_rows(tmp_path, ["done"], writable=True)["done"][:] = 1
+        fill_rows(tmp_path, lambda folder, s: None, 1, silent)  # there is nothing to do
 
 
 def test_a_video_of_an_unknown_codec_is_refused(tmp_path):

@@ -9,6 +9,7 @@ leave a run that is resumed or nothing at all under its own name, and no process
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections import Counter
@@ -19,8 +20,8 @@ from random import Random
 import corpus
 from warm import call, import_everything, warm_up
 
-CLOCKS = ("second", "per_second", "started", "minutes", "elapsed", "time_s", "gigabytes", "memory", "speed", "command")
-"""JSON keys with one of these in their name are times and rates, or have the name of the working directory in them."""
+CLOCKS = re.compile(r"second|started|minutes|elapsed|time_s|gigabytes|memory|speed|^eta$|^built$|^command$")
+"""JSON keys that match are times and rates, or have the name of the working directory in them."""
 UNLIKE = (".lock", "torch", "report.html", "diff.patch", "curves.png", "fleet.jsonl", "log.txt")
 """Files that name times or attempts, or are locks."""
 
@@ -163,7 +164,7 @@ def timeless(path: Path) -> bytes:
 
 def _timeless(value):
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if not any(clock in k for clock in CLOCKS)}
+        return {k: _timeless(v) for k, v in value.items() if not CLOCKS.search(k)}
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 

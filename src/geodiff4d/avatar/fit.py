@@ -108,12 +108,13 @@ def _fit(
         out.with_name(out.name + ".run"), _Run(config, str(clip.folder.resolve()), len(clip), seed, _files(clip))
     )
     saved = run.load(lambda line: run.log({"warning": line}))
-    first = 0
+    first, status = 0, Status()
     if saved is not None:
         with run.restoring():
             fitting.restore(saved[0])
+            status.restore(saved[0])
         first = saved[1]
-    seconds = _learn(fitting, run, first, seed, progress)
+    seconds = _learn(fitting, run, first, seed, status, progress)
     metrics = {
         "train": fitting.score(frames.train[:: max(1, len(frames.train) // SCORED)]),
         "held_out": fitting.score(frames.held_out),
@@ -164,9 +165,11 @@ def _deformable(
     return DeformableSurface(head, surface, code, deformation, dynamics, maps), explained
 
 
-def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, progress: Progress) -> float:
+def _learn(
+    fitting: Fitting, run: RunFolder, first: int, seed: int, status: "Status", progress: Progress
+) -> float:  # fmt: skip
     """Take all steps from `first` on; returns the seconds they took."""
-    config, status = fitting.config, Status()
+    config = fitting.config
     begun = time.perf_counter()
     for i in progress(range(first, config.iterations), status.line):
         if i == first + 1:
@@ -179,7 +182,7 @@ def _learn(fitting: Fitting, run: RunFolder, first: int, seed: int, progress: Pr
             run.log({"step": i + 1, **status.figures(), "gaussians": len(fitting.local)})
             write_image(run.path / "preview.png", preview(fitting))
         if (i + 1) % config.checkpoint_every == 0 and i + 1 < config.iterations:
-            run.save(fitting.tensors(), i + 1)
+            run.save(fitting.tensors() | status.tensors(), i + 1)
     return time.perf_counter() - begun
 
 
@@ -198,6 +201,15 @@ class Status:
         self.psnr = _smoothed(self.psnr, score.psnr_fg)
         if score.normal_deg is not None:
             self.degrees = _smoothed(self.degrees, score.normal_deg)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the smoothed errors for a checkpoint; NaN where there is none."""
+        values = [float("nan") if v is None else v for v in (self.psnr, self.degrees)]
+        return {"smoothed": torch.tensor(values, dtype=torch.float64)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `tensors` returned."""
+        self.psnr, self.degrees = (None if v != v else v for v in tensors["smoothed"].tolist())
 
     def figures(self) -> dict[str, float | None]:
         """Return PSNR [dB], normal error [deg] and steps per second."""

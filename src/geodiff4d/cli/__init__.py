@@ -12,6 +12,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -131,8 +132,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{(error.strerror or text).lower()}{where}: {ADVICE[error.errno]}", 2
     if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # Python 3.11's words for ELOOP
         return f"{text[0].lower()}{text[1:]}: {ADVICE[errno.ELOOP]}", 2
-    if "No space left on device" in text:
-        # safetensors and torch wrap the system's error in their own.
+    if "No space left on device" in text or re.search(r"\d+ requested and \d+ written", text):
+        # safetensors, torch and numpy wrap the system's error in their own.
         return f"no space left on device ({type(error).__name__}): {SPACE}", 2
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({text or 'no detail'}): choose a smaller --preset, or fewer views or frames", 2

@@ -10,6 +10,7 @@ from torch import Tensor
 from geodiff4d.cli._training_args import Args
 from geodiff4d.cli.progress import bar, record_lines
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.rundir import lock_folder
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
@@ -150,12 +151,14 @@ def batches(
     """Open --data, encode what is rendered, and return batches to train on and, if there is anything, to validate on.
 
     Raises:
-        UserError: there is nothing to train on, or --importance does not fit the folders.
+        UserError: there is nothing to train on, --importance does not fit the folders, or another process writes to
+            --out.
     """
     encoded_pose = model.pose == "codec"
     with _one_first():
         sources = footage(args, p, model, codec, config.pairs.clips)
-        args.out.mkdir(parents=True, exist_ok=True)
+        if process_state().is_main_process:
+            lock_folder(args.out)
         for split, found in sources.items():
             for i, source in enumerate(found):
                 if isinstance(source, EncodedFootage):

@@ -44,6 +44,7 @@ def run(args: Args) -> None:
 
     from geodiff4d.avatar.model import Avatar
     from geodiff4d.core.errors import UserError
+    from geodiff4d.core.files import fresh_file
     from geodiff4d.core.video import write_video
     from geodiff4d.heads import load_head
     from geodiff4d.heads.rig import HeadParams
@@ -66,7 +67,8 @@ def run(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     panels = _panels(chain([first], frames), head, avatar, args.size, tracked)
     write_video(args.out / "live.mp4", panels, args.fps)
-    HeadParams.stack(tracked).save(args.out / "params.npz")
+    with fresh_file(args.out / "params.npz") as file, file.open("wb") as whole:
+        HeadParams.stack(tracked).save(whole)
     if args.avatar is not None:
         signer.seal(args.out / "live.mp4", origin(args.avatar))
     seconds = time.monotonic() - began

@@ -1,5 +1,7 @@
 """Files that are whole or absent, and model folders (`config.json` + safetensors shards)."""
 
+import ctypes
+import errno
 import glob
 import json
 import lzma
@@ -32,6 +34,8 @@ ZIP_ERRORS = (
     ValueError, KeyError, OverflowError, MemoryError,
 )  # fmt: skip
 """What the standard library raises for a damaged archive."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2: paths as they are, and the flag that makes them change places."""
 MARKER = ".geodiff4d"
 """In every folder that we write whole: the names in it, one a line, so that nothing else is ever replaced."""
 STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
@@ -51,6 +55,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    remove_left(path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -183,25 +188,59 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     """
     path = refuse_foreign(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _beside(path, "part"), _beside(path, "old")
+    temporary = _beside(path, "part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         names = sorted(p.name for p in temporary.iterdir())
         (temporary / MARKER).write_text("".join(f"{name}\n" for name in names))
-        # Renamed, not removed: whenever the process dies, one of the two is whole.
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-    except BaseException:
+        _take_place(temporary, path)
+    finally:
+        # What was there before, where it had to make room.
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise
+    remove_left(path)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Put a folder in another's place; whenever the process dies, one of the two is there, and whole."""
+    while True:
+        if path.exists() and _exchanged(temporary, path):
+            return
+        old = _beside(path, "old")
+        try:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)  # of the turn before
+                os.replace(path, old)
+            os.replace(temporary, path)
+        except OSError as error:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            # Another process put its own there, or took it away, meanwhile.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or not temporary.exists():
+                raise
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            return
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Let two paths change places in one step; returns False where the system cannot (Linux can)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
+def remove_left(path: Path) -> None:
+    """Remove what processes that are gone left beside a path while they wrote it."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if left == old or _is_left(left.name.removeprefix(f".{path.name}.")):
-            shutil.rmtree(left, ignore_errors=True)
+        if _is_left(left.name.removeprefix(f".{path.name}.")):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _beside(path: Path, kind: str) -> Path:

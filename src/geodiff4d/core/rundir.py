@@ -46,7 +46,7 @@ class RunFolder:
         self._failed: BaseException | None = None
         self.path.mkdir(parents=True, exist_ok=True)
         if writes:
-            lock_folder(self.path.resolve())
+            lock_folder(self.path)
             for left in self.path.glob(".*.part"):
                 left.unlink()
         ours = json.loads(json.dumps(asdict(config), default=str))
@@ -164,26 +164,46 @@ class RunFolder:
         return None
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other processes out of a folder until this one ends.
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other processes from the block for as long as it takes, by a lock on the folder itself.
 
     Raises:
         UserError: another one is in it.
     """
+    lock = _locked(os.open(folder, os.O_RDONLY), folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a folder until this one ends, by a file `.lock` in it.
+
+    Raises:
+        UserError: another one is in it.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     held, path = _HELD.get(folder), folder / ".lock"
     if held is not None and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
         return
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = _locked(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), folder)
+    if held is not None:
+        os.close(held)  # Of a folder that was removed since.
+    _HELD[folder] = lock
+
+
+def _locked(lock: int, folder: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise UserError(f"another process is writing to {folder}: wait for it, or give --out a new folder") from None
+        raise UserError(f"another process is writing to {folder}: wait for it, or name a new folder") from None
     except OSError:
         pass  # Some network file systems have no locks.
-    if held is not None:
-        os.close(held)  # Of a folder that was removed since.
-    _HELD[folder] = lock
+    return lock
 
 
 def _same(saved: Any, ours: Any, free: frozenset[str]) -> bool:

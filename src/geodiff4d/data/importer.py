@@ -21,6 +21,7 @@ from torch.nn.functional import interpolate
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.rundir import alone
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
@@ -101,25 +102,36 @@ def import_clip(
     with _growing(folder, source, identity) as writer:
         if asked in writer.finished:
             writer.is_done = (folder / "transforms.json").exists()
-            return folder
-        frames = source.frames(lambda t, c: (t, c) not in writer.stored)
-        left = None if source.total is None else max(source.total - len(writer.stored), 0)
-        for frame in progress(frames, source.name or folder.name, left):
-            frame = joined(frame, joins, source, report, estimator)
-            if frame.timestep not in writer.with_params:
-                params = params_of(joins, source, frame.timestep)
-                if params is not None:
-                    if config.head is not None and head is not None and not fits(head, params):
-                        raise UserError(
-                            f"the parameters of {source.name or origin} are not {head.name}'s: " + sizes(head, params)
-                        )
-                    writer.add_params(frame.timestep, params)
-            writer.store(scaled(frame, config.size), source.camera_ids.get(frame.camera_index))
-        if not writer.stored:
-            raise UserError(f"{origin}{'/' * bool(source.name)}{source.name} gave no frame: {_why(report)}")
-        writer.finish(asked, report, source)
-    write_sheet(folder, head)
+        else:
+            _read_on(writer, source, origin, report, config, head, estimator, progress)
+            writer.finish(asked, report, source)
+    # The last thing that is written: a process that was killed may have left out no other.
+    if not writer.is_done or not (folder / "sheet.png").exists():
+        write_sheet(folder, head)
     return folder
+
+
+def _read_on(
+    writer: "GrowingClip", source: Source, origin: str, report: Report, config: ImportConfig, head: Head | None,
+    estimator: Normals | None, progress: Progress,
+) -> None:  # fmt: skip
+    """Read the frames that are not there yet."""
+    joins = config.joins.for_clip(source.name)
+    frames = source.frames(lambda t, c: (t, c) not in writer.stored)
+    left = None if source.total is None else max(source.total - len(writer.stored), 0)
+    for frame in progress(frames, source.name or writer.folder.name, left):
+        frame = joined(frame, joins, source, report, estimator)
+        if frame.timestep not in writer.with_params:
+            params = params_of(joins, source, frame.timestep)
+            if params is not None:
+                if config.head is not None and head is not None and not fits(head, params):
+                    raise UserError(
+                        f"the parameters of {source.name or origin} are not {head.name}'s: " + sizes(head, params)
+                    )
+                writer.add_params(frame.timestep, params)
+        writer.store(scaled(frame, config.size), source.camera_ids.get(frame.camera_index))
+    if not writer.stored:
+        raise UserError(f"{origin}{'/' * bool(source.name)}{source.name} gave no frame: {_why(report)}")
 
 
 def of_head(source: Source, config: ImportConfig) -> Source:
@@ -190,8 +202,6 @@ class GrowingClip(ClipWriter):
         Raises:
             UserError: the folder holds something else.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file: expected a folder to write to, or a new name")
         journal = self.path / JOURNAL
         if journal.exists():
             self._resume(journal)
@@ -281,19 +291,23 @@ class GrowingClip(ClipWriter):
 
 @contextmanager
 def _growing(folder: Path, source: Source, identity: dict) -> Iterator[GrowingClip]:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: expected a folder to write to, or a new name")
     writer = GrowingClip(folder, source, identity)
-    writer.open()
-    try:
-        yield writer
-    except UserError as error:
-        kept = len(writer.stored)
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        writer.open()
+        try:
+            yield writer
+        except UserError as error:
+            kept = len(writer.stored)
+            writer.close()
+            kept_text = f"; {kept} frames imported before are kept in {folder}" if kept else ""
+            raise UserError(f"{error}{kept_text}") from None
+        except BaseException:
+            writer.close()
+            raise
         writer.close()
-        kept_text = f"; {kept} frames imported before are kept in {folder}" if kept else ""
-        raise UserError(f"{error}{kept_text}") from None
-    except BaseException:
-        writer.close()
-        raise
-    writer.close()
 
 
 def summary(folder: Path) -> str:

@@ -5,6 +5,7 @@ flag a person: those who are done are kept when an interrupted call is repeated.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.progress import Progress
+from geodiff4d.core.rundir import alone
 from geodiff4d.core.workers import in_workers
 
 Arrays = Mapping[str, tuple[tuple[int, ...], str]]
@@ -28,7 +31,7 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
     """Make a store's files beside its note, the arrays all zero, unless they are there.
 
     Raises:
-        UserError: the note is another configuration's.
+        UserError: the note is another configuration's, or another process makes the store.
     """
     folder = note.parent
     if note.exists():
@@ -39,11 +42,32 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
             raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (shape, kind) in arrays.items():
-        np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.dtype(kind), shape).flush()
-    for name, array in constants.items():
-        np.save(folder / f"{name}.npy", array)
-    write_json(note, config)
+    with alone(folder):
+        try:
+            for name, (shape, kind) in arrays.items():
+                create_array(folder / f"{name}.npy", shape, kind)
+        except OSError:
+            for name in arrays:
+                (folder / f"{name}.npy").unlink(missing_ok=True)
+            raise
+        for name, array in constants.items():
+            np.save(folder / f"{name}.npy", array)
+        write_json(note, config)
+
+
+def create_array(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> None:
+    """Make an `.npy` file of zeros to be mapped into memory, all of its space on disk taken at once.
+
+    A mapped file that finds the disk full when it is written to ends its process, by a signal, without a word.
+    """
+    np.lib.format.open_memmap(path, "w+", np.dtype(kind), shape).flush()
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError:
+            path.unlink()
+            raise
 
 
 def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dict[str, np.ndarray]:
@@ -63,12 +87,19 @@ def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dic
 
 
 def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, progress: Progress) -> None:
-    """Call `render(folder, s)` for every person whose flag is not set; it fills the rows and then sets the flag."""
+    """Call `render(folder, s)` for every person whose flag is not set; it fills the rows and then sets the flag.
+
+    Raises:
+        UserError: another process does so.
+    """
     done = open_rows(folder, ["done"])["done"]
-    todo = np.nonzero(np.array(done) == 0)[0].tolist()
-    work = in_workers(render, ((folder, s) for s in todo), workers)
-    for _ in progress(work, f"rendering {folder.name} people", len(todo)):
-        pass
+    if np.all(done):
+        return
+    with alone(folder):
+        todo = np.nonzero(np.array(done) == 0)[0].tolist()
+        work = in_workers(render, ((folder, s) for s in todo), workers)
+        for _ in progress(work, f"rendering {folder.name} people", len(todo)):
+            pass
 
 
 def as_bytes(x: Float[Tensor, "*shape"]) -> np.ndarray:

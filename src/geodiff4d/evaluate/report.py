@@ -8,7 +8,6 @@ import base64
 import html
 import io
 import math
-import os
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import geodiff4d
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import fresh_file
 from geodiff4d.core.images import read_image, to_uint8
 from geodiff4d.evaluate.metrics import Estimate
 
@@ -161,13 +161,8 @@ def build_report(path: Path, report: Report) -> None:
 </body>
 </html>
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with fresh_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def interval_plot(estimates: dict[str, Estimate], axis: str, accent: Sequence[str] = ()) -> "Figure":

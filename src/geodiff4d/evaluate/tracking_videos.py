@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import write_json
+from geodiff4d.core.files import fresh_file, write_json
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import read_video, write_video
 from geodiff4d.evaluate.expression import GROUPS, compared
@@ -158,7 +158,8 @@ def evaluate_videos(
             for camera, chosen in {**by_camera, "all": lambda v: True}.items()
         }
     write_json(out / "metrics.json", result)
-    (out / "table.md").write_text(table_markdown(result, list(detectors)), encoding="utf-8")
+    with fresh_file(out / "table.md") as file:
+        file.write_text(table_markdown(result, list(detectors)), encoding="utf-8")
     return result
 
 

@@ -9,7 +9,7 @@ pose correctives where the file has them, then skinning; eyelids are added after
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class HeadParams:
             out[x.name] = None if values[0] is None else torch.stack(values)
         return HeadParams(**out)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | IO[bytes]) -> None:
         """Write an .npz with FLAME's names, float32."""
         present = {x.name: getattr(self, x.name) for x in fields(self) if getattr(self, x.name) is not None}
         np.savez(path, **{k: v.detach().cpu().numpy().astype(np.float32) for k, v in present.items()})

@@ -17,6 +17,7 @@ import torch
 from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.files import write_json
 from geodiff4d.core.progress import Progress, advancing, silent
+from geodiff4d.core.rundir import alone
 from geodiff4d.launch.jobs import Job, Outcome, described, run_job
 
 
@@ -55,6 +56,9 @@ def run_fleet(jobs: list[Job], folder: Path, crew: Crew, retries: int = 2, progr
     `fleet.jsonl` gets a line for every attempt and `failed.json` says what failed and why, at any time. A job whose
     input is wrong fails at once, others after so many `retries`; a job whose place was lost (a machine that died) is
     handed out again and that counts as an attempt.
+
+    Raises:
+        UserError: another process carries out a fleet in this folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     waiting = deque((job, 1) for job in jobs if not job.done(folder))
@@ -62,11 +66,12 @@ def run_fleet(jobs: list[Job], folder: Path, crew: Crew, retries: int = 2, progr
     failed: dict[str, dict[str, Any]] = {}
     flying: dict[Any, tuple[Job, int]] = {}
     done = skipped
-    write_json(folder / "failed.json", failed)
     with (
+        alone(folder),
         (folder / "fleet.jsonl").open("a") as journal,
         advancing(progress, lambda: f"jobs, {len(failed)} failed", len(jobs)) as advance,
     ):
+        write_json(folder / "failed.json", failed)
         advance(skipped)
         while waiting or flying:
             # Some wait in line, so that no place idles.

@@ -19,6 +19,7 @@ from geodiff4d.core.files import read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, on_grid
+from geodiff4d.data.rowstore import create_array
 from geodiff4d.data.sampling import Example, Samples
 from geodiff4d.video.vae import Codec
 
@@ -195,7 +196,7 @@ def encode_store(
     if known != json.loads(json.dumps(made_of)):
         note.unlink(missing_ok=True)
         planes = 3 * codec.channels if encoded_pose else 2 * codec.channels + 3
-        np.lib.format.open_memmap(path, "w+", np.float16, (*config.shape, planes, side, side)).flush()
+        create_array(path, (*config.shape, planes, side, side), np.float16)
         done = 0
     elif done is None:
         return True
