@@ -24,6 +24,7 @@ from geodiff4d.pipeline import driver_clip_index
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking import track as tracking
+from geodiff4d.tracking.background import without_background
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
 from geodiff4d.tracking.fit import fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
@@ -520,6 +521,29 @@ def test_what_hangs_on_by_haze_alone_is_no_foreground():
     # An even image: the guided filter then keeps what it is given.
     out = matte(torch.full((3, 96, 96), 0.5), person[None], head, head)[0]
     assert out[4:11, 42:54].max() == 0 and out[28:52, 38:58].min() > 0.9
+
+
+def test_what_has_the_backgrounds_colours_is_no_hair():
+    """A brown door was taken for hair on one side, and is known for a door on the other; real hair is red."""
+    head = torch.zeros(128, 128, dtype=torch.bool)
+    head[40:100, 44:84] = True
+    image = torch.tensor([0.4, 0.25, 0.1])[:, None, None].expand(3, 128, 128).clone()
+    image[:, head] = torch.tensor([0.8, 0.6, 0.5])[:, None]
+    hair = torch.zeros_like(head)
+    hair[30:100, 84:96] = hair[30:56, 44:96] = True
+    image[:, hair] = torch.tensor([0.7, 0.1, 0.1])[:, None]
+    image += 0.02 * torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    person = (head | hair).float()
+    wrong = person.clone()
+    wrong[30:100, 10:44] = 1
+    out = without_background(image.clamp(0, 1).numpy(), wrong.numpy(), head.numpy(), 60.0)
+    assert out[35:95, 12:38].max() < 0.1 and out[hair.numpy()].mean() > 0.95 and (out[head.numpy()] == 1).all()
+    right = without_background(image.clamp(0, 1).numpy(), person.numpy(), head.numpy(), 60.0)
+    assert abs(right - person.numpy()).mean() < 0.01
+    # Without a background, or without a head, nothing is known of colours.
+    for whole in (head, torch.zeros_like(head)):
+        everywhere = np.ones((128, 128), np.float32)
+        assert (without_background(image.numpy(), everywhere, whole.numpy(), 60.0) == 1).all()
 
 
 def test_matte_without_segmentation_is_the_head_grown():

@@ -1,9 +1,9 @@
 """The foreground of a tracked portrait: head, hair, neck and shoulders.
 
-A segmentation of the person (or, without one, the tracked head grown by a hair's breadth) is joined with the head's
-own silhouette, its edge drawn to the image's by a guided filter (He et al. 2010). Shoulders stay, as in the video
-model's training images; only what is far from the tracked head is no foreground. All lengths are shares of the
-head's size, so that they mean the same at any resolution.
+A segmentation of the person (or, without one, the tracked head grown by a hair's breadth), without what has the
+background's colours (`background.py`), is joined with the head's own silhouette, its edge drawn to the image's by a
+guided filter (He et al. 2010). Shoulders stay, as in the video model's training images; only what is far from the
+tracked head is no foreground. All lengths are shares of the head's size, so that they mean the same at any resolution.
 """
 
 import numpy as np
@@ -19,12 +19,17 @@ from scipy.ndimage import (
 )
 from torch import Tensor
 
+from geodiff4d.tracking.background import without_background
+
 REACH = 0.55
 """Largest distance of hair from the skull, and of shoulders from the bust, over the head's size."""
 FADE = 0.04
 """Width of the cut's soft edge, over the head's size."""
 BARE_GROWTH = 0.03
 """Growth of the head's silhouette where there is no segmentation, over the head's size."""
+HAZE = 0.06
+"""What is less than one half foreground fades from this far beyond what is more, over the head's size: strands do not
+reach further, doubt does."""
 FILTER_RADIUS, FILTER_EPSILON = 0.02, 1e-3
 
 
@@ -48,10 +53,13 @@ def matte(
     else:
         # The mesh is wrong at its rim (ears, chin), never inside.
         core = binary_erosion(skull, iterations=max(int(0.05 * size_px), 1))
-        foreground = np.maximum(person[0].numpy(), gaussian_filter(core.astype(np.float32), 0.01 * size_px))
+        told = without_background(image.numpy(), person[0].numpy(), whole, size_px)
+        foreground = np.maximum(told, gaussian_filter(core.astype(np.float32), 0.01 * size_px))
         foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
     foreground = foreground * allowed(whole, size_px)
-    return torch.from_numpy(_without_islands(foreground)).float().clamp(0, 1)[None]
+    whole_parts = _without_islands(foreground)
+    near = np.clip(2 - _distance_to(whole_parts > 0.5) / (HAZE * size_px), 0, 1)
+    return torch.from_numpy(whole_parts * near).float().clamp(0, 1)[None]
 
 
 def allowed(whole: np.ndarray, size_px: float) -> np.ndarray:
