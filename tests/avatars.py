@@ -16,7 +16,7 @@ from geodiff4d.core.geometry import look_at
 from geodiff4d.heads.rig import Head, HeadParams
 
 
-def painted_avatar(head: Head, sequence: HeadParams, gaussians: int = 1, size: int = 64) -> Avatar:
+def painted_avatar(head: Head, sequence: HeadParams, gaussians: int = 1, size: int = 64, harmonics: int = 0) -> Avatar:
     """Return an avatar seen from an angle, so that a mirrored or turned picture would show."""
     local = sample_surface(
         head.template, head.faces, torch.ones(len(head.faces)), gaussians, torch.Generator().manual_seed(0)
@@ -24,6 +24,10 @@ def painted_avatar(head: Head, sequence: HeadParams, gaussians: int = 1, size: i
     points = head.template[head.faces[local.face_index]].mean(1)
     waves = torch.tensor([[60.0, 10.0, 0.0], [20.0, 50.0, 40.0], [0.0, 30.0, 45.0]])
     local = replace(local, color_logits=torch.logit(0.5 + 0.4 * torch.sin(points @ waves)))
+    if harmonics:
+        count = (harmonics + 1) ** 2 - 1
+        noise = torch.randn(len(local), count, 3, generator=torch.Generator().manual_seed(1))
+        local = replace(local, harmonics=0.1 * noise)
     T = look_at(torch.tensor([0.5, 0.25, 0.9]), torch.tensor([0.0, -0.02, 0.0]), torch.tensor([0.0, 1.0, 0.0]))
     return Avatar(
         head, local, sequence.shape[0], sequence, Camera(T, pinhole(2.75 * size, size, size), size, size), 12.0

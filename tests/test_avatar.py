@@ -251,6 +251,8 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
         gaussians=1,
         checkpoint_every=3,
         densify=DensifyConfig(every=2, grow_grad2d=1e-6),
+        harmonics=2,
+        harmonics_every=2,
     )
 
     def interrupted(items, *_):
@@ -269,6 +271,8 @@ def test_resume_equals_uninterrupted(clip, tmp_path):
     a, b = Avatar.load(tmp_path / "whole"), Avatar.load(tmp_path / "halves")
     assert all(torch.equal(v, getattr(b.local, n)) for n, v in a.local.tensors.items())
     assert torch.equal(a.sequence.expr, b.sequence.expr) and torch.equal(a.shape, b.shape)
+    learned = a.local.harmonics.abs().amax((0, 2))
+    assert (learned > 0).all(), "the first degree from the third step on, the second from the fifth"
 
 
 def test_a_fit_is_not_resumed_on_other_images(clip, tmp_path):
@@ -320,7 +324,9 @@ def test_render_command(avatar_folder, clip, tmp_path, which):
 
 
 def test_fit_command(clip, tmp_path, capsys):
-    run_fit(FitArgs(clip.folder, tmp_path / "a", preset="debug", ablate=("refine", "normals"), iterations=2))
+    without = ("refine", "normals")
+    run_fit(FitArgs(clip.folder, tmp_path / "a", preset="debug", ablate=without, iterations=2, harmonics=2))
+    assert Avatar.load(tmp_path / "a").local.harmonics.shape[1:] == (8, 3)
     assert "Gaussians" in capsys.readouterr().out and (tmp_path / "a/avatar.safetensors").exists()
 
 

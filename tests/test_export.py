@@ -25,12 +25,13 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import MARKER
 from geodiff4d.heads import flame, load_head
 from geodiff4d.render.gaussians import Gaussians
+from geodiff4d.render.harmonics import sh_basis
 
 
 @pytest.fixture(scope="module")
 def avatar() -> Avatar:
     head = load_head()
-    return painted_avatar(head, talking(head, 3))
+    return painted_avatar(head, talking(head, 3), harmonics=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def on_flame(tmp_path_factory) -> Avatar:
     path = flame_files.write_model(tmp_path_factory.mktemp("flame") / "flame2023.pkl", flame_files.arrays())
     flame.LOADED.clear()  # A head is found by its name, and other tests load others of that name.
     head = flame.load(path)
-    return painted_avatar(head, talking(head, 3), gaussians=12_000)
+    return painted_avatar(head, talking(head, 3), gaussians=12_000, harmonics=1)
 
 
 def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
@@ -72,7 +73,7 @@ def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
 
 
 def test_ply_reads_back_as_the_same_image(avatar, tmp_path):
-    """Read as other programs do: colours of degree 0, logits, logarithms, wxyz, in axes half a turn about x away."""
+    """Read as other programs do: harmonics, logits, logarithms, wxyz, in axes half a turn about x away."""
     export_ply(avatar, own_performance(avatar), tmp_path / "a.ply")
     columns = read_ply(tmp_path / "a.ply")
 
@@ -82,7 +83,11 @@ def test_ply_reads_back_as_the_same_image(avatar, tmp_path):
     w, x, y, z = normalize(read("rot_0", "rot_1", "rot_2", "rot_3"), dim=-1).unbind(-1)
     means, turned = read("x", "y", "z") * torch.tensor([1.0, -1, -1]), torch.stack([-x, w, -z, y], -1)
     splats = Gaussians(means, turned, read("scale_0", "scale_1", "scale_2").exp(), read("opacity")[:, 0].sigmoid())
-    colours = 0.5 + 0.28209479177387814 * read("f_dc_0", "f_dc_1", "f_dc_2")
+    dc, rest = read("f_dc_0", "f_dc_1", "f_dc_2"), read(*(f"f_rest_{i}" for i in range(45))).view(-1, 3, 15)
+    away = normalize(read("x", "y", "z") - avatar.camera.position * torch.tensor([1.0, -1, -1]), dim=-1)
+    coefficients = torch.cat([dc[:, None], rest.mT], 1)
+    colours = (0.5 + (sh_basis(away, 3)[..., None] * coefficients).sum(1)).clamp(min=0)
+    assert (colours - avatar.posed(avatar.sequence[0]).colors).abs().max() > 0.1, "they do depend on the view"
     again = render_splats(splats, colours, avatar.camera).rgb
     torch.testing.assert_close(again, avatar.render(avatar.sequence[0], avatar.camera).rgb, atol=2e-3, rtol=0)
 
@@ -150,10 +155,12 @@ def test_theirs_and_back_to_the_bit(on_flame, tmp_path):
     assert avatar.sequence.batch == (4,) and avatar.render(avatar.sequence[0], avatar.camera).rgb.isfinite().all()
     export_gaussian_avatars(Avatar.load(tmp_path / "avatar"), tmp_path / "ga2", tmp_path / "avatar")
     assert same_tree(tmp_path / "ga", tmp_path / "ga2")
-    # Colours that were changed since are ours, not those that were kept.
+    # Colours that were changed since are ours, not those that were kept; what depends on the view went both ways.
     moved = replace(avatar, local=replace(avatar.local, color_logits=avatar.local.color_logits + 0.1))
     export_gaussian_avatars(moved, tmp_path / "ga3", tmp_path / "avatar")
-    assert read_ply(tmp_path / "ga3/point_cloud.ply")["f_rest_7"].any() == np.False_
+    before, after = (read_ply(tmp_path / k / "point_cloud.ply") for k in ("ga", "ga3"))
+    assert not np.allclose(before["f_dc_1"], after["f_dc_1"], atol=1e-2)
+    np.testing.assert_allclose(before["f_rest_27"], after["f_rest_27"], atol=1e-4)
 
 
 def test_compact_form(avatar, folder, tmp_path):

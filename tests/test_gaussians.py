@@ -6,10 +6,10 @@ import torch
 from torch.nn.functional import normalize
 
 from geodiff4d.core.camera import Camera, pinhole
-from geodiff4d.core.geometry import invert, look_at, matrix_to_quat, quat_multiply, transform
+from geodiff4d.core.geometry import axis_angle_to_matrix, invert, look_at, matrix_to_quat, quat_multiply, transform
 from geodiff4d.render import rasterizer_cpu
 from geodiff4d.render.gaussians import Gaussians, rasterize, render
-from geodiff4d.render.harmonics import sh_basis, sh_colors
+from geodiff4d.render.harmonics import TurnedHarmonics, rotate_harmonics, sh_basis, sh_colors
 
 
 def camera(width: int = 37, height: int = 29, distance: float = 0.6) -> Camera:
@@ -215,3 +215,25 @@ def test_spherical_harmonics():
     assert coefficients.grad is not None and coefficients.grad.isfinite().all() and coefficients.grad.any()
     with pytest.raises(ValueError, match="1, 4, 9 or 16"):
         sh_colors(splats, cams, coefficients[:, :5])
+
+
+@pytest.mark.parametrize("degree", [1, 3])
+def test_harmonics_turn_with_their_frames(degree):
+    """Seen in frames that turned, or as coefficients in the world: the same colours, and exact gradients."""
+    g = torch.Generator().manual_seed(degree)
+    count = (degree + 1) ** 2 - 1
+    rest = (0.05 * torch.randn(5, count, 3, generator=g, dtype=torch.float64)).requires_grad_()
+    angles = (2 * torch.randn(5, 3, generator=g, dtype=torch.float64)).requires_grad_()
+    splats, cam = scene(n=5, channels=3)[0], camera()
+    colors = torch.rand(5, 3, generator=g, dtype=torch.float64) * 0.5 + 0.5
+    turned = TurnedHarmonics(rest, axis_angle_to_matrix(angles))
+    world = torch.cat([((colors - 0.5) / 0.28209479177387814)[:, None], turned.in_world()], 1)
+    torch.testing.assert_close(turned.seen(colors, splats.means, cam), sh_colors(splats, cam, world), atol=1e-9, rtol=0)
+    back = rotate_harmonics(turned.in_world(), turned.turn.mT)
+    torch.testing.assert_close(back, rest, atol=1e-9, rtol=0)
+    means = splats.means.detach().clone().requires_grad_()
+    seen = lambda c, a, m: TurnedHarmonics(c, axis_angle_to_matrix(a)).seen(colors, m, cam)  # noqa: E731
+    assert torch.autograd.gradcheck(seen, (rest, angles, means))
+    if degree == 3:
+        with pytest.raises(ValueError, match="3, 8 or 15"):
+            rotate_harmonics(rest[:, :4], turned.turn)

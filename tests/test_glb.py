@@ -23,7 +23,7 @@ WIDTHS = {"SCALAR": 1, "VEC3": 3, "VEC4": 4, "MAT4": 16}
 @pytest.fixture(scope="module")
 def avatar():
     head = load_head()
-    return painted_avatar(head, talking(head, 3))
+    return painted_avatar(head, talking(head, 3), harmonics=1)
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,8 @@ def test_the_splats_are_the_avatars(parts, avatar):
         "OPACITY": posed.gaussians.opacities[:, None],
         "SH_DEGREE_0_COEF_0": (posed.colors - 0.5) / SH_C0, "_FACE": posed.face_index[:, None],
     }  # fmt: skip
+    assert posed.shading is not None
+    ours |= {f"SH_DEGREE_1_COEF_{k}": posed.shading.in_world()[:, k] for k in range(3)}
     for name, truth in ours.items():
         assert np.abs(get[name] - truth.numpy()).max() < 1e-4, name
     turns = quat_to_matrix(torch.from_numpy(get["ROTATION"][:, [3, 0, 1, 2]].copy()))

@@ -23,7 +23,7 @@ from geodiff4d.viewer.scene import pose_rows
 @pytest.fixture(scope="module")
 def avatar() -> Avatar:
     head = load_head()
-    return painted_avatar(head, talking(head, 5), gaussians=25_000)
+    return painted_avatar(head, talking(head, 5), gaussians=25_000, harmonics=1)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_what_the_page_carries_is_the_avatar(arrays, avatar):
     near = {
         "neutral": (head.template, 1e-5), "skin": (head.skin_weights, 1e-4), "splat_means": (local.means[order], 1e-3),
         "splat_log_scales": (local.log_scales[order], 0.02), "sequence": (pose_rows(avatar.sequence), 1e-4),
+        "splat_harmonics": (local.harmonics[order].flatten(1), 0.003),
         "splat_shares": (torch.cat([local.color_logits, local.opacity_logits[:, None]], -1)[order].sigmoid(), 0.0021),
     }  # fmt: skip
     for name, (truth, tolerance) in near.items():

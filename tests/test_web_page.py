@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import threading
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,26 @@ def test_the_same_pixels_as_our_renderer(browser, avatar, tmp_path):
     write_image(tmp_path / "all.png", torch.cat(rows, 1))
     print(f"worst {worst:.1f} dB, {tmp_path / 'all.png'}")
     assert worst > 38
+
+
+def test_colours_that_depend_on_the_view(tmp_path_factory):
+    """Harmonics of degree 3: as our renderer has them, at least 38 dB, and far from colours without them."""
+    head, folder = load_head(), tmp_path_factory.mktemp("harmonics")
+    avatar = painted_avatar(head, talking(head, 2), gaussians=12_000, size=256, harmonics=3)
+    write_page(avatar, own_performance(avatar), folder / "me.html")
+    studio, params = Studio(avatar, own_performance(avatar), 256), held(avatar, torch.zeros(1, 52)).params
+    plain = replace(avatar, local=replace(avatar.local, harmonics=None))
+    with Browser(folder) as browser:
+        browser.open((folder / "me.html").as_uri(), READY)
+        for view in VIEWS:
+            theirs = shot(browser, pose_rows(params)[0], view, 256)
+            with torch.no_grad():
+                ours, flat = (a.render(params[0], studio.turned(view), 0.5) for a in (avatar, plain))
+            error, without = (
+                -10 * (x.rgb.clamp(0, 1) - theirs)[:, ours.alpha[0] > 0.5].square().mean().log10() for x in (ours, flat)
+            )
+            print(f"{float(error):.1f} dB, without harmonics {float(without):.1f} dB")
+            assert error > 38 and without < 25
 
 
 def test_normals_and_the_fitted_sequence(browser, avatar):

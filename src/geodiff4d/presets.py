@@ -262,7 +262,7 @@ _ROWS = (
         # Sec. 4.2, A.2.
         fit=FitConfig(
             iterations=100_000, gaussians=100_000, means_lr=5e-3, quats_lr=1e-3, log_scales_lr=5e-3, opacity_lr=2.5e-2,
-            color_lr=2.5e-3, checkpoint_every=5000, device="cuda",
+            color_lr=2.5e-3, harmonics=3, harmonics_lr=1.25e-4, checkpoint_every=5000, device="cuda",
             refine=RefineConfig(
                 expr=1e-4, pose=1e-5, face=1e-4, translation=1e-5, shape=1e-5, warmup=0.2, plateau=0.8, start=1e-10
             ),

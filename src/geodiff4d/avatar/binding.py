@@ -53,6 +53,9 @@ class LocalGaussians:
     """Logit of sRGB."""
     features: Float[Tensor, "n features"] | None = None
     """What the dynamics MLP knows each by (`avatar.dynamics`)."""
+    harmonics: Float[Tensor, "n rest 3"] | None = None
+    """View-dependent colour, added to sRGB: spherical harmonics from degree 1 on (`render.harmonics`), in the face's
+    frame, so that they turn with it."""
 
     def __len__(self) -> int:
         return len(self.face_index)

@@ -26,7 +26,7 @@ FORMAT, VERSION = "geodiff4d compact avatar", 1
 SUFFIX = ".g4d"
 MAX_BYTES = 256 * 1024**2
 """Largest size that a file may unpack to [bytes]."""
-BITS = {"means": 14, "quats": 8, "log_scales": 8}
+BITS = {"means": 14, "quats": 8, "log_scales": 8, "harmonics": 8}
 """Bits of per-Gaussian columns by name; others have 12."""
 OTHER_BITS = 12
 TABLE_BITS = 16

@@ -29,6 +29,11 @@ class FitConfig:
     log_scales_lr: float = 1.5e-2
     opacity_lr: float = 4e-2
     color_lr: float = 2e-2
+    harmonics: int = 0
+    """Degree of the view-dependent colour, 0 (none) to 3."""
+    harmonics_lr: float = 1e-3
+    harmonics_every: int = 1000
+    """Steps before the first degree is fitted, and from each to the next (3DGS)."""
     loss: LossConfig = field(default_factory=LossConfig)
     refine: RefineConfig | None = field(default_factory=RefineConfig)
     """None trusts the clip's head parameters (`--ablate refine`)."""
@@ -49,6 +54,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.gaussians < 1 or self.checkpoint_every < 1:
             raise ValueError(f"iterations, gaussians and checkpoint_every must be positive, got {self}")
+        if not 0 <= self.harmonics <= 3:
+            raise UserError(f"spherical harmonics of degree {self.harmonics}: expected 0 (none) to 3")
 
     def ablated(self, part: str) -> "FitConfig":
         """Return the configuration with one part switched off (Table 2, lower half, and each part of the hierarchy).

@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geodiff4d.avatar.binding import LocalGaussians, place
+from geodiff4d.avatar.binding import LocalGaussians, face_frames, place
 from geodiff4d.avatar.deformation import Deformation, DeformationConfig, PositionMap, canonical
 from geodiff4d.avatar.dynamics import Dynamics, DynamicsConfig
 from geodiff4d.avatar.expression import Code, ExpressionCode
 from geodiff4d.avatar.surface import Surface, own_surface
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.gaussians import Gaussians
+from geodiff4d.render.harmonics import TurnedHarmonics
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class Posing:
 
     gaussians: Gaussians
     colors: Float[Tensor, "n 3"]
-    """sRGB, 0 to 1."""
+    """sRGB, 0 to 1, without what depends on the view."""
+    shading: TurnedHarmonics | None = None
+    """What they add seen from each side; None where colours are the same from everywhere."""
     displacement: Float[Tensor, "1 3 size size"] | None = None
     """Displacement of the surface, in texture space [cm]; None without a deformation network."""
     residuals: Float[Tensor, "n outputs"] | None = None
@@ -89,7 +92,11 @@ class DeformableSurface:
             residuals = self.dynamics(local.features, code.summary)
             local = self.dynamics.applied(local, residuals)
         splats = place(local, vertices, self.surface.faces)
-        return Posing(splats, local.color_logits.sigmoid(), displacement, residuals)
+        shading = None
+        if local.harmonics is not None:
+            turn = face_frames(vertices, self.surface.faces).R.index_select(0, local.face_index)
+            shading = TurnedHarmonics(local.harmonics, turn)
+        return Posing(splats, local.color_logits.sigmoid(), shading, displacement, residuals)
 
     def networks(self) -> dict[str, Deformation | Dynamics]:
         """Return the networks that are learned with the Gaussians, by name."""

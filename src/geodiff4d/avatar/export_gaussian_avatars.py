@@ -3,8 +3,11 @@
 Their splats and ours live in the same frames of the same triangles, FLAME's with teeth, so positions, rotations, scales
 and opacities are copied bit by bit. What one format lacks is kept in a second file, and used as long as it is
 consistent with the rest: our logits of colours, camera and rate in `geodiff4d.npz`, their spherical harmonics in the
-avatar's `gaussian_avatars.npz`. So both round trips are exact to the bit. View-dependent colour (degrees 1 to 3) is
-kept for the way back but not rendered here; networks cannot be exported: splats are written as bound at rest.
+avatar's `gaussian_avatars.npz`. So both round trips are exact to the bit. Networks cannot be exported: splats are
+written as bound at rest.
+
+Ours / theirs: their harmonics look along directions of the world, whatever the face does; ours turn with it. They are
+exchanged as they are on the person's head at rest.
 """
 
 from dataclasses import replace
@@ -13,18 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames, to_local
 from geodiff4d.avatar.drive import own_rest
 from geodiff4d.avatar.model import Avatar, check_avatar
-from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, splat_columns, write_ply
+from geodiff4d.avatar.ply import SH_C0, Columns, gather, read_ply, rest_columns, splat_columns, write_ply
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, read_arrays
 from geodiff4d.core.geometry import look_at, matrix_to_quat, quat_multiply
 from geodiff4d.heads.rig import SKULL_JOINT, Head, HeadParams
+from geodiff4d.render.harmonics import rotate_harmonics
 
 VERTS, FACES, SHAPES, EXPRS = 5143, 10144, 300, 100
 POSES = {"rotation": 3, "neck_pose": 3, "jaw_pose": 3, "eyes_pose": 6, "translation": 3}
@@ -45,10 +49,16 @@ def export_gaussian_avatars(avatar: Avatar, out: Path, source: Path | None = Non
     local = bound_to_head(avatar)
     theirs = _kept(None if source is None else source / THEIRS)
     f_dc = _coefficients(local.color_logits)
-    if theirs and np.array_equal(_logits(theirs["f_dc"]), local.color_logits.numpy()):
+    head, shape, face = avatar.head, avatar.shape, local.face_index
+    f_rest = None if local.harmonics is None else rest_columns(_turned(local.harmonics, head, shape, face).numpy())
+    if (
+        theirs
+        and np.array_equal(_logits(theirs["f_dc"]), local.color_logits.numpy())
+        and _same(_harmonics(theirs["f_rest"], head, shape, face), local.harmonics)
+    ):
         f_dc, f_rest = theirs["f_dc"], theirs["f_rest"]
     else:
-        theirs, f_rest = {}, None
+        theirs = {}
     means, opacities, scales, quats = (
         v.numpy() for v in (local.means, local.opacity_logits, local.log_scales, local.quats)
     )
@@ -63,6 +73,8 @@ def export_gaussian_avatars(avatar: Avatar, out: Path, source: Path | None = Non
     }  # fmt: skip
     if avatar.sequence.eyelids is not None:
         ours["eyelids"] = avatar.sequence.eyelids
+    if local.harmonics is not None:
+        ours["harmonics"] = local.harmonics
     kept: dict[str, Any] = {k: np.asarray(v) for k, v in ours.items()}
     with fresh_folder(out) as folder:
         write_ply(folder / PLY, columns)
@@ -93,6 +105,7 @@ def bound_to_head(avatar: Avatar) -> LocalGaussians:
         log_scales=(posed.gaussians.scales / frames.scale[face, None].clamp(min=1e-9)).clamp(min=1e-9).log(),
         opacity_logits=torch.logit(posed.gaussians.opacities.clamp(1e-6, 1 - 1e-6)),
         color_logits=torch.logit(posed.colors.clamp(1e-4, 1 - 1e-4)),
+        harmonics=None if posed.shading is None else rotate_harmonics(posed.shading.in_world(), frames.R[face].mT),
     )
 
 
@@ -137,6 +150,13 @@ def _avatar(
     sequence = _sequence(arrays, source / PARAMS, ours)
     if not bool(((local.face_index >= 0) & (local.face_index < len(head.faces))).all()):
         raise UserError(f"{source / PLY} is bound to faces that {head.name} does not have: expected FLAME with teeth")
+    shape, face = sequence.shape[0], local.face_index
+    harmonics = _harmonics(f_rest, head, shape, face)
+    if "harmonics" in ours:
+        kept = torch.from_numpy(ours["harmonics"])
+        if np.array_equal(rest_columns(_turned(kept, head, shape, face).numpy()), f_rest):
+            harmonics = kept
+    local = replace(local, harmonics=harmonics)
     camera, fps = _view(ours, head, sequence)
     avatar = Avatar(head, local, sequence.shape[0], sequence, camera, fps)
     check_avatar(avatar, str(source))
@@ -157,6 +177,32 @@ def _coefficients(color_logits: Float[Tensor, "n 3"]) -> Float[np.ndarray, "n 3"
 
 def _logits(f_dc: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
     return torch.logit((0.5 + SH_C0 * torch.from_numpy(np.ascontiguousarray(f_dc))).clamp(1e-4, 1 - 1e-4)).numpy()
+
+
+def _turned(
+    harmonics: Float[Tensor, "n rest 3"], head: Head, shape: Float[Tensor, " shapes"], face: Int[Tensor, " n"],
+    back: bool = False,
+) -> Float[Tensor, "n rest 3"]:  # fmt: skip
+    """Turn coefficients from the frames of a person's faces at rest to the world, or `back`."""
+    mesh = head.pose(replace(head.neutral(), shape=shape))
+    R = face_frames(mesh.vertices, mesh.faces).R[face]
+    return rotate_harmonics(harmonics, R.mT if back else R)
+
+
+def _harmonics(
+    f_rest: Float[np.ndarray, "n columns"], head: Head, shape: Float[Tensor, " shapes"], face: Int[Tensor, " n"]
+) -> Float[Tensor, "n rest 3"] | None:
+    """Read a file's coefficients into the frames of the faces, up to the highest degree that says anything."""
+    if not f_rest.any():
+        return None
+    world = torch.from_numpy(np.ascontiguousarray(f_rest.reshape(len(f_rest), 3, -1).transpose(0, 2, 1)))
+    used = int(world.flatten(2).abs().amax((0, 2)).nonzero().max()) + 1
+    count = next(n for n in (3, 8, 15) if n >= used)
+    return _turned(world[:, :count].contiguous(), head, shape, face, back=True)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _rest(columns: Columns, path: Path) -> Float[np.ndarray, "n rest"]:

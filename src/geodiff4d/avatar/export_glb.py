@@ -1,7 +1,7 @@
 """One .glb (glTF 2.0): the head as a rigged mesh with its 52 morph targets, and the avatar's splats at rest.
 
 Two scenes. The first, which viewers show, has the splats as KHR_gaussian_splatting has them: points with rotation
-(xyzw), linear scales [m], opacity and harmonics of degree 0, y up, the face to +z. The second has the head's mesh with
+(xyzw), linear scales [m], opacity and harmonics, y up, the face to +z. The second has the head's mesh with
 its skin of five joints, sparse morph targets named as ARKit's, and the splats' mean colours at its vertices. Each
 splat's `_FACE` is the triangle of that mesh that it is bound to (`avatar.binding`), so that whoever poses the mesh can
 carry the splats along.
@@ -29,6 +29,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_quat
 from geodiff4d.heads.rig import JOINTS, PARENTS, HeadParams
+from geodiff4d.render.harmonics import degree_of
 
 FLOAT, UBYTE, USHORT = 5126, 5121, 5123
 KINDS = {"float32": FLOAT, "uint8": UBYTE, "uint16": USHORT}
@@ -134,9 +135,19 @@ def _splats(buffer: Buffer, posed: PosedSplats) -> dict[str, Any]:
             f"{prefix}SCALE": buffer.add(splats.scales.float().numpy()),
             f"{prefix}OPACITY": buffer.add(opacities.float().numpy()),
             f"{prefix}SH_DEGREE_0_COEF_0": buffer.add(((colors - 0.5) / SH_C0).numpy()),
+            **_harmonics(buffer, posed, prefix),
             "_FACE": buffer.add(posed.face_index.float().numpy()),
         },
     }  # fmt: skip
+
+
+def _harmonics(buffer: Buffer, posed: PosedSplats, prefix: str) -> dict[str, int]:
+    """Return the attributes of the degrees from 1 on, none where colours are the same from everywhere."""
+    if posed.shading is None:
+        return {}
+    rest = posed.shading.in_world().float().numpy()
+    of = [(d, k, d * d - 1 + k) for d in range(1, degree_of(posed.shading.coefficients) + 1) for k in range(2 * d + 1)]
+    return {f"{prefix}SH_DEGREE_{d}_COEF_{k}": buffer.add(np.ascontiguousarray(rest[:, i])) for d, k, i in of}
 
 
 def _mesh(buffer: Buffer, avatar: Avatar, posed: PosedSplats, rest: HeadParams) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from geodiff4d.avatar.drive import Performance
 from geodiff4d.avatar.model import Avatar
-from geodiff4d.avatar.ply import SH_C0, Columns, splat_columns, write_ply
+from geodiff4d.avatar.ply import SH_C0, Columns, rest_columns, splat_columns, write_ply
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, write_json
 from geodiff4d.core.geometry import quat_multiply
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.render.gaussians import Gaussians
+from geodiff4d.render.harmonics import TurnedHarmonics
 
 FILE_FROM_WORLD = torch.tensor([1.0, -1.0, -1.0])
 """Signs that turn the head's axes (y up, face to +z) half about x into the file's, and back."""
@@ -29,7 +30,9 @@ SMALLEST_M = 1e-9
 FAINTEST = 1e-6
 
 
-def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns:
+def posed_columns(
+    gaussians: Gaussians, colors: Float[Tensor, "n 3"], shading: TurnedHarmonics | None = None
+) -> Columns:
     """Return splats as the file's columns: in its axes, with logarithms of scales and logits of opacities."""
     quats = torch.nn.functional.normalize(gaussians.quats, dim=-1)
     turned = quat_multiply(HALF_TURN.to(quats).expand_as(quats), quats)
@@ -38,7 +41,8 @@ def posed_columns(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> Columns
         torch.logit(gaussians.opacities.clamp(FAINTEST, 1 - FAINTEST)), gaussians.scales.clamp(min=SMALLEST_M).log(),
         turned,
     )  # fmt: skip
-    return splat_columns(*(a.detach().cpu().float().numpy() for a in arrays))
+    rest = None if shading is None else rest_columns(shading.in_world(torch.diag(FILE_FROM_WORLD)).cpu().numpy())
+    return splat_columns(*(a.detach().cpu().float().numpy() for a in arrays), f_rest=rest)
 
 
 @torch.no_grad()
@@ -51,7 +55,7 @@ def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int 
     if not 0 <= frame < len(performance):
         raise UserError(f"frame {frame} does not exist: expected 0 to {len(performance) - 1}")
     posed = avatar.posed(*performance.frame(frame))
-    write_ply(path, posed_columns(posed.gaussians, posed.colors))
+    write_ply(path, posed_columns(posed.gaussians, posed.colors, posed.shading))
     return len(posed.gaussians)
 
 

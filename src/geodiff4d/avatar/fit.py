@@ -146,6 +146,8 @@ def prepare(frames: FitFrames, head: Head, config: FitConfig, seed: int) -> tupl
     if config.dynamics:
         features = first_features(len(local), config.dynamics, torch.Generator().manual_seed(seed))
         local = replace(local, features=features)
+    if config.harmonics:
+        local = replace(local, harmonics=torch.zeros(len(local), (config.harmonics + 1) ** 2 - 1, 3))
     frames.to(config.device)
     made = Fitting(deformable.to(config.device), local.to(config.device), frames, tolerance.to(config.device), config)
     return made, explained

@@ -43,6 +43,8 @@ class Fitting:
     ):  # fmt: skip
         self.deformable, self.frames, self.config, self.tolerance = deformable, frames, config, tolerance
         self.tokens = None if frames.tokens is None else frames.tokens.to(config.device)
+        self.degree = config.harmonics
+        """Degree of the harmonics that are used; the fit's first steps use lower ones."""
         self.refinement = Refinement(frames.sequence.to(config.device))
         with torch.no_grad():
             self.rest_scale = face_frames(self._vertices_of(0), deformable.surface.faces).scale
@@ -73,7 +75,7 @@ class Fitting:
         rates = {
             "means": config.means_lr, "quats": config.quats_lr, "log_scales": config.log_scales_lr,
             "opacity_logits": config.opacity_lr, "color_logits": config.color_lr,
-            "features": config.dynamics.feature_lr if config.dynamics else 0.0,
+            "features": config.dynamics.feature_lr if config.dynamics else 0.0, "harmonics": config.harmonics_lr,
         }  # fmt: skip
         groups = [{"params": [v], "peak": rates[n], "name": n} for n, v in self.local.parameters.items()]
         for name, network in self.deformable.networks().items():
@@ -84,12 +86,15 @@ class Fitting:
     def pose(self, row: int) -> Posing:
         """Return the Gaussians posed at one timestep, a row of the fitted sequence."""
         vertices = self.posed[row] if self.posed else None
-        return self.deformable.pose(self.local, self.refinement.params(row), self._tokens_of(row), vertices)
+        local = self.local
+        if local.harmonics is not None:
+            local = replace(local, harmonics=local.harmonics[:, : (self.degree + 1) ** 2 - 1])
+        return self.deformable.pose(local, self.refinement.params(row), self._tokens_of(row), vertices)
 
     def render(self, row: int, camera, background: float | Tensor = 0.5) -> AvatarFrame:
         """Render one timestep, a row of the fitted sequence."""
         posing = self.pose(row)
-        return render_splats(posing.gaussians, posing.colors, camera, background)
+        return render_splats(posing.gaussians, posing.colors, camera, background, posing.shading)
 
     def step(self, iteration: int, seed: int) -> tuple[AvatarFrame, Target]:
         """Take one step on one training frame; returns the rendering and its target.
@@ -104,11 +109,12 @@ class Fitting:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
         background = torch.rand(3, generator=generator).to(config.device)
         target = frames.target(frames.train[int(order[place])], background)
+        self.degree = min(config.harmonics, iteration // config.harmonics_every)
         posing = self.pose(target.row)
         means = posing.gaussians.means
         if config.densify:
             means.retain_grad()
-        frame = render_splats(posing.gaussians, posing.colors, target.camera, background)
+        frame = render_splats(posing.gaussians, posing.colors, target.camera, background, posing.shading)
         loss = image_loss(frame, target.image, target.mask, target.normal, target.box, config.loss)
         loss = loss + binding_loss(self.local, self.rest_scale, self.tolerance, config.loss) + self._penalties(posing)
         self.adam.zero_grad(set_to_none=True)

@@ -25,9 +25,10 @@ from geodiff4d.heads import load_head
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.binding_kernels import shortest_axes
 from geodiff4d.render.gaussians import Gaussians, rasterize
+from geodiff4d.render.harmonics import TurnedHarmonics, degree_of
 
-FORMAT_VERSION = 2
-"""Version of the folder's format; version 1 had Gaussians on the head's own mesh alone."""
+FORMAT_VERSION = 3
+"""Version of the folder's format; version 1 had Gaussians on the head's own mesh alone, version 2 no harmonics."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class PosedSplats:
 
     gaussians: Gaussians
     colors: Float[Tensor, "n 3"]
-    """sRGB, 0 to 1."""
+    """sRGB, 0 to 1, without what depends on the view."""
     face_index: Int[Tensor, " n"]
     """The head's face that each is bound to."""
+    shading: TurnedHarmonics | None = None
+    """What colours add seen from each side."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Avatar:
         the parameters.
         """
         posing = self.deformable.pose(self.local, replace(params, shape=self.shape), tokens)
-        return PosedSplats(posing.gaussians, posing.colors, self.deformable.surface.head_face[self.local.face_index])
+        face = self.deformable.surface.head_face[self.local.face_index]
+        return PosedSplats(posing.gaussians, posing.colors, face, posing.shading)
 
     def gaussians(self, params: HeadParams) -> Gaussians:
         """Return the posed splats without their colours."""
@@ -101,7 +105,7 @@ class Avatar:
     ) -> AvatarFrame:  # fmt: skip
         """Render RGB, normals and alpha in one pass; `background` is a grey level or an RGB triple."""
         posed = self.posed(params, tokens)
-        return render_splats(posed.gaussians, posed.colors, camera, background)
+        return render_splats(posed.gaussians, posed.colors, camera, background, posed.shading)
 
     def to(self, device: torch.device | str) -> "Avatar":
         """Return a copy on a device."""
@@ -180,6 +184,10 @@ def check_avatar(avatar: Avatar, where: str) -> None:
             raise ValueError(f"{name} is {_described(tensor)}, expected float32 {[count, *row]}")
     if local.features is not None and (local.features.dim() != 2 or len(local.features) != count):
         raise ValueError(f"features is {_described(local.features)}, expected a row for each of {count} Gaussians")
+    if local.harmonics is not None:
+        if local.harmonics.dtype != torch.float32 or local.harmonics.dim() != 3 or len(local.harmonics) != count:
+            raise ValueError(f"harmonics is {_described(local.harmonics)}, expected float32 of {count} Gaussians")
+        degree_of(local.harmonics)
     if local.face_index.dtype != torch.int64 or local.face_index.dim() != 1:
         raise ValueError(f"face_index is {_described(local.face_index)}, expected int64 in one row")
     if count and int(local.face_index.min()) < 0:
@@ -214,9 +222,12 @@ def _described(tensor: Tensor) -> str:
 
 
 def render_splats(
-    gaussians: Gaussians, colors: Float[Tensor, "n 3"], camera: Camera, background: float | Tensor = 0.5
-) -> AvatarFrame:
+    gaussians: Gaussians, colors: Float[Tensor, "n 3"], camera: Camera, background: float | Tensor = 0.5,
+    shading: TurnedHarmonics | None = None,
+) -> AvatarFrame:  # fmt: skip
     """Render colours and shortest-axis normals in one six-channel pass; `background` is grey or an RGB triple."""
+    if shading is not None:
+        colors = shading.seen(colors, gaussians.means, camera)
     image, alpha = rasterize(gaussians, camera, torch.cat([colors, splat_normals(gaussians, camera)], -1))
     if isinstance(background, Tensor):
         background = background[:, None, None]

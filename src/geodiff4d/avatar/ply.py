@@ -44,6 +44,13 @@ def splat_columns(
     return {name: values[:, i] for names, values in groups for i, name in enumerate(names)}
 
 
+def rest_columns(harmonics: Float[np.ndarray, "n rest 3"]) -> Float[np.ndarray, "n 45"]:
+    """Return coefficients from degree 1 on as the file has them: all of red, of green, of blue, to degree 3."""
+    whole = np.zeros((len(harmonics), 3, REST // 3), np.float32)
+    whole[..., : harmonics.shape[1]] = harmonics.transpose(0, 2, 1)
+    return whole.reshape(len(harmonics), REST)
+
+
 def gather(columns: Columns, prefix: str, count: int, path: Path) -> Float[np.ndarray, "n count"]:
     """Return the columns `prefix_0 … prefix_{count - 1}` (x, y, z for an empty prefix) as one array.
 

@@ -27,6 +27,8 @@ class Args(SigningArgs):
     a network sees them in single frames, not the clip's); and remesh, deformation, dynamics, densify."""
     iterations: int | None = None
     """Number of steps; by default the preset's."""
+    harmonics: Literal[0, 1, 2, 3] | None = None
+    """Degree of colours that depend on the view, 0 for none; by default the preset's: 3 in paper, else 0."""
     hold_out_views: int = 0
     """Number of cameras that are held out; with this or the next option, no other frames are."""
     hold_out_times: float = 0.0
@@ -55,6 +57,8 @@ def run(args: Args) -> None:
         if args.iterations < 1:
             raise UserError(f"--iterations is {args.iterations}: expected at least 1")
         config = replace(config, iterations=args.iterations)
+    if args.harmonics is not None:
+        config = replace(config, harmonics=args.harmonics)
     if args.hold_out_views < 0 or not 0 <= args.hold_out_times < 1:
         raise UserError("--hold-out-views must not be negative, and --hold-out-times be at least 0 and below 1")
     if args.hold_out_views or args.hold_out_times:

@@ -142,3 +142,5 @@ def _add_splats(blob: Blob, avatar: Avatar) -> None:
     blob.columns("splat_quats", quats.numpy(), "u1")
     blob.columns("splat_log_scales", local.log_scales[order].numpy(), "u1")
     blob.columns("splat_shares", shares.numpy(), "u1")
+    if local.harmonics is not None:
+        blob.columns("splat_harmonics", local.harmonics[order].flatten(1).numpy(), "u1")

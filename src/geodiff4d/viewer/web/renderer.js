@@ -83,13 +83,26 @@ class Renderer {
     this.faces = this.texture(ends, 4, gl.RGBA16UI, gl.RGBA_INTEGER, gl.UNSIGNED_SHORT);
     this.vertices = this.texture(new Float32Array(arrays.neutral.values), 3, gl.RGB32F, gl.RGB, gl.FLOAT);
     gl.useProgram(this.splat.program);
+    this.loadHarmonics(arrays.splat_harmonics);
     const ranges = { mean: [m, 3], scale: [s, 3], quat: [q, 4], share: [c, 4] };
     for (const [name, [array, parts]] of Object.entries(ranges))
       for (const end of ["low", "step"]) {
         const at = this.splat.at(name + end[0].toUpperCase() + end.slice(1));
         gl[`uniform${parts}fv`](at, array[end]);
       }
-    ["vertices", "faces", "splats", "colors"].forEach((name, unit) => gl.uniform1i(this.splat.at(name), unit));
+    ["vertices", "faces", "splats", "colors", "harmonics"].forEach((name, unit) => gl.uniform1i(this.splat.at(name), unit));
+  }
+
+  // View-dependent colour: a texel for each coefficient from degree 1 on, splat after splat; none is one empty texel.
+  loadHarmonics(array) {
+    const gl = this.gl, count = array ? array.width / 3 : 0, n = count * this.count;
+    const codes = new Uint8Array(4 * Math.max(n, 1));
+    for (let i = 0; i < n; i++) for (let k = 0; k < 3; k++) codes[4 * i + k] = array.codes[3 * i + k];
+    this.harmonics = this.texture(codes, 4, gl.RGBA8UI, gl.RGBA_INTEGER, gl.UNSIGNED_BYTE);
+    gl.uniform1i(this.splat.at("harmonicCount"), count);
+    if (!count) return;
+    gl.uniform3fv(this.splat.at("harmonicLow"), array.low);
+    gl.uniform3fv(this.splat.at("harmonicStep"), array.step);
   }
 
   pose(vertices) {
@@ -148,7 +161,7 @@ class Renderer {
     const gl = this.gl, at = this.splat.at;
     gl.useProgram(this.splat.program);
     gl.bindVertexArray(this.layout);
-    [this.vertices, this.faces, this.splats, this.colors].forEach(({ texture }, unit) => {
+    [this.vertices, this.faces, this.splats, this.colors, this.harmonics].forEach(({ texture }, unit) => {
       gl.activeTexture(gl.TEXTURE0 + unit);
       gl.bindTexture(gl.TEXTURE_2D, texture);
     });

@@ -15,6 +15,9 @@ uniform sampler2D vertices;  // posed, metres
 uniform usampler2D faces;    // three vertices of each
 uniform usampler2D splats;   // position and face, rotation, scales and opacity
 uniform usampler2D colors;   // sRGB
+uniform usampler2D harmonics;  // what depends on the view: 3, 8 or 15 coefficients a splat, in its triangle's frame
+uniform int harmonicCount;
+uniform vec3 harmonicLow[15], harmonicStep[15];
 uniform vec3 meanLow, meanStep, scaleLow, scaleStep;
 uniform vec4 quatLow, quatStep;
 uniform vec4 shareLow, shareStep;  // red, green, blue, opacity
@@ -51,6 +54,25 @@ mat3 rotation(vec4 q) {
 
 vec4 bytes(uint i) {
   return vec4(float(i & 255u), float((i >> 8) & 255u), float((i >> 16) & 255u), float(i >> 24));
+}
+
+// Real spherical harmonics of degrees 1 to 3, as render/harmonics.py has them.
+vec3 seenFrom(vec3 d) {
+  float x = d.x, y = d.y, z = d.z, xx = x * x, yy = y * y, zz = z * z;
+  float basis[15] = float[15](
+    -0.4886025119029199 * y, 0.4886025119029199 * z, -0.4886025119029199 * x,
+    1.0925484305920792 * x * y, -1.0925484305920792 * y * z, 0.31539156525252005 * (2.0 * zz - xx - yy),
+    -1.0925484305920792 * x * z, 0.5462742152960396 * (xx - yy),
+    -0.5900435899266435 * y * (3.0 * xx - yy), 2.890611442640554 * x * y * z,
+    -0.4570457994644658 * y * (4.0 * zz - xx - yy), 0.3731763325901154 * z * (2.0 * zz - 3.0 * xx - 3.0 * yy),
+    -0.4570457994644658 * x * (4.0 * zz - xx - yy), 1.445305721320277 * z * (xx - yy),
+    -0.5900435899266435 * x * (xx - 3.0 * yy));
+  vec3 sum = vec3(0.0);
+  for (int i = 0; i < harmonicCount; i++) {
+    uvec3 code = texelFetch(harmonics, place(splat * uint(harmonicCount) + uint(i)), 0).xyz;
+    sum += basis[i] * (harmonicLow[i] + harmonicStep[i] * vec3(code));
+  }
+  return sum;
 }
 
 void main() {
@@ -96,6 +118,7 @@ void main() {
   gl_Position = vec4(2.0 * pixel.x / size.x - 1.0, 1.0 - 2.0 * pixel.y / size.y, 0.0, 1.0);
   strength = vec2(opacity, limit);
   color = shareLow.xyz + shareStep.xyz * vec3(texelFetch(colors, place(splat), 0).xyz);
+  if (harmonicCount > 0) color = max(color + seenFrom(transpose(frame) * unit(world - eye)), vec3(0.0));
   if (normals) {
     vec3 axis = scales.x < min(scales.y, scales.z) ? axes[0] : scales.y < scales.z ? axes[1] : axes[2];
     axis *= dot(axis, eye - world) < 0.0 ? -1.0 : 1.0;
