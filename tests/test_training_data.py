@@ -1,15 +1,20 @@
 """What `geodiff4d train` trains on and starts from: folders told apart, mixtures, Stable Diffusion's weights."""
 
 import json
+import os
 import pickle
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from geodiff4d.avatar.refine import Refinement
@@ -201,6 +206,37 @@ def test_stores_below_a_folder_are_one_and_say_whom_they_suit(encoded, tmp_path)
     (tmp_path / "all/store/index.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         open_footage(tmp_path / "all")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_on_a_store_goes_on_where_it_was_killed(tmp_path, processes):
+    """To the same weights, bit by bit, from the middle of an epoch."""
+    p = preset("debug")
+    for name in ("a", "b", "c"):
+        write(tmp_path / "clips" / name, 4, (0.0, 30.0))
+    codec = PatchCodec(p.codec.codec)
+    codec.fit_basis(torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    codec.save(tmp_path / "vae")
+    encode_clips([ClipFootage(tmp_path / "clips")], tmp_path / "store", tmp_path / "vae", p.model)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    train = [sys.executable, *launcher, "-m", "geodiff4d", "train", "image", "--preset", "debug", "--workers", "0"]
+    train += ["--data", str(tmp_path / "store"), "--vae", str(tmp_path / "vae"), "--save-minutes", "0", "--steps", "8"]
+
+    def started(out: str) -> subprocess.Popen:
+        return subprocess.Popen([*train, "--out", str(tmp_path / out)], start_new_session=True)
+
+    assert started("whole").wait(500) == 0
+    process, log = started("halves"), tmp_path / "halves/log.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 3' in log.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "halves/model").exists() and list((tmp_path / "halves").glob("checkpoint*.safetensors"))
+    assert started("halves").wait(500) == 0
+    for path in sorted((tmp_path / "whole/model").rglob("*.safetensors")):
+        again = load_file(tmp_path / "halves/model" / path.relative_to(tmp_path / "whole/model"))
+        assert all(torch.equal(v, again[k]) for k, v in load_file(path).items()), path.name
 
 
 @pytest.mark.parametrize(

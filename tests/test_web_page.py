@@ -96,7 +96,7 @@ def test_the_same_pixels_as_our_renderer(browser, avatar, tmp_path):
 
 
 def test_colours_that_depend_on_the_view(tmp_path_factory):
-    """Harmonics of degree 3: as our renderer has them, at least 38 dB, and far from colours without them."""
+    """Harmonics of degree 3: as our renderer has them, at least 45 dB, and far from colours without them."""
     head, folder = load_head(), tmp_path_factory.mktemp("harmonics")
     avatar = painted_avatar(head, talking(head, 2), gaussians=12_000, size=256, harmonics=3)
     write_page(avatar, own_performance(avatar), folder / "me.html")
@@ -112,7 +112,7 @@ def test_colours_that_depend_on_the_view(tmp_path_factory):
                 -10 * (x.rgb.clamp(0, 1) - theirs)[:, ours.alpha[0] > 0.5].square().mean().log10() for x in (ours, flat)
             )
             print(f"{float(error):.1f} dB, without harmonics {float(without):.1f} dB")
-            assert error > 38 and without < 25
+            assert error > 45 and without < 30
 
 
 def test_normals_and_the_fitted_sequence(browser, avatar):
