@@ -445,6 +445,7 @@ def check(recipe: Recipe, folder: Path) -> str:
         recipe.prepare(folder)
     words = [sys.executable, "-m", "geodiff4d", *shlex.split(recipe.line)]
     environment = os.environ | {"GEODIFF4D_TRACK_ENV": "no-track-env"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # Every command would compile every module.
     try:
         done = subprocess.run(
             words, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
