@@ -118,7 +118,7 @@ def data_sets(folder: Path) -> None:
 def jobs(folder: Path) -> None:
     """Two jobs of a fleet."""
     lines = [
-        {"name": "ply", "run": ["export", str(folder / "avatar"), "{out}", "--to", "ply-sequence"]},
+        {"name": "ply", "run": ["export", str(folder / "avatar"), "{out}", "--to", "ply-sequence", "--no-sign"]},
         {"name": "track", "run": ["track", str(folder / "me.mp4"), "--size", "64", "--out", "{out}"]},
     ]
     (folder / "jobs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

@@ -2,16 +2,16 @@
 
 import ctypes
 import errno
-import glob
 import json
 import lzma
 import os
+import re
 import shutil
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,10 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux's renameat2: paths as they are, and the flag that makes them change places."""
 MARKER = ".geodiff4d"
 """In every folder that we write whole: the names in it, one a line, so that nothing else is ever replaced."""
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.(part|old)")
+"""Names of what is being written, and of what makes room for it."""
+_LEFT: dict[Path, dict[str, list[Path]]] = {}
+"""By folder, what others left there before this process wrote to it."""
 STRAY = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file browsers leave."""
 SIGNED = "provenance.json"
@@ -55,7 +59,11 @@ def fresh_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    remove_left(path)
+    folder = path.parent.absolute()
+    if folder not in _LEFT:  # looked through once: some folders get ten thousand files
+        _LEFT[folder] = _left_in(folder)
+    for left in _LEFT[folder].pop(path.name, ()):
+        _remove(left)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -199,7 +207,8 @@ def fresh_folder(path: Path) -> Iterator[Path]:
     finally:
         # What was there before, where it had to make room.
         shutil.rmtree(temporary, ignore_errors=True)
-    remove_left(path)
+    for left in _left_in(path.parent).get(path.name, ()):
+        _remove(left)
 
 
 def _take_place(temporary: Path, path: Path) -> None:
@@ -233,33 +242,38 @@ def _exchanged(a: Path, b: Path) -> bool:
     return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
-def remove_left(path: Path) -> None:
-    """Remove what processes that are gone left beside a path while they wrote it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        if _is_left(left.name.removeprefix(f".{path.name}.")):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
-
-
 def _beside(path: Path, kind: str) -> Path:
     """Name a temporary that no other process has."""
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 
 
-def _is_left(name: str) -> bool:
-    """Whether `PID.part` or `PID.old` was left by a process that is gone."""
-    pid, _, kind = name.partition(".")
-    if kind not in ("part", "old") or not pid.isdigit():
-        return False
+def _left_in(folder: Path) -> dict[str, list[Path]]:
+    """Return what processes that are gone left in a folder, by the name that they wrote."""
+    out: dict[str, list[Path]] = {}
+    # A folder that may be written to and not listed keeps what is in it.
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = TEMPORARY.fullmatch(entry.name)
+            if found and _is_gone(int(found["pid"])):
+                out.setdefault(found["name"], []).append(Path(entry.path))
+    return out
+
+
+def _is_gone(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except OSError:
+    except (OSError, OverflowError):
         pass
     return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
