@@ -89,7 +89,7 @@ def test_unknown_commands_suggest_the_nearest(capsys):
     assert main(["docter"]) == 2
     assert capsys.readouterr().err == "geodiff4d: unknown command 'docter': did you mean doctor?\n"
     assert main(["zzzzzz"]) == 2
-    assert "expected one of demo, track" in capsys.readouterr().err
+    assert "expected one of studio, demo" in capsys.readouterr().err
 
 
 def test_unknown_options_exit_with_2(command, capsys):

@@ -1,8 +1,11 @@
 """Files that other tools open: posed .ply, GaussianAvatars both ways to the bit, the compact form; damaged ones."""
 
+import gzip
 import json
 import math
+import struct
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,9 @@ from geodiff4d.avatar.compact import open_avatar, unpack, write_compact
 from geodiff4d.avatar.drive import own_performance
 from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars, import_gaussian_avatars
 from geodiff4d.avatar.export_ply import export_ply, export_sequence
+from geodiff4d.avatar.export_spz import export_spz, packed
 from geodiff4d.avatar.model import Avatar, render_splats
-from geodiff4d.avatar.ply import read_ply, write_ply
+from geodiff4d.avatar.ply import SH_C0, read_ply, write_ply
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import MARKER
@@ -49,6 +53,33 @@ def on_flame(tmp_path_factory) -> Avatar:
     flame.LOADED.clear()  # A head is found by its name, and other tests load others of that name.
     head = flame.load(path)
     return painted_avatar(head, talking(head, 3), gaussians=12_000, harmonics=1)
+
+
+def test_spz_holds_the_same_splats(avatar, tmp_path):
+    """Decoded here as the format says: position, opacity, colour, scale, rotation, each of all splats."""
+    show = own_performance(avatar)
+    export_spz(avatar, show, tmp_path / "a.spz", 1)
+    data = np.frombuffer(gzip.decompress((tmp_path / "a.spz").read_bytes()), np.uint8)
+    magic, version, n, degree, bits, flags, _ = struct.unpack_from("<4sIIBBBB", data)
+    posed = avatar.posed(*show.frame(1))
+    g = posed.gaussians
+    assert (magic, version, n, degree, flags) == (b"NGSP", 2, len(g), 0, 0) and len(data) == 16 + n * 19
+    at = np.cumsum([16, 9 * n, n, 3 * n, 3 * n, 3 * n])
+    places, alphas, colors, scales, quats = (torch.from_numpy(data[a:b].copy()) for a, b in pairwise(at))
+    whole = places.reshape(n, 3, 3).int()
+    fixed = whole[..., 0] + 256 * whole[..., 1] + 65536 * (whole[..., 2] - 256 * (whole[..., 2] > 127))
+    assert (fixed / 2**bits - g.means).abs().max() < 1e-6
+    assert (alphas / 255 - g.opacities).abs().max() < 0.5 / 255 + 1e-6
+    seen = 0.5 + SH_C0 * (colors.reshape(n, 3) / 255 - 0.5) / 0.15
+    assert (seen - posed.colors).abs().max() < SH_C0 * 0.5 / 255 / 0.15 + 1e-5
+    assert (scales.reshape(n, 3) / 16 - 10 - g.scales.log().clamp(min=-10)).abs().max() < 0.5 / 16 + 1e-4
+    turn = quats.reshape(n, 3) / 127.5 - 1
+    w = (1 - turn.square().sum(-1)).clamp(min=0).sqrt()
+    off = (torch.cat([w[:, None], turn], -1) * normalize(g.quats, dim=-1)).sum(-1).abs().clamp(max=1).acos()
+    assert off.max() < 0.1 and off.median() < 0.01
+    far = replace(g, means=g.means + 9)
+    with pytest.raises(UserError, match="within 8 m"):
+        packed(far, posed.colors)
 
 
 def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):

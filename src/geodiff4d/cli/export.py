@@ -17,15 +17,15 @@ class Args(DrivingArgs, SigningArgs):
     source: Annotated[Path, tyro.conf.Positional]
     """Avatar folder from fit, or (for vhap) clip folder with FLAME parameters, from import or track --head."""
     out: Annotated[Path, tyro.conf.Positional]
-    """File (web, glb, ply, compact) or folder (the others) to write; it must not exist."""
-    to: Literal["web", "glb", "ply", "ply-sequence", "gaussian-avatars", "compact", "vhap"] | None = None
+    """File (web, glb, ply, spz, compact) or folder (the others) to write; it must not exist."""
+    to: Literal["web", "glb", "ply", "ply-sequence", "spz", "gaussian-avatars", "compact", "vhap"] | None = None
     """web: one page that shows the avatar in any browser, from a disk too. glb: a rigged mesh with 52 morph targets,
-    and the splats at rest. ply: the avatar at one instant, for any splat viewer. ply-sequence: one such file a frame.
-    gaussian-avatars: its folder (FLAME). compact: everything in one small file. vhap: a clip as VHAP's
-    export_as_nerf_dataset.py writes it. By default what the name's ending says (.html, .glb, .ply, .g4d), else ply for
-    an avatar and vhap for a clip."""
+    and the splats at rest. ply: the avatar at one instant, for any splat viewer; spz: the same, a tenth as large.
+    ply-sequence: one .ply a frame. gaussian-avatars: its folder (FLAME). compact: everything in one small file. vhap:
+    a clip as VHAP's export_as_nerf_dataset.py writes it. By default what the name's ending says (.html, .glb, .ply,
+    .spz, .g4d), else ply for an avatar and vhap for a clip."""
     frame: int = 0
-    """Frame of the performance that ply is posed at."""
+    """Frame of the performance that ply and spz are posed at."""
     title: str | None = None
     """Title of the web page; by default the avatar folder's name."""
     origin: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ def run(args: Args) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: expected a new name; choose another, or delete it")
     is_clip = (args.source / "transforms.json").is_file()
-    suffixes = {"web": ".html", "glb": ".glb", "ply": ".ply", "compact": ".g4d"}
+    suffixes = {"web": ".html", "glb": ".glb", "ply": ".ply", "spz": ".spz", "compact": ".g4d"}
     meant = {ending: to for to, ending in suffixes.items()}.get(args.out.suffix.lower(), "ply")
     to = args.to or ("vhap" if is_clip else meant)
     if is_clip != (to == "vhap"):
@@ -96,6 +96,11 @@ def _avatar(args: Args, to: str) -> None:
     elif to == "ply":
         count = export_ply(avatar, show, args.out, args.frame)
         print(f"{args.out}: {count} Gaussians at frame {args.frame}")
+    elif to == "spz":
+        from geodiff4d.avatar.export_spz import export_spz
+
+        count = export_spz(avatar, show, args.out, args.frame)
+        print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {count} Gaussians at frame {args.frame}")
     else:
         count = export_sequence(avatar, show, args.out, progress.bar)
         print(f"{args.out}: {len(show)} frames of {count} Gaussians")

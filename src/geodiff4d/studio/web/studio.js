@@ -256,7 +256,7 @@ function checking(project) {
   return el("div", { className: "sheet" }, el("h2", { textContent: "Does the mesh sit on the face?" }),
     el("div", { className: "two" },
       el("div", { className: "stack" }, panels(project), ...notes,
-        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them. If not, another portrait helps more than patience." })),
+        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out show nobody and nothing else. If not, take another portrait." })),
       form));
 }
 
