@@ -130,9 +130,9 @@ def test_lids_have_met_where_no_eye_is_beside_them():
     edge = torch.zeros(1, 1, 100, 100)
     edge[..., 40:42, 20:80] = 1
     eye = torch.zeros_like(edge)
-    eye[..., 42:52, 50:80] = 1
+    eye[..., 42:52, 60:80] = 1
     met = met_lids(edge, eye)
-    assert (met[..., 40:42, 20:48] == 1).all() and (met[..., 41, 52:78] == 0).all()
+    assert (met[..., 40:42, 20:55] == 1).all() and (met[..., 41, 64:76] == 0).all()
     assert (met * (1 - edge) == 0).all()
     assert (met_lids(edge, torch.zeros_like(edge)) == edge).all()
 

@@ -37,8 +37,9 @@ UNSHADED = 0.75
 """Skin around an eye that is darker than this share of its median is in shadow, or is none."""
 LASHES = 0.6
 """Where lids have met, their edges are darkened to this share of what is seen of them apart (sRGB)."""
-MET_SHARE = 0.012
-"""Lids that show no eyeball within this share of the image's width have met."""
+MET_SHARE = (0.012, 0.04)
+"""Lids that show no eyeball within these shares of the image's width, above or below and beside them, have met: of an
+open eye, not even the corners have."""
 EYE_BINS = 24
 """Rings of equal colour in which an eye is seen."""
 EYE_REACH_RAD = 0.9
@@ -158,9 +159,9 @@ def met_lids(
         edge: where the lids' edges are.
         eye: where an eyeball is.
     """
-    reach = max(1, round(MET_SHARE * edge.shape[-1]))
-    # The height of the gap between the lids [px]: less than one is none.
-    gap = avg_pool2d(eye, 2 * reach + 1, 1, reach) * (2 * reach + 1)
+    high, wide = (max(1, round(share * edge.shape[-1])) for share in MET_SHARE)
+    # The mean height of the gap between the lids [px]: less than one is none.
+    gap = avg_pool2d(eye, (2 * high + 1, 2 * wide + 1), 1, (high, wide)) * (2 * high + 1)
     return edge * (1 - gap).clamp(0, 1)
 
 
