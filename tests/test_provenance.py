@@ -45,7 +45,7 @@ def mine(tmp_path_factory):
     return certificate, key, issuer, Sealer(made)
 
 
-@pytest.fixture(params=["image.png", "image.jpg", "film.mp4", "page.html", "folder"])
+@pytest.fixture(params=["image.png", "image.jpg", "video.mp4", "page.html", "folder"])
 def made(request, tmp_path):
     """One file of each kind, or a folder."""
     path = tmp_path / request.param

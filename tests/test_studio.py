@@ -106,8 +106,8 @@ def test_from_a_portrait_to_an_avatar_over_two_servers(work, tmp_path):
     with serving(tmp_path) as server:
         name, token = dropped(server), server.store.token
         until(server, name, "check")
-        assert ask(server, "POST", f"/projects/{name}/make", '{"film": false}')[0] == 400  # without consent
-        assert ask(server, "POST", f"/projects/{name}/make", '{"film": true, "consent": "self"}')[0] == 409
+        assert ask(server, "POST", f"/projects/{name}/make", '{"driver": false}')[0] == 400  # without consent
+        assert ask(server, "POST", f"/projects/{name}/make", '{"driver": true, "consent": "self"}')[0] == 409
         assert ask(server, "POST", f"/projects/{name}/make", '{"consent": "self"}')[0] == 200
         while "clip" not in work.done:
             time.sleep(0.01)
@@ -143,15 +143,15 @@ def test_cancelling_going_on_going_back_and_deleting(work, tmp_path):
         assert not (tmp_path / "projects" / name).exists()
 
 
-def test_a_film_that_is_exchanged_is_followed_anew(work, tmp_path):
+def test_a_driver_that_is_exchanged_is_followed_anew(work, tmp_path):
     with serving(tmp_path) as server:
         name = dropped(server)
         until(server, name, "check")
-        assert ask(server, "PUT", f"/projects/{name}/film/talk.mp4", b"a film")[0] == 200
+        assert ask(server, "PUT", f"/projects/{name}/driver/talk.mp4", b"a video")[0] == 200
         work.fails = "avatar"
-        ask(server, "POST", f"/projects/{name}/make", '{"consent": "permitted", "film": true}')
+        ask(server, "POST", f"/projects/{name}/make", '{"consent": "permitted", "driver": true}')
         until(server, name, "make", problem=True)
-        assert work.done == ["portrait", "film", "clip"]
+        assert work.done == ["portrait", "driver", "clip"]
         ask(server, "POST", f"/projects/{name}/back", "{}")
         assert sorted(p.name for p in (tmp_path / "projects" / name).iterdir() if p.is_dir()) == ["portrait", "uploads"]
 
@@ -168,7 +168,7 @@ def test_bad_uploads(work, tmp_path, monkeypatch):
         )
         assert ask(server, "PUT", f"{put}/a.jpg", b"")[0] == 413
         assert ask(server, "PUT", f"{put}/a.jpg", b"x", Content_Length="many")[0] == 411
-        assert ask(server, "PUT", f"/projects/{name}/film/a.mp4", b"x")[0] == 409
+        assert ask(server, "PUT", f"/projects/{name}/driver/a.mp4", b"x")[0] == 409
         assert ask(server, "PUT", "/projects/000000000000/portraits/a.jpg", b"x")[0] == 404
         assert ask(server, "PUT", "/projects/../portraits/a.jpg", b"x")[0] == 404
         assert ask(server, "POST", f"/projects/{name}/look", "{}")[0] == 409  # nothing there yet

@@ -23,9 +23,9 @@ Stage = Literal["portrait", "look", "check", "make", "done"]
 """portrait: waits for files. look: the face is looked for. check: waits for the user's word. make: the avatar is in the
 making."""
 Consent = Literal["self", "permitted"]
-Kind = Literal["portraits", "film"]
+Kind = Literal["portraits", "driver"]
 
-MAX_BYTES: dict[Kind, int] = {"portraits": 40_000_000, "film": 500_000_000}
+MAX_BYTES: dict[Kind, int] = {"portraits": 40_000_000, "driver": 500_000_000}
 """Largest upload [bytes]."""
 MAX_PORTRAITS = 8
 MAX_PROJECTS = 200
@@ -47,8 +47,8 @@ class Project:
     """Why the stage stands still: what went wrong, or `CANCELLED`."""
     portraits: tuple[str, ...] = ()
     """File names below uploads/portraits."""
-    film: str = ""
-    """File name below uploads/film, of a video that drives; without it the range of motion does."""
+    driver: str = ""
+    """File name below uploads/driver, of a video that drives; without it the range of motion does."""
     consent: Consent | None = None
     created: float = field(default_factory=time.time)
     asked: float = 0.0
@@ -215,8 +215,8 @@ def looked_for(project: Project) -> Project:
     return replace(project, stage="look", problem="", asked=time.time())
 
 
-def asked_for(project: Project, consent: Any, film: bool) -> Project:
-    """Ask for the avatar to be made: consent is given, and the film drives or the range of motion does.
+def asked_for(project: Project, consent: Any, driver: bool) -> Project:
+    """Ask for the avatar to be made: consent is given, and the video drives or the range of motion does.
 
     Raises:
         Refused: consent is missing, or it is not the time.
@@ -225,10 +225,10 @@ def asked_for(project: Project, consent: Any, film: bool) -> Project:
         raise Refused("expected a portrait in which the face was found")
     if consent not in get_args(Consent):
         raise Refused("expected consent: self, or permitted", 400)
-    if film and not project.film:
-        raise Refused("expected a film first")
+    if driver and not project.driver:
+        raise Refused("expected a video first")
     return replace(
-        project, stage="make", problem="", consent=consent, film=project.film if film else "", asked=time.time()
+        project, stage="make", problem="", consent=consent, driver=project.driver if driver else "", asked=time.time()
     )
 
 
@@ -252,13 +252,13 @@ def gone_back(project: Project) -> Project:
     if project.waiting or project.stage in ("portrait", "done"):
         raise Refused("expected a project that stands still, or waits for your word")
     if project.stage == "make":
-        return replace(project, stage="check", problem="", film="")
+        return replace(project, stage="check", problem="", driver="")
     return replace(project, stage="portrait", problem="", portraits=(), title="Avatar")
 
 
 def _with_file(project: Project, kind: Kind, name: str) -> Project:
-    if kind == "film":
-        return replace(project, film=name)
+    if kind == "driver":
+        return replace(project, driver=name)
     title = project.title if project.portraits else Path(name).stem.replace("_", " ")
     return replace(project, portraits=(*project.portraits, name), title=title)
 

@@ -89,7 +89,9 @@ class StudioServer(LocalServer):
 
     def _shown(self, project: Project, queue: list[str]) -> dict[str, Any]:
         place = self.store.place(project.name)
-        shown = {k: getattr(project, k) for k in ("name", "title", "stage", "problem", "portraits", "film", "consent")}
+        shown = {
+            k: getattr(project, k) for k in ("name", "title", "stage", "problem", "portraits", "driver", "consent")
+        }
         shown |= {"seconds": project.seconds, "cancelled": project.problem == CANCELLED}
         shown["files"] = [key for key, (path, *_) in FILES.items() if (place / path).is_file()]
         if project.waiting:
@@ -144,7 +146,7 @@ class StudioHandler(LocalHandler):
     def do_PUT(self) -> None:
         if not self.known():
             return
-        match = re.fullmatch(r"/projects/([0-9a-f]{12})/(portraits|film)/([^/]{1,300})", urlsplit(self.path).path)
+        match = re.fullmatch(r"/projects/([0-9a-f]{12})/(portraits|driver)/([^/]{1,300})", urlsplit(self.path).path)
         length = self.headers.get("Content-Length", "")
         # Whatever is refused has a body that nobody reads: the connection ends with it.
         self.close_connection = True
@@ -153,7 +155,7 @@ class StudioHandler(LocalHandler):
                 raise Refused("there is no such place", 404)
             if not length.isdigit():
                 raise Refused("expected a file with a length", 411)
-            kind: Kind = "film" if match[2] == "film" else "portraits"
+            kind: Kind = "driver" if match[2] == "driver" else "portraits"
             project = self.server.store.upload(match[1], kind, unquote(match[3]), self.rfile.read, int(length))
         except Refused as error:
             self.refuse(error)
@@ -161,7 +163,7 @@ class StudioHandler(LocalHandler):
             pass  # the browser left, or the disk is full: nothing was kept
         else:
             self.close_connection = False
-            self.answer({"name": project.name, "portraits": project.portraits, "film": project.film})
+            self.answer({"name": project.name, "portraits": project.portraits, "driver": project.driver})
 
     def do_POST(self) -> None:
         if not self.known():
@@ -199,7 +201,7 @@ class StudioHandler(LocalHandler):
         if what == "look":
             store.change(name, looked_for)
         elif what == "make":
-            store.change(name, lambda p: asked_for(p, asked.get("consent"), asked.get("film") is True))
+            store.change(name, lambda p: asked_for(p, asked.get("consent"), asked.get("driver") is True))
         elif what == "again":
             store.change(name, asked_again)
         elif what == "cancel":

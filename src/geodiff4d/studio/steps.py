@@ -13,8 +13,8 @@ from typing import Any, Literal
 from geodiff4d.launch.jobs import OUT, Job
 from geodiff4d.studio.projects import Project
 
-FILM_FRAMES = 240
-"""At most so many frames of a film are tracked."""
+DRIVER_FRAMES = 240
+"""At most so many frames of a driver's video are tracked."""
 TAIL_BYTES = 4096
 LINE = re.compile(r"^(.*): (\d+)/(\d+) in \d+ s$", re.M)
 """What `cli.progress` prints away from a terminal."""
@@ -57,14 +57,14 @@ def looking(project: Project, place: Path) -> list[Step]:
 
 def making(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     """Return the steps from a tracked portrait to an avatar and its files."""
-    portrait, film, avatar = (str(place / step / "out") for step in ("portrait", "film", "avatar"))
-    steps, drive = [], ("--driving", str(place / TOUR))
-    driver: tuple[str, ...] = ()
-    if project.film:
-        source = str(place / "uploads" / "film" / project.film)
-        limit = ("--limit", str(FILM_FRAMES if config.preset != "debug" else 4))
-        steps.append(Step(Job("film", ("track", source, *limit, "--out", OUT)), "Watching the film", 60, limit_s=3600))
-        driver = drive = ("--driving", film)
+    portrait, driver, avatar = (str(place / step / "out") for step in ("portrait", "driver", "avatar"))
+    steps, drives, shows = [], (), ("--driving", str(place / TOUR))
+    if project.driver:
+        source = str(place / "uploads" / "driver" / project.driver)
+        limit = ("--limit", str(DRIVER_FRAMES if config.preset != "debug" else 4))
+        words = ("track", source, *limit, "--out", OUT)
+        steps.append(Step(Job("driver", words), "Watching who drives", 60, limit_s=3600))
+        drives = shows = ("--driving", driver)
     preset = ("--preset", config.preset)
     how = (*preset, "--generator", config.generator, *(() if config.size is None else ("--size", str(config.size))))
     # Without networks, which the page cannot run.
@@ -73,14 +73,14 @@ def making(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     title = ("--title", project.title)
     return [
         *steps,
-        Step(Job("clip", ("synthesize", "--portrait", portrait, *driver, *how, *said, "--out", OUT)),
+        Step(Job("clip", ("synthesize", "--portrait", portrait, *drives, *how, *said, "--out", OUT)),
              "Imagining the face from all sides", 100),
         Step(Job("avatar", ("fit", str(place / "clip" / "out"), *preset, *plain, "--out", OUT)),
              "Fitting the avatar", 130, keeps=True),
-        Step(Job("page", ("export", avatar, f"{OUT}/avatar.html", *title, *drive)), "Writing its page", 8),
+        Step(Job("page", ("export", avatar, f"{OUT}/avatar.html", *title, *shows)), "Writing its page", 8),
         Step(Job("glb", ("export", avatar, f"{OUT}/avatar.glb")), "Writing glTF", 8),
         Step(Job("ply", ("export", avatar, f"{OUT}/avatar.ply", "--set", "jawOpen=0")), "Writing splats", 8),
-        Step(Job("video", ("render", avatar, *drive, "--out", f"{OUT}/avatar.mp4")), "Rendering a video", 25),
+        Step(Job("video", ("render", avatar, *shows, "--out", f"{OUT}/avatar.mp4")), "Rendering a video", 25),
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ const SECOND = 1000;
 const WORDS = {
   portrait: "waits for a portrait", look: "looking for the face", check: "waits for you", make: "in the making", done: "ready",
 };
-let state = { projects: [], limits: { portraits: 8, bytes: { portraits: 4e7, film: 5e8 } } };
+let state = { projects: [], limits: { portraits: 8, bytes: { portraits: 4e7, driver: 5e8 } } };
 let chosen = location.hash.slice(1);
 let shown = "";          // What the main part shows: rebuilt only when this changes, so that nothing typed is lost.
 let refresh = () => {};  // Brings what is shown up to date.
@@ -209,7 +209,7 @@ function looking(project) {
 }
 
 function checking(project) {
-  const film = el("input", { type: "file", accept: "video/*", id: "film" });
+  const source = el("input", { type: "file", accept: "video/*", id: "driver" });
   const sent = el("span", { className: "help", textContent: "Expressions, timing and head turns of whoever is in it. The first ten seconds are watched." });
   const choice = (name, value, title, help, extra) => {
     const input = el("input", { type: "radio", name, value });
@@ -217,23 +217,23 @@ function checking(project) {
     return [input, el("label", { className: "choice" }, input, el("span", { textContent: title }), under, extra)];
   };
   const [range, rangeLabel] = choice("driver", "range", "Everything a face does", "A range of motion that ships with geodiff4d.");
-  const filmButton = el("label", { className: "button inner" }, "Choose a film…", film);
-  const [video, filmLabel] = choice("driver", "film", "A film of somebody", sent, filmButton);
+  const videoButton = el("label", { className: "button inner" }, "Choose a video…", source);
+  const [video, videoLabel] = choice("driver", "video", "A video of somebody", sent, videoButton);
   const [me, meLabel] = choice("consent", "self", "This is me", "");
   const [may, mayLabel] = choice("consent", "permitted", "I may use this person’s portrait", "");
   range.checked = true;
   const go = el("button", { type: "submit", className: "main", textContent: "Make the avatar" });
-  let taken = Boolean(project.film), sending = false;
+  let taken = Boolean(project.driver), sending = false;
   const check = () => { go.disabled = sending || !(me.checked || may.checked) || (video.checked && !taken); };
-  film.onchange = async () => {
-    const [one] = film.files;
+  source.onchange = async () => {
+    const [one] = source.files;
     if (!one) return;
     video.checked = true;
-    const problem = tooLarge([one], "film");
+    const problem = tooLarge([one], "driver");
     if (problem) { say(problem); return; }
     sending = true; taken = false; check();
     try {
-      await send(`/projects/${project.name}/film/${encodeURIComponent(one.name)}`, one, (share) => {
+      await send(`/projects/${project.name}/driver/${encodeURIComponent(one.name)}`, one, (share) => {
         sent.textContent = `Sending ${one.name}: ${Math.round(100 * share)} %`;
       });
       sent.textContent = `${one.name} will drive.`;
@@ -241,22 +241,22 @@ function checking(project) {
     } catch (error) { say(error.message); }
     sending = false; check();
   };
-  if (project.film) sent.textContent = `${project.film} will drive.`;
+  if (project.driver) sent.textContent = `${project.driver} will drive.`;
   const form = el("form", { onchange: check },
-    el("fieldset", {}, el("legend", { textContent: "What should it learn to do?" }), rangeLabel, filmLabel),
+    el("fieldset", {}, el("legend", { textContent: "What should it learn to do?" }), rangeLabel, videoLabel),
     el("fieldset", {}, el("legend", { textContent: "Whose face is it?" }), meLabel, mayLabel,
       el("p", { className: "help", textContent: "Your word is stored with the avatar, and signed into its files where the extra “provenance” is installed." })),
     el("div", { className: "bar" }, go, el("button", { type: "button", className: "plain", textContent: "No, another portrait", onclick: () => act("back") })));
   form.onsubmit = (event) => {
     event.preventDefault();
-    act("make", { consent: me.checked ? "self" : "permitted", film: video.checked });
+    act("make", { consent: me.checked ? "self" : "permitted", driver: video.checked });
   };
   check();
   const notes = (project.notes ?? []).map((note) => el("p", { className: "word", textContent: note }));
   return el("div", { className: "sheet" }, el("h2", { textContent: "Does the mesh sit on the face?" }),
     el("div", { className: "two" },
       el("div", { className: "stack" }, panels(project), ...notes,
-        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out show nobody and nothing else. If not, take another portrait." })),
+        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out should show this person and nothing else. If not, take another portrait." })),
       form));
 }
 
