@@ -63,9 +63,9 @@ def test_spz_holds_the_same_splats(avatar, tmp_path):
     magic, version, n, degree, bits, flags, _ = struct.unpack_from("<4sIIBBBB", data)
     posed = avatar.posed(*show.frame(1))
     g = posed.gaussians
-    assert (magic, version, n, degree, flags) == (b"NGSP", 2, len(g), 0, 0) and len(data) == 16 + n * 19
-    at = np.cumsum([16, 9 * n, n, 3 * n, 3 * n, 3 * n])
-    places, alphas, colors, scales, quats = (torch.from_numpy(data[a:b].copy()) for a, b in pairwise(at))
+    assert (magic, version, n, degree, flags) == (b"NGSP", 2, len(g), 2, 0) and len(data) == 16 + n * 43
+    at = np.cumsum([16, 9 * n, n, 3 * n, 3 * n, 3 * n, 24 * n])
+    places, alphas, colors, scales, quats, rest = (torch.from_numpy(data[a:b].copy()) for a, b in pairwise(at))
     whole = places.reshape(n, 3, 3).int()
     fixed = whole[..., 0] + 256 * whole[..., 1] + 65536 * (whole[..., 2] - 256 * (whole[..., 2] > 127))
     assert (fixed / 2**bits - g.means).abs().max() < 1e-6
@@ -77,6 +77,7 @@ def test_spz_holds_the_same_splats(avatar, tmp_path):
     w = (1 - turn.square().sum(-1)).clamp(min=0).sqrt()
     off = (torch.cat([w[:, None], turn], -1) * normalize(g.quats, dim=-1)).sum(-1).abs().clamp(max=1).acos()
     assert off.max() < 0.1 and off.median() < 0.01
+    assert (rest.reshape(n, 8, 3) / 128 - 1 - posed.shading.in_world()).abs().max() < 0.5 / 128 + 1e-6
     far = replace(g, means=g.means + 9)
     with pytest.raises(UserError, match="within 8 m"):
         packed(far, posed.colors)

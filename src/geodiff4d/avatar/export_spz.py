@@ -20,6 +20,7 @@ from geodiff4d.avatar.ply import SH_C0
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file
 from geodiff4d.render.gaussians import Gaussians
+from geodiff4d.render.harmonics import degree_of
 
 MAGIC, VERSION = 0x5053474E, 2
 """The magic number reads NGSP, low bytes first."""
@@ -31,8 +32,8 @@ SCALE_STEP, SCALE_OFFSET = 16.0, 10.0
 """Codes of the logarithm of a scale: 16 · (log + 10), in steps of 6 %; what is thinner than 45 µm becomes that."""
 
 
-def packed(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> bytes:
-    """Return splats as a .spz file.
+def packed(gaussians: Gaussians, colors: Float[Tensor, "n 3"], rest: Float[Tensor, "n rest 3"] | None = None) -> bytes:
+    """Return splats as a .spz file; `rest` are the harmonics from degree 1 on, if any.
 
     Raises:
         UserError: one lies 8 m or more from the origin.
@@ -54,7 +55,11 @@ def packed(gaussians: Gaussians, colors: Float[Tensor, "n 3"]) -> bytes:
         _codes((gaussians.scales.double().clamp(min=1e-9).log() + SCALE_OFFSET) * SCALE_STEP),
         _codes(quats * 127.5 + 127.5),
     )  # fmt: skip
-    header = struct.pack("<IIIBBBB", MAGIC, VERSION, len(means), 0, POSITION_BITS, 0, 0)
+    degree = 0
+    if rest is not None:
+        # Coefficient by coefficient, red, green and blue beside each other.
+        degree, parts = degree_of(rest), (*parts, _codes(rest.flatten(1) * 128 + 128))
+    header = struct.pack("<IIIBBBB", MAGIC, VERSION, len(means), degree, POSITION_BITS, 0, 0)
     # No time in gzip's own header: the same avatar gives the same file.
     return gzip.compress(header + positions.tobytes() + b"".join(p.tobytes() for p in parts), 9, mtime=0)
 
@@ -69,7 +74,7 @@ def export_spz(avatar: Avatar, performance: Performance, path: Path, frame: int 
     if not 0 <= frame < len(performance):
         raise UserError(f"frame {frame} does not exist: expected 0 to {len(performance) - 1}")
     posed = avatar.posed(*performance.frame(frame))
-    data = packed(posed.gaussians, posed.colors)
+    data = packed(posed.gaussians, posed.colors, None if posed.shading is None else posed.shading.in_world())
     with fresh_file(path) as temporary:
         temporary.write_bytes(data)
     return len(posed.gaussians)
