@@ -64,7 +64,9 @@ class Trial:
     def again(self, folder: Path) -> list[str]:
         """Give the same command again, without hardship; returns what is wrong then."""
         done = call(self.words, folder)
-        ended = [] if done.code == 0 else [f"then {done.code}: {done.text[-300:]} {done.where}"]
+        # Some commands take new names only: what was finished before is refused, and stays.
+        fine = done.code == 0 or (done.code == 2 and f"{self.stage.out} exists" in done.text)
+        ended = [] if fine else [f"then {done.code}: {done.text[-300:]} {done.where}"]
         return ended + half_written(folder) + self.wrong(folder)
 
 

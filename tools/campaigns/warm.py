@@ -267,6 +267,7 @@ class Watch:
         import numpy as np
 
         import geodiff4d
+        from geodiff4d.provenance.credentials import local_path
 
         ours = (
             Path(geodiff4d.__file__).parents[2],
@@ -274,6 +275,7 @@ class Watch:
             sys.prefix,
             sys.base_prefix,
             Path.home() / ".cache",
+            local_path().parent,
         )
         self.installed = (*map(os.path.realpath, ours), "/proc", "/sys", "/dev", "/usr", "/lib", "/etc", "/opt")
         self.on, self.fine, self.seen = False, (), []

@@ -45,7 +45,8 @@ IDLE = 4
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT")
 """What such a process is told of the environment."""
 PACKAGES = Path(__file__).parents[2]
-ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+LEAN = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+"""Threads that decode nothing, and address space that only many threads would need."""
 
 
 END = object()
@@ -98,7 +99,7 @@ class Child:
     def __init__(self):
         self.path, self.busy = Path(), False
         self.limits = f"{MEMORY_BYTES / 1024**3:.3g} GiB of memory and {PROCESSOR_S} s of processor time"
-        environment = {k: os.environ[k] for k in KEPT if k in os.environ} | ONE_THREAD
+        environment = {k: os.environ[k] for k in KEPT if k in os.environ} | LEAN
         environment["PYTHONPATH"] = os.pathsep.join(str(Path(folder).resolve()) for folder in (PACKAGES, *sys.path))
         # A session of its own: an interrupt is the parent's to handle. Its input ends when the parent does.
         self.process = subprocess.Popen(
