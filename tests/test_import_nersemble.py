@@ -102,6 +102,19 @@ def test_sheet(data, show, tmp_path):
     assert torch.equal(read_image(folder / "sheet.png"), sheet)
 
 
+def test_parameters_that_are_no_persons_are_refused(data, show, tmp_path):
+    """Imported, they would make a clip that nothing can read."""
+    shutil.copytree(data / "params", tmp_path / "params")
+    path = next(iter(sorted((tmp_path / "params").glob("*.npz"))))
+    arrays = dict(np.load(path))
+    np.savez(path, **(arrays | {"jaw_pose": np.full_like(arrays["jaw_pose"], np.nan)}))
+    report, joins = Report(), Joins(params=tmp_path / "params")
+    sources = nersemble.read(data / "nersemble", EVERYTHING, report)
+    with pytest.raises(UserError, match=r"timestep 0: jaw_pose has NaN"):
+        import_sources(sources, tmp_path / "out", "x", EVERYTHING, report, ImportConfig(joins=joins), show.head)
+    assert not (tmp_path / "out").exists()
+
+
 def test_colours_are_corrected(data, show, tmp_path):
     (folder,), _ = run(data / "nersemble", tmp_path / "out")
     clip = Clip(folder)

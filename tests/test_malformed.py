@@ -20,7 +20,7 @@ from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import explain, main
 from geodiff4d.core import films, sandbox, stills
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_arrays, read_config, read_tensors
+from geodiff4d.core.files import read_arrays, read_config, read_json, read_tensors, write_json
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import silent
 from geodiff4d.core.rundir import RunFolder, alone, restore_optimiser
@@ -52,6 +52,9 @@ def test_networks_that_do_not_fit_each_other_are_refused(folder, tmp_path):
     [name] = [k for k in tensors if k.startswith("code.regressor.") and tensors[k].dim() == 2][:1]
     save_file(tensors | {name: torch.cat([tensors[name]] * 2)}, tmp_path / "avatar.safetensors")
     with pytest.raises(UserError, match="damaged avatar"):
+        Avatar.load(tmp_path)
+    write_json(tmp_path / "config.json", read_json(folder / "config.json") | {"parts": 0.5})
+    with pytest.raises(UserError, match=r"damaged avatar \(parts is 0\.5"):
         Avatar.load(tmp_path)
 
 

@@ -158,6 +158,8 @@ class Avatar:
             camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
             shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
             tokens, head, described = tensors.pop("tokens", None), load_head(config["head"]), config.get("parts") or {}
+            if not isinstance(described, dict):
+                raise TypeError(f"parts is {described!r}, expected an object")
             parts = DeformableSurface.restored(head, described, tensors) if described else None
             local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
             avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)

@@ -221,17 +221,7 @@ class Clip:
                 f"{self.folder} has no head parameters for timestep {timestep}: run `geodiff4d track` on it first"
             )
         params = read_params(paths[0])
-        for name, value in vars(params).items():
-            if value is not None and not bool((value.abs() <= MAX_PARAM).all()):
-                raise UserError(
-                    f"{self.folder}, timestep {timestep}: {name} has NaN or numbers beyond ±{MAX_PARAM:g}: "
-                    "expected head parameters; track it again"
-                )
-            if value is not None and name in SIZES and value.shape != (SIZES[name],):
-                raise UserError(
-                    f"{self.folder}, timestep {timestep}: {name} has the shape {list(value.shape)}, "
-                    f"expected [{SIZES[name]}]; track it again"
-                )
+        check_params(params, f"{self.folder}, timestep {timestep}")
         return params
 
     @property
@@ -261,6 +251,23 @@ def write_params(path: Path, params: HeadParams) -> None:
     """Write VHAP's layout: every array has a leading row axis, but `shape` has none."""
     present = {k: v.detach().cpu().numpy().astype(np.float32) for k, v in vars(params).items() if v is not None}
     np.savez(path, **{k: v if k == "shape" else v[None] for k, v in present.items()})
+
+
+def check_params(params: HeadParams, where: str) -> None:
+    """Check that head parameters are a person's; the message begins with `where`.
+
+    Raises:
+        UserError: they have NaN, numbers that are far too large, or another size.
+    """
+    for name, value in vars(params).items():
+        if value is not None and not bool((value.abs() <= MAX_PARAM).all()):
+            raise UserError(
+                f"{where}: {name} has NaN or numbers beyond ±{MAX_PARAM:g}: expected head parameters; track it again"
+            )
+        if value is not None and name in SIZES and value.shape != (SIZES[name],):
+            raise UserError(
+                f"{where}: {name} has the shape {list(value.shape)}, expected [{SIZES[name]}]; track it again"
+            )
 
 
 def read_params(path: Path) -> HeadParams:

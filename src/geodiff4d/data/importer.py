@@ -22,7 +22,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.rundir import alone
-from geodiff4d.data.clip import Clip, ClipWriter
+from geodiff4d.data.clip import Clip, ClipWriter, check_params
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, no_params
 from geodiff4d.data.joins import Joins, Normals, joined, params_of
 from geodiff4d.data.sheet import fits, sizes, write_sheet
@@ -128,6 +128,7 @@ def _read_on(
                     raise UserError(
                         f"the parameters of {source.name or origin} are not {head.name}'s: " + sizes(head, params)
                     )
+                check_params(params, f"the parameters of {source.name or origin}, timestep {frame.timestep}")
                 writer.add_params(frame.timestep, params)
         writer.store(scaled(frame, config.size), source.camera_ids.get(frame.camera_index))
     if not writer.stored:
