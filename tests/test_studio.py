@@ -327,7 +327,7 @@ def test_a_browser_from_a_dropped_portrait_to_its_downloads(tmp_path):
                     sizes[answer.headers["Content-Disposition"].rpartition(".")[2]] = len(answer.read())
             assert sorted(sizes) == ["glb", "html", "mp4", "ply"] and min(sizes.values()) > 1000
             # The very page that the studio shows, driven.
-            browser.open(f"http://127.0.0.1:{port}/projects/{name}/files/page", "document.body.className === 'ready'")
+            browser.open(f"http://127.0.0.1:{port}/projects/{name}/files/page", "document.body?.className === 'ready'")
             browser.run("geodiff4d.act({ set: { jawOpen: 0.7 } })")
             assert not browser.messages
             asked = {r.split("/")[2] for r in browser.requests if r.startswith("http")}
