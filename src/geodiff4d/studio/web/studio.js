@@ -203,7 +203,7 @@ function panels(project) {
 function looking(project) {
   const ahead = el("p", { className: "help", data: { role: "status" } });
   refresh = (now) => { ahead.textContent = now.progress?.steps[0].detail || "This takes some seconds."; };
-  return el("div", { className: "sheet centre" }, picture(project, "poster", "round scan", "The portrait"),
+  return el("div", { className: "sheet centre" }, picture(project, "poster", "round", "The portrait"),
     el("h2", { textContent: "Looking for the face…" }),
     ahead, el("div", { className: "bar" }, el("button", { type: "button", textContent: "Cancel", onclick: () => act("cancel") })));
 }
