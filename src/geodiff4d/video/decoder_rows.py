@@ -32,7 +32,7 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.rowstore import Arrays, as_bytes, create_rows, fill_rows, open_rows, take
 from geodiff4d.data.world_clips import random_motion
-from geodiff4d.heads.rig import Head, HeadParams
+from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.video.conditions import lifted, warped_frames
@@ -73,9 +73,6 @@ class DecoderRowsConfig:
     """Least and largest turn of a warp-back, to either side."""
     tilt_deg: float = 12.0
     """Largest turn up or down."""
-    shut: float = 0.25
-    """Share of a rendered person's rows whose eyes are half shut or shut, beside those that are by chance: half a
-    second of a film, and what is looked at most."""
     near_deg: float = 10.0
     """Largest turn of the one row of a photograph that is nearly its own view."""
     seed: int = 0
@@ -235,25 +232,13 @@ def twin_of(clips: Sequence[str], s: int) -> str | None:
     return others[0] if who != path.name and others else None
 
 
-def blinking(motion: HeadParams, head: Head, share: float, seed: int) -> HeadParams:
-    """Shut the eyes of some instants, but never of the first, by half or more."""
-    rng = np.random.default_rng((seed, 3))
-    shut = rng.uniform(0.5, 1.0, len(motion.expr)) * (rng.random(len(motion.expr)) < share)
-    shut[0] = 0
-    expr = motion.expr.clone()
-    for name in ("eyeBlinkLeft", "eyeBlinkRight"):
-        at = head.expression_names.index(name)
-        expr[:, at] = torch.maximum(expr[:, at], torch.from_numpy(shut).to(expr))
-    return replace(motion, expr=expr)
-
-
 def world_rows(config: DecoderRowsConfig, s: int) -> list[dict[str, Tensor]]:
     """Make a rendered person's rows: the portrait's own view, then others at other expressions."""
     head, model = openhead(), _model(config.model)
     who = config.seed * 100_000 + s
     subject = SyntheticSubject(who, config.split)
     n = config.rows
-    m = blinking(random_motion(config.split, s, n, config.seed + 7), head, config.shut, who)
+    m = random_motion(config.split, s, n, config.seed + 7)
     truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
     tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=who * 1000 + i)[0] for i in range(n)])
     moved = moved_as_tracked(tracked, m, who)
