@@ -59,7 +59,13 @@ class Performance:
         return self[torch.arange(frames) % len(self)]
 
     def frame(self, index: int) -> tuple[HeadParams, Float[Tensor, "tokens channels"] | None]:
-        """Return one frame's parameters and tokens, as `Avatar.posed` takes them."""
+        """Return one frame's parameters and tokens, as `Avatar.posed` takes them.
+
+        Raises:
+            UserError: there is no such frame.
+        """
+        if not 0 <= index < len(self):
+            raise UserError(f"frame {index} does not exist: expected 0 to {len(self) - 1}")
         return self.params[index], None if self.tokens is None else self.tokens[index]
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from geodiff4d.avatar.drive import Performance
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.avatar.ply import SH_C0, Columns, rest_columns, splat_columns, write_ply
-from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, write_json
 from geodiff4d.core.geometry import quat_multiply
 from geodiff4d.core.progress import Progress, silent
@@ -52,8 +51,6 @@ def export_ply(avatar: Avatar, performance: Performance, path: Path, frame: int 
     Raises:
         UserError: the performance has no such frame.
     """
-    if not 0 <= frame < len(performance):
-        raise UserError(f"frame {frame} does not exist: expected 0 to {len(performance) - 1}")
     posed = avatar.posed(*performance.frame(frame))
     write_ply(path, posed_columns(posed.gaussians, posed.colors, posed.shading))
     return len(posed.gaussians)

@@ -71,8 +71,6 @@ def export_spz(avatar: Avatar, performance: Performance, path: Path, frame: int 
     Raises:
         UserError: the performance has no such frame.
     """
-    if not 0 <= frame < len(performance):
-        raise UserError(f"frame {frame} does not exist: expected 0 to {len(performance) - 1}")
     posed = avatar.posed(*performance.frame(frame))
     data = packed(posed.gaussians, posed.colors, None if posed.shading is None else posed.shading.in_world())
     with fresh_file(path) as temporary:
