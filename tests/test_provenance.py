@@ -177,6 +177,9 @@ def test_files_of_a_folder_and_names_outside_of_it(tmp_path, mine):
     assert origin(tmp_path / "clip") == Statement()
     (tmp_path / "clip" / "new.txt").write_text("new")
     assert verify([tmp_path / "clip" / "new.txt"])[0].state is State.UNSIGNED
+    (tmp_path / "clip" / "b.txt").write_text("b")
+    (verdict,) = verify([tmp_path / "clip"])
+    assert verdict.state is State.UNTOUCHED and any("added: new.txt" in line for line in verdict.lines())
 
 
 def test_a_tracked_portrait_tells_the_hash_of_its_file(tmp_path):

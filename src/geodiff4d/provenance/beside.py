@@ -7,7 +7,7 @@ whole. The signature is over the claim as JSON with sorted keys and no spaces.
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from geodiff4d.core.digest import sha256_of
 from geodiff4d.provenance.credentials import Credentials, scheme
 from geodiff4d.provenance.statement import GENERATOR, Statement, read_statement
-from geodiff4d.provenance.verdict import State, Verdict
+from geodiff4d.provenance.verdict import State, Verdict, named
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
@@ -92,8 +92,9 @@ def read_beside(path: Path, anchors: "Sequence[Certificate]" = ()) -> Verdict | 
     files = covered(path)
     changed = [name for name, digest in signed.files.items() if name in files and sha256_of(files[name]) != digest]
     missing = [name for name in signed.files if name not in files]
-    problems = [f"{what}: {_some(names)}" for what, names in (("changed", changed), ("missing", missing)) if names]
-    return signed.verdict(path, problems, anchors)
+    problems = [f"{what}: {named(names)}" for what, names in (("changed", changed), ("missing", missing)) if names]
+    added = tuple(name for name in files if name not in signed.files)
+    return replace(signed.verdict(path, problems, anchors), added=added)
 
 
 def read_above(path: Path, anchors: "Sequence[Certificate]" = ()) -> Verdict | None:
@@ -182,7 +183,3 @@ def _holder(certificate: "Certificate") -> str:
 def _canonical(claim: Mapping[str, Any]) -> bytes:
     """Return the bytes that are signed: JSON with sorted keys, ASCII, no spaces."""
     return json.dumps(claim, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

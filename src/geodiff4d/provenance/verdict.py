@@ -1,5 +1,6 @@
 """What is found when a file is looked at: whether it is as it was when somebody signed it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,8 @@ class Verdict:
     generator: str = ""
     """Program that made the file."""
     statement: Statement | None = None
+    added: tuple[str, ...] = ()
+    """Files of a folder that its statement does not know."""
 
     def lines(self) -> list[str]:
         """Return the verdict for a reader: a line, and indented lines with what the statement says."""
@@ -38,6 +41,8 @@ class Verdict:
         vouched = "trusted" if self.trusted else "untrusted: nobody that you trust vouches for it"
         since = f"{self.state.value} since it was signed" if self.state is State.UNTOUCHED else f"altered: {self.why}"
         said = [f"{self.path}: {since}"]
+        if self.added:
+            said.append(f"  says nothing of {len(self.added)} file(s) that were added: {named(self.added)}")
         if self.signer:
             said.append(f"  signed with the certificate of {self.signer} ({vouched})")
         if self.generator:
@@ -48,3 +53,8 @@ class Verdict:
             said.append(f"  model: {self.statement.model or 'not known'}")
             said.append(f"  consent: {self.statement.consent} ({CONSENTS[self.statement.consent]})")
         return said
+
+
+def named(files: Sequence[str]) -> str:
+    """Name the first few files."""
+    return ", ".join(files[:3]) + (" …" if len(files) > 3 else "")
