@@ -17,6 +17,7 @@ from geodiff4d.video.decoder_rows import DecoderRows, build_decoder_rows, twin_o
 from geodiff4d.video.frames import WarpedFrames
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest
 from geodiff4d.video.inputs import with_identity_of
+from geodiff4d.video.outline import settle
 from geodiff4d.video.train_decoder import at, decoder_loss, mirrored, train_decoder, weights
 from geodiff4d.video.warp_back import around, seen_turned
 
@@ -37,11 +38,43 @@ def test_before_training_what_is_seen_is_the_portraits():
     rgb, normals, warped = frames()
     seen = torch.zeros(2, 1, 32, 32)
     seen[..., :16] = 1
-    out = GuidedDecoder(TINY).decode(rgb, normals, replace(warped, seen=seen))
+    decoder = GuidedDecoder(TINY)
+    colours, normal, logit = decoder(decoder.planes(rgb, normals, replace(warped, seen=seen)))
     low = torch.nn.functional.interpolate(rgb, (32, 32), mode="bilinear")
-    assert (out.rgb - warped.rgb)[..., :16].abs().max() < 0.06 and (out.rgb - low)[..., 16:].abs().max() < 0.06
-    assert out.rgb.shape == (2, 3, 32, 32) and out.mask.shape == (2, 1, 32, 32)
-    assert out.normals is not None and out.normals.shape == (2, 3, 32, 32)
+    assert (colours - warped.rgb)[..., :16].abs().max() < 0.06 and (colours - low)[..., 16:].abs().max() < 0.06
+    assert colours.shape == normal.shape == (2, 3, 32, 32) and logit.shape == (2, 1, 32, 32)
+
+
+def disc(size: int, side: float):
+    """A red disc whose outline is guessed: its mask falls over 24 pixels, its colours fade to the background's grey
+    with it, and a dark ring lies where the mesh ends."""
+    y, x = torch.meshgrid(*(2 * [torch.arange(size) + 0.5 - size / 2]), indexing="ij")
+    radius = (x.square() + y.square()).sqrt()[None, None] * (256 / size)
+    logit = (80 - radius) / 4
+    red = torch.tensor([0.8, 0.2, 0.2])[None, :, None, None]
+    rgb = (0.5 + (red - 0.5) * torch.sigmoid(logit)) * (1 - 0.5 * ((radius - 60).abs() < 1.5).float())
+    inside, seen = (radius < 60).float(), (x < -side * size).float()[None, None]
+    return rgb, logit, WarpedFrames(rgb, seen, inside, torch.zeros_like(seen), rgb), radius
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_what_is_hidden_has_one_outline_in_its_own_colour(size):
+    rgb, logit, warped, radius = disc(size, side=1)
+    settled, mask = settle(rgb, logit, warped)
+    partly, before = (((m > 0.05) & (m < 0.95)).float().mean() for m in (mask, torch.sigmoid(logit)))
+    assert partly < 0.35 * before
+    # The disc is as large as it was, red up to its outline, and without a ring.
+    assert abs(float((mask > 0.5).float().mean() / (radius < 80).float().mean()) - 1) < 0.04
+    red = torch.tensor([0.8, 0.2, 0.2])[None, :, None, None]
+    away = (settled - red).abs().amax(1, keepdim=True)
+    assert away[mask > 0.5].max() < 0.06 < (rgb - red).abs().amax(1, keepdim=True)[mask > 0.5].max()
+
+
+def test_what_the_portrait_shows_keeps_its_soft_edge():
+    rgb, logit, warped, _ = disc(256, side=-1)
+    settled, mask = settle(rgb, logit, warped)
+    torch.testing.assert_close(settled, rgb)
+    torch.testing.assert_close(mask, ((torch.sigmoid(logit) - 0.2) / 0.3).clamp(0, 1))
 
 
 def test_weights_are_kept_and_serve_every_size(tmp_path):

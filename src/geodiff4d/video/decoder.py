@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, sil
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.video.frames import SampledFrames, WarpedFrames
+from geodiff4d.video.outline import settle
 
 PLANES = 15
 """Decoded colours and normals, warped colours, where they are seen, the head's mesh, the opened mouth, pose normals."""
@@ -27,8 +28,6 @@ TAKEN = 6.0
 """Before training, the warped portrait is taken by the sigmoid of this times how well it is seen, less a half."""
 SOLID, SHARP = 0.45, 10.0
 """Before training, the mask is the sigmoid of `SHARP` times the decoded normal's length, less `SOLID`."""
-EMPTY, FULL = 0.2, 0.5
-"""Masks that count as nothing, and as all: an outline that the network is unsure of becomes a line, and no halo."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +122,8 @@ class GuidedDecoder(nn.Module):
         """
         made = [self(self.planes(rgb[i : i + 1], normals[i : i + 1], warped[i])) for i in range(len(rgb))]
         colours, normal, logit = (torch.cat(x) for x in zip(*made, strict=True))
-        mask = (torch.sigmoid(logit) - EMPTY) / (FULL - EMPTY)
-        return SampledFrames(colours.clamp(0, 1), normal.clamp(0, 1), mask.clamp(0, 1))
+        settled, mask = settle(colours.clamp(0, 1), logit, warped)
+        return SampledFrames(settled, normal.clamp(0, 1), mask)
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Write the weights (fp16) and the configuration."""

@@ -16,7 +16,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, decode_normals, encode_normals
-from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.video.conditions import Targets, condition_images, lifted, warped_frames
@@ -153,11 +153,14 @@ class DiffusionGenerator:
         """
         require_frame_size(cameras.width, self.model.config.size, self.model.decoder)
         frames = self.sampled(request, cameras, progress)
-        with alone(self.model, "codec", "decoder", offload=self.sample.offload):
-            made = [
-                self._finished(frames.latents[:, :, :, part], here, frames.portrait)
-                for part, here in frames.targets.chunks(self.sample.chunk)
-            ]
+        made = []
+        with (
+            alone(self.model, "codec", "decoder", offload=self.sample.offload),
+            advancing(progress, "decoding", frames.latents.shape[3]) as advance,
+        ):
+            for part, here in frames.targets.chunks(self.sample.chunk):
+                made.append(self._finished(frames.latents[:, :, :, part], here, frames.portrait))
+                advance(len(made[-1][0]))
         rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
         return Generated(rgb, normal, mask, frames.tokens)
 

@@ -66,6 +66,9 @@ class VideoTraining:
     sampled_starts: float = 0.0
     """Share of samples that begin where a sampler does: at the last timestep, one noise for all frames, on the
     portrait. For models that are sampled in one step; the paper has none."""
+    still_noise: float = 0.0
+    """Share of samples whose frames have one and the same noise, at whatever timestep, as `SampleConfig.still_noise`
+    samples; the paper has none."""
     temporal_loss: float = 0.0
     """Weight of the error of what changes from frame to frame, beside the error of the frames (ours)."""
     parts: Literal["all", "temporal"] = "all"
@@ -357,5 +360,7 @@ def _draw_sample(model: VideoModel, batch: Batch, row: int, config: VideoTrainin
     dropped = (torch.rand(flags, generator=g) < config.drop_expression).expand(frames)
     kept, started = torch.rand(2, generator=g) >= torch.tensor([config.drop_warp, 1 - config.sampled_starts])
     if started:
-        t, noise = torch.full_like(t, steps - 1), noise[:, :, :1].expand_as(noise)
+        t = torch.full_like(t, steps - 1)
+    if started or torch.rand((), generator=g) < config.still_noise:
+        noise = noise[:, :, :1].expand_as(noise)
     return t, noise, dropped, kept, started
