@@ -360,6 +360,18 @@ def test_one_image_is_enough(clip, tmp_path):
         fit(one, tmp_path / "avatar", config.ablated("normal-source"))
 
 
+def test_halved_frames_show_the_same(clip, head):
+    frames = FitFrames(clip, head, HoldOut(0))
+    whole, half = (frames.target(0, torch.tensor([1.0, 0.0, 0.0]), halved) for halved in (False, True))
+    for a, b in ((whole.image, half.image), (whole.mask, half.mask), (whole.normal, half.normal)):
+        assert a is not None and b is not None
+        torch.testing.assert_close(torch.nn.functional.avg_pool2d(a, 2), b, atol=0.012, rtol=0)
+    points = head.template[::50]
+    torch.testing.assert_close(whole.camera.project(points)[0] / 2, half.camera.project(points)[0])
+    assert (half.camera.width, half.camera.height) == (half.mask.shape[-1], half.mask.shape[-2])
+    assert half.box[0].start == whole.box[0].start // 2 and 0 <= 2 * half.box[1].stop - whole.box[1].stop <= 1
+
+
 def test_estimated_normals_train_and_the_clips_score(clip, head):
     up = torch.tensor([0.0, 1.0, 0.0])[:, None, None]
     frames = FitFrames(clip, head, HoldOut(0, 1), lambda frame: up.expand_as(frame.image))

@@ -233,7 +233,7 @@ _ROWS = (
         ),
         tracks=TrackStoreConfig(),
         val_tracks=TrackStoreConfig(subjects=6, frames=16, portraits=1),
-        fit=FitConfig(),
+        fit=FitConfig(coarse=0.6),
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
         reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120), from_encoder=True),
         decoder=DecoderStage(DecoderTraining(), DecoderRowsConfig(), people=240, val_people=16),

@@ -16,11 +16,18 @@ Part = Literal["refine", "normals", "normal-source", "remesh", "deformation", "d
 PARTS: tuple[Part, ...] = ("refine", "normals", "normal-source", "remesh", "deformation", "dynamics", "densify")
 
 
+COARSE_PX = 256
+"""Frames that are not wider are never halved."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How an avatar is fitted."""
 
     iterations: int = 2400
+    coarse: float = 0.0
+    """Share of the steps, from the first, that see frames at half their size. Only where frames are wider than
+    `COARSE_PX` (ours; the paper has none)."""
     gaussians: int = 20_000
     """Largest number of Gaussians at the start; every face of the surface gets at least one."""
     means_lr: float = 2e-2
@@ -54,6 +61,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.gaussians < 1 or self.checkpoint_every < 1:
             raise ValueError(f"iterations, gaussians and checkpoint_every must be positive, got {self}")
+        if not 0 <= self.coarse <= 1:
+            raise ValueError(f"coarse is a share of the steps from 0 to 1, got {self.coarse}")
         if not 0 <= self.harmonics <= 3:
             raise UserError(f"spherical harmonics of degree {self.harmonics}: expected 0 (none) to 3")
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames
-from geodiff4d.avatar.config import FitConfig
+from geodiff4d.avatar.config import COARSE_PX, FitConfig
 from geodiff4d.avatar.deformable import DeformableSurface, Posing
 from geodiff4d.avatar.densify import Grad2d, densify, reset_opacity
 from geodiff4d.avatar.frames import FitFrames, Target
@@ -108,7 +108,9 @@ class Fitting:
         # A background that changes cannot be painted on splats.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
         background = torch.rand(3, generator=generator).to(config.device)
-        target = frames.target(frames.train[int(order[place])], background)
+        index = frames.train[int(order[place])]
+        halved = iteration < config.coarse * config.iterations and frames.camera(index).width > COARSE_PX
+        target = frames.target(index, background, halved)
         self.degree = min(config.harmonics, iteration // config.harmonics_every)
         posing = self.pose(target.row)
         means = posing.gaussians.means

@@ -1,7 +1,7 @@
 """A clip's frames held in memory as bytes, split into training and held-out ones."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -62,6 +62,25 @@ class _Stored:
     clip_normal: Tensor | None
     box: tuple[slice, slice]
 
+    def halved(self) -> "_Stored":
+        """Return the frame at half its size; colours and normals are means over the foreground."""
+        mask = _halved(self.mask.float())
+        image = (_halved(self.image.float() * self.mask) / mask.clamp(min=1e-3)).round().to(torch.uint8)
+        half = torch.tensor([[0.5], [0.5], [1.0]]).to(self.camera.K)
+        camera = replace(self.camera, K=half * self.camera.K, width=mask.shape[-1], height=mask.shape[-2])
+        normal, clip_normal = (
+            None if n is None else _halved(n.float()).round().to(torch.int8) for n in (self.normal, self.clip_normal)
+        )
+        rows, columns = (slice(s.start // 2, -(-s.stop // 2)) for s in self.box)
+        normal = clip_normal if self.normal is self.clip_normal else normal
+        return _Stored(camera, self.row, image, mask.round().to(torch.uint8), normal, clip_normal, (rows, columns))
+
+
+def _halved(x: Tensor) -> Tensor:
+    height, width = (n // 2 * 2 for n in x.shape[-2:])
+    x = x[..., :height, :width]
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
 
 class FitFrames:
     """All frames of a clip (1.8 MB each at 512²), split into training and held-out ones, and its head parameters.
@@ -83,6 +102,7 @@ class FitFrames:
         rows = {t: i for i, t in enumerate(clip.timesteps)}
         self._split(hold_out, rows)
         self._stored = [self._read(i, rows) for i in range(len(clip))]
+        self._halves: dict[int, _Stored] = {}
 
     def _split(self, hold_out: HoldOut, rows: dict[int, int]) -> None:
         """Sort frames into `train`, `held_out_views`, `held_out_times` and `held_out` (all that are only scored).
@@ -146,9 +166,11 @@ class FitFrames:
         """Return a frame's timestep, as a row of `sequence`."""
         return self._stored[index].row
 
-    def target(self, index: int, background: Float[Tensor, "3"] | float = 0.5) -> Target:
-        """Return one frame on a background: an RGB triple or a grey level, 0 to 1."""
-        s = self._stored[index]
+    def target(self, index: int, background: Float[Tensor, "3"] | float = 0.5, halved: bool = False) -> Target:
+        """Return one frame, or the frame at half its size, on a background: an RGB triple or a grey level, 0 to 1."""
+        if halved and index not in self._halves:
+            self._halves[index] = self._stored[index].halved()
+        s = self._halves[index] if halved else self._stored[index]
         image, mask = s.image.to(self.device).float() / 255, s.mask.to(self.device).float() / 255
         if isinstance(background, Tensor):
             image = image * mask + background[:, None, None] * (1 - mask)

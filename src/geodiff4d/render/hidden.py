@@ -160,8 +160,9 @@ def met_lids(
         eye: where an eyeball is.
     """
     high, wide = (max(1, round(share * edge.shape[-1])) for share in MET_SHARE)
-    # The mean height of the gap between the lids [px]: less than one is none.
-    gap = avg_pool2d(eye, (2 * high + 1, 2 * wide + 1), 1, (high, wide)) * (2 * high + 1)
+    # The mean height of the gap between the lids [px], one axis after the other: less than one is none.
+    across = avg_pool2d(eye, (1, 2 * wide + 1), 1, (0, wide))
+    gap = avg_pool2d(across, (2 * high + 1, 1), 1, (high, 0)) * (2 * high + 1)
     return edge * (1 - gap).clamp(0, 1)
 
 
