@@ -1,7 +1,8 @@
-"""Fleets of jobs: each is done once and whole, whatever fails, dies or is given again."""
+"""Fleets of jobs, and recipes of weights: each is done once and whole, whatever fails, dies or is given again."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,12 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from geodiff4d.cli import main
+from geodiff4d.cli import COMMANDS, _recipe, main
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import save_model
 from geodiff4d.core.fingerprint import fingerprint
+from geodiff4d.core.weights import MOST_BYTES, weights_folder
 from geodiff4d.launch.fleet import LocalCrew, run_fleet
 from geodiff4d.launch.jobs import Job, Outcome, read_jobs
+from geodiff4d.launch.recipe import RECIPES, RecipeRun, plan_lines, read_recipe
 
 QUICK = ("--version", "{out}")
 """The cheapest command there is."""
@@ -112,6 +117,113 @@ def test_a_fleet_ends_with_what_failed(tmp_path, capsys, monkeypatch):
     said = capsys.readouterr()
     assert "1 of 2 jobs done" in said.out and "a first (said 1)" in said.err and "failed.json" in said.err
     assert main([*given, "--workers", "0"]) == 2 and main([*given, "--workers", "1", "--ray", "auto"]) == 2
+
+
+STAGES = """
+[stage.codec]
+command = "train vae --data {data} --out {out} --seed {seed} --workers {workers}"
+makes = "codec"
+data = "people"
+steps = "6"
+hours = 0.5
+machine = "one core"
+
+[stage.model]
+command = "train image --vae {codec}/vae --out {out}"
+makes = "model"
+data = "the same"
+steps = "4"
+hours = 2
+machine = "one core"
+needs = ["codec"]
+photographs = true
+weights = { "embedded" = "model" }
+figures = [{ key = "psnr", what = "PSNR [dB]", shipped = 30.5 }]
+"""
+
+
+@pytest.fixture
+def pretended_stages(monkeypatch):
+    """Stages that write networks of one matrix; returns what was run, and the exit codes of those that are to fail."""
+    ran: list[Job] = []
+    codes: dict[str, int] = {}
+
+    def run_job(job: Job, folder: Path, environment, stop):
+        ran.append(job)
+        out = folder / job.name / "out"
+        for part in {"codec": ["vae"], "model": ["model/unet", "model/vae"]}[job.name]:
+            save_model(out / part, {}, {"w": torch.linspace(-1, 1, 8192).view(64, 128)})
+        (out / "log.jsonl").write_text('{"psnr": 29.5}\n{"psnr": 31.0}\n{"step": 9}\n{"ps')
+        code = codes.get(job.name, 0)
+        return Outcome(job.name, code, 36.0, "no space left on device" if code else "")
+
+    monkeypatch.setattr(_recipe, "run_job", run_job)
+    return ran, codes
+
+
+def test_a_recipe_is_carried_out_once_and_goes_on_where_it_failed(tmp_path, capsys, pretended_stages):
+    ran, codes = pretended_stages
+    (tmp_path / "r.toml").write_text(STAGES)
+    (tmp_path / "people").mkdir()
+    out, codes["model"] = tmp_path / "out", 2
+    given = ["train", "all", "--recipe", str(tmp_path / "r.toml"), "--out", str(out), "--seed", "7"]
+    given += ["--photographs", str(tmp_path / "people")]
+    assert main([*given, "--dry-run"]) == 0 and not ran and not out.exists()
+    assert "2 stages, 2.5 h, 2.5 h left" in capsys.readouterr().out
+    assert main(given) == 2
+    assert "stage model failed (no space left on device)" in capsys.readouterr().err
+    codes.clear()
+    assert main(given) == 0
+    assert [job.name for job in ran] == ["codec", "model", "model"], "what is done is not done again"
+    assert ran[0].command[-3:] == ("7", "--workers", "2") and f"{out / 'codec/out'}/vae" in ran[1].command
+    assert ran[1].command[-2:] == ("--photographs", str(tmp_path / "people"))
+    assert "| model | PSNR [dB] | 31 | 30.5 |" in (out / "figures.md").read_text()
+    assert json.loads((out / "figures.json").read_text())["stages"]["model"]["figures"]["psnr"]["value"] == 31.0
+    assert sorted(p.name for p in (out / "weights/embedded").glob("*/")) == ["unet", "vae"]
+    sizes = [(out / f"weights/embedded/{part}/model.safetensors").stat().st_size for part in ("unet", "vae")]
+    assert sizes[0] < sizes[1] / 3, "the denoiser is packed, the codec is not"
+    capsys.readouterr()
+    assert main(["train", "all", "--recipe", str(tmp_path / "r.toml"), "--out", str(out)]) == 2
+    assert "made by another recipe" in capsys.readouterr().err, "another seed makes other networks"
+    assert main([*given, "--steps", "3"]) == 2 and len(ran) == 3
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "says"),
+    [
+        (STAGES, "", "has no stages"),
+        (STAGES, "stage", "cannot be read as TOML"),
+        ('"train vae', '"dance', "cannot be a stage"),
+        ('"train vae', '"train all', "cannot be a stage"),
+        ("--vae {codec}/vae --out {out}", "--vae {codec}/vae", "does not write to"),
+        ('needs = ["codec"]', "", "{codec} is neither"),
+        ('needs = ["codec"]', 'needs = ["codek"]', "needs codek, which does not come before it"),
+        ("hours = 2", "hours = 'long'", "is no stage"),
+        ('"embedded" =', '"embedded/vae" =', "no name for a folder of weights"),
+        ("hours = 2", "hours = 2\nhuors = 3", "unknown huors"),
+        ("[stage.codec]", "[stage.weights]", "cannot be a stage's name"),
+        ("[stage.codec]", "networks = 'mine'\n[stage.codec]", 'expected "own" or "shipped"'),
+    ],
+)
+def test_recipes_that_make_no_sense_are_told(tmp_path, was, now, says):
+    (tmp_path / "r.toml").write_text(STAGES.replace(was, now))
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_recipe(tmp_path / "r.toml", ["train"])
+
+
+@pytest.mark.parametrize("name", ["debug", "embedded"])
+def test_the_recipes_make_every_network_that_ships(tmp_path, name):
+    run = RecipeRun(read_recipe(RECIPES / f"{name}.toml", list(COMMANDS)), tmp_path)
+    made = {folder for stage in run.recipe.stages for folder in stage.weights}
+    assert made >= {p.name for p in weights_folder("").glob("*/") if any(p.rglob("*.safetensors"))}
+    assert len(plan_lines(run)) == len(run.recipe.stages) + 1
+
+
+def test_all_weights_that_ship_are_small(monkeypatch):
+    sizes = [file.stat().st_size for file in weights_folder("").rglob("*.safetensors")]
+    assert len(sizes) >= 8 and sum(sizes) <= MOST_BYTES
+    monkeypatch.setenv("GEODIFF4D_WEIGHTS", "/mine")
+    assert weights_folder("reader") == Path("/mine/reader")
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def data_sets(folder: Path) -> None:
 
 
 PEOPLE = "--portrait world/train_0 --driving world/train_1"
-MODEL = "--preset debug --model runs/image/model"
+MODEL = "--preset debug --model runs/all/image/out/model"
+DECODED = "--preset debug --model runs/all/decoder/out/model"
 
 
 def bad(line: str, says: str, prepare: Callable[[Path], None] | None = None) -> Recipe:
@@ -178,35 +179,32 @@ RECIPES = [
         prepare=jobs_of_a_fleet,
     ),
     Recipe("fleet nobody.jsonl --out bad/out", says="nobody.jsonl", code=2, absent=("bad/out", "bad/.*")),
-    Recipe("train vae --preset debug --data stores --workers 1 --out runs/vae", ("runs/vae/vae/model*.safetensors",)),
     Recipe(
-        "train image --preset debug --data stores --workers 1 --vae runs/vae/vae --out runs/image",
-        tuple(f"runs/image/model/{part}/model*.safetensors" for part in ("unet", "reference", "expression", "vae")),
+        "train all --preset debug --photographs photographs --workers 1 --out runs/all",
+        (
+            *(f"runs/all/{stage}" for stage in ("vae/out/vae/model*", "image/out/model/unet/model*", "figures.json")),
+            *(
+                f"runs/all/video/out/{name}"
+                for name in ("model/unet/model*.safetensors", "curves.png", "pictures/*.png")
+            ),
+            *(f"runs/all/data/{name}" for name in ("people/val/people.json", "faces/val/faces.json")),
+            *(f"runs/all/data/rows/{name}" for name in ("photographs/rgb.npy", "world_val/rgb.npy")),
+            *(f"runs/all/weights/{name}/*.safetensors" for name in ("embedded/*", "perception", "reader", "identity")),
+        ),
+        says="| video | flicker [levels of 255] | ",
+        prepare=photographs,
     ),
+    Recipe("train all --preset debug --photographs photographs --workers 1 --out runs/all", says="0.0 h left"),
     Recipe(
-        "train video --preset debug --data stores --workers 1 --start runs/image/model --out runs/video",
-        ("runs/video/model/unet/model*.safetensors", "runs/video/curves.png", "runs/video/pictures/*.png"),
-        says="flicker_rgb_alone",
-    ),
-    Recipe(
-        "encode world --preset debug --vae runs/vae/vae --workers 1 --out shards",
+        "encode world --preset debug --vae runs/all/vae/out/vae --workers 1 --out shards",
         ("shards/shard-00000.npy", "shards/index.safetensors"),
         says="2 takes, 16 frames",
     ),
     Recipe(
-        "train image --preset debug --data shards world stores --workers 1 --vae runs/vae/vae --steps 2 "
+        "train image --preset debug --data shards world runs/all/data --workers 1 --vae runs/all/vae/out/vae --steps 2 "
         "--out runs/mixed",
         ("runs/mixed/model/unet/model*.safetensors", "runs/mixed/log.jsonl"),
         says="% of the samples",
-    ),
-    Recipe(
-        "train perception --preset debug --data people --workers 1 --out runs/perception",
-        ("runs/perception/perception/model.safetensors", "people/val/people.json"),
-    ),
-    Recipe(
-        "train reader --preset debug --data faces --workers 1 --out runs/reader",
-        ("runs/reader/reader/model.safetensors", "faces/val/faces.json"),
-        says="val_corr",
     ),
     Recipe(
         "track me.png --size 128 --out runs/me",
@@ -228,7 +226,6 @@ RECIPES = [
         f"evaluate pairs photographs {MODEL} --methods video_model mesh_warp avatar --out runs/pairs",
         tuple(f"runs/pairs/{name}" for name in ("metrics.json", "table.md", "sheet.png", "frames/anna_avatar.png")),
         says="left: number of photographs: 1, expected 2",
-        prepare=photographs,
     ),
     Recipe(
         "import portraits photographs portraits --size 128 --workers 1",
@@ -236,18 +233,12 @@ RECIPES = [
         says="3 tracked portraits, 0 photographs left out",
     ),
     Recipe(
-        "train decoder --preset debug --data rows --start runs/image/model --photographs portraits --workers 1 "
-        "--out runs/decoder",
-        ("runs/decoder/model/decoder/model.safetensors", "rows/photographs/rgb.npy", "rows/world_val/rgb.npy"),
-        says="world_val_psnr",
-    ),
-    Recipe(
-        "evaluate photographs portraits --preset debug --model runs/decoder/model --size 128 --out runs/photographs",
+        f"evaluate photographs portraits {DECODED} --size 128 --out runs/photographs",
         ("runs/photographs/metrics.json", "runs/photographs/table.md", "runs/photographs/sheet.jpg"),
         says="3 photographs at 128 px",
     ),
     Recipe(
-        "animate --portrait portraits/anna_1 --driving world/train_1 --preset debug --model runs/decoder/model "
+        "animate --portrait portraits/anna_1 --driving world/train_1 --preset debug --model runs/all/decoder/out/model "
         "--size 128 --frames 2 --out runs/large",
         ("runs/large/video.mp4",),
         says="2 frames",
@@ -261,7 +252,7 @@ RECIPES = [
     bad(f"animate --portrait me.png world/train_0 --driving world/train_1 {MODEL}", says="a folder: expected it alone"),
     bad(f"animate --portrait me.png nobody.png --driving world/train_1 {MODEL}", says="nobody.png does not exist"),
     bad(f"animate {PEOPLE} {MODEL} --size 128", says="no guided decoder"),
-    bad(f"animate {PEOPLE} --preset debug --model runs/decoder/model --size 70", says="a multiple of 4 from 64"),
+    bad(f"animate {PEOPLE} {DECODED} --size 70", says="a multiple of 4 from 64"),
     bad("evaluate photographs nowhere --preset debug", says="nowhere is not a folder"),
     bad_import("import portraits world/train_0/flame_param bad/out", says="has no photographs"),
     Recipe(
@@ -311,7 +302,7 @@ RECIPES = [
         tuple(f"runs/animate/{name}.mp4" for name in ("video", "normals", "side_by_side")),
     ),
     Recipe(
-        f"animate {PEOPLE} --preset debug --model runs/video/model --out runs/video_animate",
+        f"animate {PEOPLE} --preset debug --model runs/all/video/out/model --out runs/video_animate",
         ("runs/video_animate/video.mp4",),
     ),
     Recipe(
@@ -429,10 +420,11 @@ RECIPES = [
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
     bad("fit empty --preset debug", says="no frames"),
-    bad("encode stores --preset debug --vae runs/vae/vae --workers 1", says="has nothing to train on"),
+    bad("encode runs/all/data --preset debug --vae runs/all/vae/out/vae --workers 1", says="has nothing to train on"),
     bad("train video --preset debug", says="needs a stage-1 model"),
+    bad("train all --preset paper", says="--preset paper has no recipe"),
     bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),
-    bad("train image --preset debug --vae runs/vae/vae --data world nowhere", says="nowhere is not a folder"),
+    bad("train image --preset debug --vae runs/all/vae/out/vae --data world nowhere", says="nowhere is not a folder"),
     bad("train image --preset paper --data world", says="--preset paper needs --sd"),
     bad(f"animate {PEOPLE} --preset debug --model nowhere", says="nowhere is not a video model"),
     bad(f"synthesize {PEOPLE} {MODEL} --head nowhere.npz", says="no head at nowhere.npz"),

@@ -16,6 +16,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.progress import Progress, silent
+from geodiff4d.core.weights import weights_folder
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads import Head
 from geodiff4d.presets import Preset, preset
@@ -31,7 +32,7 @@ from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.sample import bf16_is_native
 from geodiff4d.video.vae import StableCodec
 
-SHIPPED_MODEL = Path(__file__).parent / "assets" / "embedded"
+SHIPPED_MODEL = weights_folder("embedded")
 
 
 def load_model(folder: Path | None = None, device: torch.device | None = None) -> VideoModel:

@@ -74,6 +74,18 @@ class DecoderStage:
 
 
 @dataclass(frozen=True)
+class IdentityStage:
+    """On how many people the open measure of identity is fitted, and measured."""
+
+    people: int = 400
+    images: int = 6
+    """Of each of them."""
+    unseen: int = 20
+    """People of the test split whom it has to tell apart."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class BenchSizes:
     """How much `geodiff4d bench` measures, beside the preset's own sizes."""
 
@@ -117,6 +129,8 @@ class Preset:
     """What tracking reads expression and gaze with; None where it is not trained."""
     decoder: DecoderStage | None = None
     """What finishes the video model's frames; None where it is not trained."""
+    identity: IdentityStage | None = None
+    """The open measure of identity; None where it is not fitted."""
     bench: BenchSizes = BenchSizes()
     trackable: bool = True
     """Whether heads can be tracked in images of this size; where not, evaluations disturb the true parameters as a
@@ -205,6 +219,7 @@ _ROWS = (
             ),
             DecoderRowsConfig(rows=2, size=128, low=64), people=2, val_people=1,
         ),
+        identity=IdentityStage(people=3, images=3, unseen=2),
         bench=BenchSizes(people=1, images=2, steps=2, scenes=((48, 300, 3.0), (64, 600, 3.0))),
         trackable=False,
         temporal=(1, 2, 1),
@@ -237,6 +252,7 @@ _ROWS = (
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
         reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120), from_encoder=True),
         decoder=DecoderStage(DecoderTraining(), DecoderRowsConfig(), people=240, val_people=16),
+        identity=IdentityStage(),
         temporal=(1, 2, 4),
     ),
     Preset(

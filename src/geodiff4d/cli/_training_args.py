@@ -11,16 +11,24 @@ import tyro
 class Args:
     """Options of `geodiff4d train`."""
 
-    stage: Annotated[Literal["vae", "image", "video", "decoder", "perception", "reader"], tyro.conf.Positional]
-    """vae: the codec. image: stage 1 of the paper, the joint RGB + normal model without temporal modules. video: its
-    second stage, temporal modules alone, from a stage-1 model. decoder: what finishes a model's frames, with the warped
-    portrait. perception: what tracking looks with (landmarks, mask, normals). reader: what reads expression and gaze
-    from close crops of faces. The last three know preset, data, start, steps, workers and seed of the options below,
-    decoder and reader photographs too."""
+    stage: Annotated[
+        Literal["all", "vae", "image", "video", "decoder", "perception", "reader", "identity"], tyro.conf.Positional
+    ]
+    """all: every network that ships, from nothing, by a recipe (it reads out, preset, recipe, dry-run, photographs,
+    workers and seed of the options below). vae: the codec. image: stage 1 of the paper, the joint RGB + normal model
+    without temporal modules. video: its second stage, temporal modules alone, from a stage-1 model. decoder: what
+    finishes a model's frames, with the warped portrait. perception: what tracking looks with (landmarks, mask,
+    normals). reader: what reads expression and gaze from close crops of faces. identity: the open measure of identity.
+    decoder, perception and reader read preset, data, start, steps, workers and seed, decoder and reader photographs
+    too; identity reads preset and seed."""
     out: Path
     """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
     """debug: seconds. embedded: hours on two cores. paper: a GPU, and --sd."""
+    recipe: Path | None = None
+    """Of `all`: a recipe of your own (TOML) in place of the preset's, in `assets/recipes`."""
+    dry_run: bool = False
+    """Of `all`: print the stages with their hours, and what is left of them, and do nothing."""
     data: tuple[Path, ...] = ()
     """What to train on, by default OUT/data. One folder that is empty or holds rendered stores: the open world, which
     is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores;

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from geodiff4d.core.errors import UserError, install_extra
+from geodiff4d.core.weights import weights_folder
 
 CORE = [
     "torch", "numpy", "scipy", "pillow", "safetensors", "einops", "jaxtyping", "numba", "tyro", "rich", "av",
@@ -213,10 +214,12 @@ def shipped_files() -> list[Finding]:
         findings.append(Finding("head", "ok", f"openhead.npz, {head.stat().st_size / 1e6:.1f} MB"))
     else:
         findings.append(Finding("head", "failed", f"{head} is not there", again))
-    models = sorted({file.parent for file in assets.rglob("*.safetensors")})
+    weights = weights_folder("")
+    models = sorted({file.parent for file in weights.rglob("*.safetensors")})
     for folder in models:
         size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        findings.append(Finding(f"weights {folder.relative_to(assets)}", "ok", f"{size / 1e6:.1f} MB"))
+        where = "" if weights == assets else f", in {weights}"
+        findings.append(Finding(f"weights {folder.relative_to(weights)}", "ok", f"{size / 1e6:.1f} MB{where}"))
     if not models:
         findings.append(
             Finding("weights", "missing", "no trained network is shipped", "use --generator warp, or --model DIR")

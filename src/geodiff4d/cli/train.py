@@ -1,5 +1,5 @@
-"""Train the codec, the image model, the video model and its decoder, or the networks of tracking; the same command
-resumes."""
+"""Train the codec, the image model, the video model and its decoder, the networks of tracking, or all of them by a
+recipe; the same command resumes."""
 
 import math
 from dataclasses import fields
@@ -13,7 +13,8 @@ _LOOP = {
 }  # fmt: skip
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
-    "decoder": _COMMON | {"start", "photographs"},
+    "decoder": _COMMON | {"start", "photographs"}, "identity": {"stage", "out", "preset", "seed"},
+    "all": {"stage", "out", "preset", "recipe", "dry_run", "photographs", "workers", "seed"},
     "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
 }  # fmt: skip
 """Options that each stage reads."""
@@ -43,21 +44,33 @@ def run(args: Args) -> None:
         )
     if args.stage in ("vae", "decoder", "perception", "reader") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
-    if args.stage in ("decoder", "perception", "reader"):
-        from geodiff4d.cli import _decoder, _perception, _reader
-        from geodiff4d.presets import preset
+    if args.stage == "all":
+        from geodiff4d.cli import COMMANDS, _recipe
 
-        p, folder = preset(args.preset), args.data[0] if args.data else None
-        rest = (folder, args.start, args.steps, args.workers, args.seed)
-        if args.stage == "perception" and p.perception is not None:
-            _perception.train(args.out, p.perception, *rest)
-        elif args.stage == "reader" and p.reader is not None:
-            _reader.train(args.out, p.reader, *rest, args.photographs)
-        elif args.stage == "decoder" and p.decoder is not None:
-            _decoder.train(args.out, p.decoder, *rest, args.photographs)
-        else:
-            raise UserError(f"--preset {args.preset} has no {args.stage} stage: expected debug or embedded")
-        return
-    from geodiff4d.cli import _training
+        _recipe.run_all(args, [name for name in COMMANDS if name not in ("fleet", "live", "studio", "view")])
+    elif args.stage in ("decoder", "perception", "reader", "identity"):
+        _small_network(args)
+    else:
+        from geodiff4d.cli import _training
 
-    {"vae": _training.codec, "image": _training.image, "video": _training.video}[args.stage](args)
+        {"vae": _training.codec, "image": _training.image, "video": _training.video}[args.stage](args)
+
+
+def _small_network(args: Args) -> None:
+    """Train the guided decoder, or one of those that track or measure."""
+    from geodiff4d.cli import _decoder, _identity, _perception, _reader
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.presets import preset
+
+    p, folder = preset(args.preset), args.data[0] if args.data else None
+    rest = (folder, args.start, args.steps, args.workers, args.seed)
+    if args.stage == "perception" and p.perception is not None:
+        _perception.train(args.out, p.perception, *rest)
+    elif args.stage == "reader" and p.reader is not None:
+        _reader.train(args.out, p.reader, *rest, args.photographs)
+    elif args.stage == "decoder" and p.decoder is not None:
+        _decoder.train(args.out, p.decoder, *rest, args.photographs)
+    elif args.stage == "identity" and p.identity is not None:
+        _identity.train(args.out, p.identity, args.seed)
+    else:
+        raise UserError(f"--preset {args.preset} has no {args.stage} stage: expected debug or embedded")

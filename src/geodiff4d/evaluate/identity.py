@@ -4,7 +4,7 @@
 perception network sees of a head on plain grey, averaged over the foreground of a crop (the colours and the channels of
 each stage, 395 numbers), projected to 32 by a linear discriminant analysis of training people (Fisher 1936), under
 which views and expressions of one person lie together and people apart. It knows made-up people, and what a real
-person's hair and skin look like; it is no face recogniser. `tools/fit_identity.py` fits it and measures how well it
+person's hair and skin look like; it is no face recogniser. `geodiff4d train identity` fits it and measures how well it
 separates people it has not seen.
 """
 
@@ -22,10 +22,11 @@ from torch.nn.functional import interpolate, normalize
 
 from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.files import load_model
+from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.network import Perception, load_perception
 from geodiff4d.tracking.squares import HeadSquare, cut_square
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "identity"
+SHIPPED = weights_folder("identity")
 SCALE = 1.6
 """Side of the crop over the head's square."""
 ARCFACE_SIZE = 112

@@ -23,6 +23,8 @@ from geodiff4d.core.fingerprint import fingerprint
 DONE = "job.json"
 OUT = "{out}"
 """In a command: the folder that it writes to."""
+GRACE_SECONDS = 60.0
+"""What a process that is told to stop has to finish its step and write a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ def read_jobs(path: Path, commands: Sequence[str]) -> list[Job]:
 def run_job(job: Job, folder: Path, environment: Mapping[str, str], stop: threading.Event | None = None) -> Outcome:
     """Carry a job out in a process of its own, unless it is done, and say what came of it.
 
-    The process ends when this one does, however that ends, or when it is told to `stop`; `OUT/NAME/log.txt` has what it
-    printed.
+    The process ends when this one does, however that ends. Told to `stop`, it has `GRACE_SECONDS` to save what it has.
+    `OUT/NAME/log.txt` has what all attempts printed.
     """
     started = time.monotonic()
     if job.done(folder):
@@ -116,7 +118,7 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str], stop: thread
     place = folder / job.name
     place.mkdir(parents=True, exist_ok=True)
     given = json.dumps({"words": job.words(folder), "done": str(place / DONE), "job": fingerprint(job)})
-    with (place / "log.txt").open("wb") as log:
+    with (place / "log.txt").open("ab") as log:
         # A session of its own: an interrupt is the driver's to handle. Its input ends when the driver does.
         child = subprocess.Popen(
             [sys.executable, "-m", "geodiff4d.launch.child", given], stdin=subprocess.PIPE, stdout=log, stderr=log,
@@ -127,7 +129,11 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str], stop: thread
             while (code := child.poll()) is None and not (stop and stop.is_set()):
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(0.5)
-        # Closing its input ends a child that was told to stop.
+            if code is None:
+                child.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(GRACE_SECONDS)
+        # Closing its input ends a child that did not stop when it was told to.
         code = child.wait() if code is None else code
     lines = [line for line in (place / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
     said = (lines[-1] if lines else "")[:300] if code else ""

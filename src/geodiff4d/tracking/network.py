@@ -18,9 +18,10 @@ from torch.nn.functional import interpolate, pixel_shuffle
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
+from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.points import SurfacePoints
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "perception"
+SHIPPED = weights_folder("perception")
 FINDER_STRIDE = 16
 
 

@@ -21,6 +21,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.face_trunk import face_trunk
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.core.packing import packed
+from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import face_square
 from geodiff4d.tracking.network import gram_schmidt
@@ -28,7 +29,7 @@ from geodiff4d.tracking.reading import Reading
 from geodiff4d.tracking.squares import cut_square
 from geodiff4d.world.expressions import ACTIONS
 
-SHIPPED = Path(__file__).parents[1] / "assets" / "reader"
+SHIPPED = weights_folder("reader")
 EXPRS, JAW, EYES = len(ACTIONS), 3, 6
 TARGETS = EXPRS + JAW + EYES
 """52 coefficients, the jaw's rotation vector, the eyes' (left, then right)."""
