@@ -1,9 +1,11 @@
 """Files that other tools open: posed .ply, GaussianAvatars both ways to the bit, the compact form; damaged ones."""
 
 import gzip
+import io
 import json
 import math
 import struct
+import zipfile
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from PIL import Image
+from scipy.spatial import KDTree
 from torch.nn.functional import normalize
 
 import flame_files
@@ -21,6 +25,7 @@ from geodiff4d.avatar.compact import open_avatar, unpack, write_compact
 from geodiff4d.avatar.drive import own_performance
 from geodiff4d.avatar.export_gaussian_avatars import export_gaussian_avatars, import_gaussian_avatars
 from geodiff4d.avatar.export_ply import export_ply, export_sequence
+from geodiff4d.avatar.export_sog import alike, export_sog
 from geodiff4d.avatar.export_spz import export_spz, packed
 from geodiff4d.avatar.model import Avatar, render_splats
 from geodiff4d.avatar.ply import SH_C0, read_ply, write_ply
@@ -81,6 +86,51 @@ def test_spz_holds_the_same_splats(avatar, tmp_path):
     far = replace(g, means=g.means + 9)
     with pytest.raises(UserError, match="within 8 m"):
         packed(far, posed.colors)
+
+
+def test_sog_holds_the_same_splats_as_ply(avatar, tmp_path):
+    """Decoded here as the format says, and compared with the .ply."""
+    show = own_performance(avatar)
+    count = export_sog(avatar, show, tmp_path / "a.sog", 1)
+    export_ply(avatar, show, tmp_path / "a.ply", 1)
+    ply = read_ply(tmp_path / "a.ply")
+    with zipfile.ZipFile(tmp_path / "a.sog") as archive:
+        meta = json.loads(archive.read("meta.json"))
+        pixels = {n[:-5]: np.asarray(Image.open(io.BytesIO(archive.read(n)))) for n in archive.namelist()[1:]}
+    rows = {n: p.reshape(-1, p.shape[-1])[:count].astype(np.int64) for n, p in pixels.items()}
+    assert (meta["version"], meta["count"], meta["shN"]["bands"]) == (2, count, 2)
+    low, high = (np.array(meta["means"][k]) for k in ("mins", "maxs"))
+    logs = low + (high - low) * (256 * rows["means_u"] + rows["means_l"]) / 65535
+    means = np.sign(logs) * np.expm1(np.abs(logs))
+    # Which splat is which: whose place is next.
+    ours = np.stack([ply[n] for n in "xyz"], 1)
+    away, which = KDTree(ours).query(means)
+    assert away.max() < 1e-5 and len(np.unique(which)) > 0.99 * count
+    ply = {name: values[which] for name, values in ply.items()}
+    for name, key, tolerance in (("scales", "scale", 0.06), ("sh0", "f_dc", 0.02)):
+        read = np.array(meta[name]["codebook"])[rows[name][:, :3]]
+        off = np.abs(read - np.stack([ply[f"{key}_{i}"] for i in range(3)], 1))
+        assert off.mean() < tolerance / 3 and np.quantile(off, 0.999) < 4 * tolerance, name
+    assert np.abs(rows["sh0"][:, 3] / 255 - 1 / (1 + np.exp(-ply["opacity"]))).max() < 0.51 / 255
+    largest, three = rows["quats"][:, 3] - 252, (rows["quats"][:, :3] / 255 - 0.5) * math.sqrt(2)
+    left = np.sqrt((1 - (three**2).sum(1)).clip(0))
+    quats = np.stack([np.insert(t, k, w) for t, k, w in zip(three, largest, left, strict=True)])
+    theirs = np.stack([ply[f"rot_{i}"] for i in range(4)], 1)
+    turned = 2 * np.arccos(np.abs((quats * theirs).sum(1) / np.linalg.norm(theirs, axis=1)).clip(0, 1))
+    assert turned.max() < 0.02
+    label = rows["shN_labels"][:, 0] + 256 * rows["shN_labels"][:, 1]
+    codes = pixels["shN_centroids"].reshape(-1, 8, 3)[label]
+    rest = np.array(meta["shN"]["codebook"])[codes].transpose(0, 2, 1).reshape(count, -1)
+    truth = np.stack([ply[f"f_rest_{15 * c + k}"] for c in range(3) for k in range(8)], 1)
+    assert np.abs(rest - truth).mean() < 0.01
+
+
+def test_a_palette_of_harmonics_has_rows_that_are_alike():
+    rows = np.random.default_rng(0).integers(0, 8, (4096, 3)).astype(float)
+    labels = alike(rows, 512)
+    assert (np.bincount(labels) == 8).all()
+    within = np.stack([rows[labels == k] for k in range(512)])
+    assert (within - within.mean(1, keepdims=True)).var() < 0.1 * rows.var()
 
 
 def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import struct
+import zipfile
 import zlib
 
 import numpy as np
@@ -16,6 +17,7 @@ from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import load_head
+from geodiff4d.viewer.face_tracker import MODELS, PACKAGE, packed_tracker
 from geodiff4d.viewer.page import SCRIPTS, SHADERS, WEB, WORKER, PageConfig, page
 from geodiff4d.viewer.scene import pose_rows
 
@@ -54,7 +56,7 @@ def arrays(text) -> dict[str, np.ndarray]:
 
 def test_one_file_from_nowhere_else(text):
     assert len(text) < 3_000_000
-    assert "default-src 'none'" in text and "connect-src 'none'" in text
+    assert "default-src 'none'" in text and "connect-src 'none'" in text and "wasm" not in text.partition("<style")[0]
     without = text.replace("https://example.org:8080", "")
     assert not re.search(r"https?://|//[a-z]+\.[a-z]|<link[^>]+href=\"[^d]|@import|\bfetch\(|XMLHttpRequest", without)
     assert "<title>a &lt;b&gt; {{STYLE}}</title>" in text and text.count("{{") == text.count("{{STYLE}}")
@@ -95,6 +97,33 @@ def test_sparse_morph_targets_are_the_whole_expression(arrays, avatar):
     shaped = head.shape(type(neutral)(**{**vars(neutral), "expr": torch.from_numpy(weights)}))
     assert np.abs(vertices - shaped.vertices.numpy()).max() < 1e-5
     assert np.abs(joints - shaped.joints.numpy()).max() < 1e-6
+
+
+def test_the_users_face_tracker_is_in_the_page_and_nothing_else_may_be_asked(avatar, tmp_path):
+    """Files that stand for MediaPipe's: the page has them whole; without them it may ask for nothing at all."""
+    task, package = tmp_path / "face_landmarker.task", tmp_path / "tasks-vision"
+    with zipfile.ZipFile(task, "w") as archive:
+        for name in MODELS:
+            archive.writestr(name, name)
+    for name in PACKAGE.values():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(f"</script> of {name}")
+    tracker = packed_tracker(task, package)
+    whole = page(avatar, own_performance(avatar), PageConfig(tracker=tracker))
+    (kept,) = re.findall(r'id="tracker">([^<]*)<', whole)
+    parts = {part: zlib.decompress(base64.b64decode(text)) for part, text in json.loads(kept).items()}
+    assert parts.pop("task") == task.read_bytes()
+    assert parts == {part: (package / name).read_bytes() for part, name in PACKAGE.items()}
+    assert "'wasm-unsafe-eval'" in whole and "connect-src blob:;" in whole
+    (package / PACKAGE["binary"]).unlink()
+    with pytest.raises(UserError, match="npm install @mediapipe/tasks-vision"):
+        packed_tracker(task, package)
+    with pytest.raises(UserError, match="expected MediaPipe's face_landmarker"):
+        packed_tracker(package / PACKAGE["module"], package)
+    with zipfile.ZipFile(task, "w") as archive:
+        archive.writestr("face_landmarks_detector.tflite", "")
+    with pytest.raises(UserError, match="has no face_blendshapes"):
+        packed_tracker(task, package)
 
 
 def test_what_the_page_cannot_show_is_refused(avatar, tmp_path, capsys):

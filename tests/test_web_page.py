@@ -100,14 +100,14 @@ def test_colours_that_depend_on_the_view(tmp_path_factory):
     head, folder = load_head(), tmp_path_factory.mktemp("harmonics")
     avatar = painted_avatar(head, talking(head, 2), gaussians=12_000, size=256, harmonics=3)
     write_page(avatar, own_performance(avatar), folder / "me.html")
-    studio, params = Studio(avatar, own_performance(avatar), 256), held(avatar, torch.zeros(1, 52)).params
+    renderer, params = LiveRenderer(avatar, own_performance(avatar), 256), held(avatar, torch.zeros(1, 52)).params
     plain = replace(avatar, local=replace(avatar.local, harmonics=None))
     with Browser(folder) as browser:
         browser.open((folder / "me.html").as_uri(), READY)
         for view in VIEWS:
             theirs = shot(browser, pose_rows(params)[0], view, 256)
             with torch.no_grad():
-                ours, flat = (a.render(params[0], studio.turned(view), 0.5) for a in (avatar, plain))
+                ours, flat = (a.render(params[0], renderer.turned(view), 0.5) for a in (avatar, plain))
             error, without = (
                 -10 * (x.rgb.clamp(0, 1) - theirs)[:, ours.alpha[0] > 0.5].square().mean().log10() for x in (ours, flat)
             )

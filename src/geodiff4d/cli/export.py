@@ -17,19 +17,22 @@ class Args(DrivingArgs, SigningArgs):
     source: Annotated[Path, tyro.conf.Positional]
     """Avatar folder from fit, or (for vhap) clip folder with FLAME parameters, from import or track --head."""
     out: Annotated[Path, tyro.conf.Positional]
-    """File (web, glb, ply, spz, compact) or folder (the others) to write; it must not exist."""
-    to: Literal["web", "glb", "ply", "ply-sequence", "spz", "gaussian-avatars", "compact", "vhap"] | None = None
+    """File (web, glb, ply, spz, sog, compact) or folder (the others) to write; it must not exist."""
+    to: Literal["web", "glb", "ply", "ply-sequence", "spz", "sog", "gaussian-avatars", "compact", "vhap"] | None = None
     """web: one page that shows the avatar in any browser, from a disk too. glb: a rigged mesh with 52 morph targets,
-    and the splats at rest. ply: the avatar at one instant, for any splat viewer; spz: the same, a tenth as large.
-    ply-sequence: one .ply a frame. gaussian-avatars: its folder (FLAME). compact: everything in one small file. vhap:
-    a clip as VHAP's export_as_nerf_dataset.py writes it. By default what the name's ending says (.html, .glb, .ply,
-    .spz, .g4d), else ply for an avatar and vhap for a clip."""
+    and the splats at rest. ply: the avatar at one instant, for any splat viewer; spz, sog: the same, a tenth and a
+    twentieth as large. ply-sequence: one .ply a frame. gaussian-avatars: its folder (FLAME). compact: everything in one
+    small file. vhap: a clip as VHAP's export_as_nerf_dataset.py writes it. By default what the name's ending says
+    (.html, .glb, .ply, .spz, .sog, .g4d), else ply for an avatar and vhap for a clip."""
     frame: int = 0
-    """Frame of the performance that ply and spz are posed at."""
+    """Frame of the performance that ply, spz and sog are posed at."""
     title: str | None = None
     """Title of the web page; by default the avatar folder's name."""
     origin: tuple[str, ...] = ()
     """Web sites whose pages may drive the web page by messages, such as https://example.org; * for all."""
+    face_landmarker: tuple[Path, Path] | None = None
+    """MediaPipe's face_landmarker.task and the folder of its npm package @mediapipe/tasks-vision, both yours: put into
+    the web page (about 8 MB), they let a webcam drive it. Without them its button says what is missing."""
     background: float = 1.0
     """Grey behind the person in vhap's images, 0 to 1; VHAP's own is white."""
 
@@ -44,7 +47,7 @@ def run(args: Args) -> None:
     if args.out.exists():
         raise UserError(f"{args.out} exists: expected a new name; choose another, or delete it")
     is_clip = (args.source / "transforms.json").is_file()
-    suffixes = {"web": ".html", "glb": ".glb", "ply": ".ply", "spz": ".spz", "compact": ".g4d"}
+    suffixes = {"web": ".html", "glb": ".glb", "ply": ".ply", "spz": ".spz", "sog": ".sog", "compact": ".g4d"}
     meant = {ending: to for to, ending in suffixes.items()}.get(args.out.suffix.lower(), "ply")
     to = args.to or ("vhap" if is_clip else meant)
     if is_clip != (to == "vhap"):
@@ -87,19 +90,23 @@ def _avatar(args: Args, to: str) -> None:
         return
     show = performance(avatar, args)
     if to == "web":
+        from geodiff4d.viewer.face_tracker import packed_tracker
         from geodiff4d.viewer.page import PageConfig, write_page
 
-        size = write_page(avatar, show, args.out, PageConfig(args.title or args.source.stem, args.origin))
+        tracker = None if args.face_landmarker is None else packed_tracker(*args.face_landmarker)
+        config = PageConfig(args.title or args.source.stem, args.origin, tracker=tracker)
+        size = write_page(avatar, show, args.out, config)
         print(
             f"{args.out}: {size / 1e6:.2f} MB, {len(avatar.local)} Gaussians, {len(show)} frames; open it in a browser"
         )
     elif to == "ply":
         count = export_ply(avatar, show, args.out, args.frame)
         print(f"{args.out}: {count} Gaussians at frame {args.frame}")
-    elif to == "spz":
+    elif to in ("spz", "sog"):
+        from geodiff4d.avatar.export_sog import export_sog
         from geodiff4d.avatar.export_spz import export_spz
 
-        count = export_spz(avatar, show, args.out, args.frame)
+        count = (export_spz if to == "spz" else export_sog)(avatar, show, args.out, args.frame)
         print(f"{args.out}: {args.out.stat().st_size / 1e6:.2f} MB, {count} Gaussians at frame {args.frame}")
     else:
         count = export_sequence(avatar, show, args.out, progress.bar)

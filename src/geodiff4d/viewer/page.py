@@ -9,6 +9,7 @@ import base64
 import html
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from geodiff4d.viewer.scene import pack
 WEB = Path(__file__).parent / "web"
 SCRIPTS = (
     "scene.js", "rig.js", "camera.js", "sorter.js", "renderer.js", "motions.js", "performance.js", "stage.js",
-    "layout.js", "panel.js", "remote.js", "main.js",
+    "layout.js", "webcam.js", "panel.js", "remote.js", "main.js",
 )  # fmt: skip
 SHADERS = ("splat.vert", "splat.frag", "resolve.vert", "resolve.frag")
 WORKER = "sort_worker.js"
@@ -41,6 +42,8 @@ class PageConfig:
     """Whether the page asks its own server for live poses (`geodiff4d view`)."""
     play: bool = False
     """Whether the performance plays from the start."""
+    tracker: Mapping[str, str] | None = None
+    """MediaPipe's files (`face_tracker.packed_tracker`), by which a webcam drives the head."""
 
     def __post_init__(self) -> None:
         for origin in self.origins:
@@ -62,11 +65,14 @@ def page(avatar: Avatar, performance: Performance, config: PageConfig = PageConf
     shaders = {name: (WEB / f"{name}.glsl").read_text(encoding="utf-8") for name in SHADERS}
     asked = {
         "TITLE": html.escape(config.title),
-        "CONNECT": "'self'" if config.live else NOTHING,
+        "CONNECT": _connects(config),
+        # WebAssembly counts as evaluation.
+        "EVALUATE": " 'wasm-unsafe-eval'" if config.tracker else "",
         "STYLE": (WEB / "page.css").read_text(encoding="utf-8"),
         "SETTINGS": _script_json(settings),
         "SHADERS": _script_json(shaders),
         "WORKER": _script_json((WEB / WORKER).read_text(encoding="utf-8")),
+        "TRACKER": _script_json(config.tracker),
         "AVATAR": data,
         "SCRIPTS": scripts,
     }
@@ -85,6 +91,12 @@ def write_page(avatar: Avatar, performance: Performance, path: Path, config: Pag
     with fresh_file(path) as temporary:
         temporary.write_bytes(text)
     return len(text)
+
+
+def _connects(config: PageConfig) -> str:
+    """Return what the page's scripts may fetch: its own server's poses, and the parts of a tracker that it carries."""
+    asked = [word for word, wanted in (("'self'", config.live), ("blob:", config.tracker)) if wanted]
+    return " ".join(asked) or NOTHING
 
 
 def _script_json(value: object) -> str:

@@ -11,7 +11,7 @@ async function start() {
     throw new Error(`The avatar in this file cannot be read (${error.message}): export or download it again.`);
   });
   const stage = new Stage(get("canvas"), scene, { shaders: json("shaders"), worker: json("worker") });
-  const panel = new Panel(stage);
+  const panel = new Panel(stage, json("tracker"));
   const settings = json("settings");
   const remote = new Remote(stage, panel, settings);
   if (settings.play && stage.fitted.frames > 1) panel.play(true);

@@ -9,8 +9,10 @@ function element(tag, properties = {}, ...children) {
 }
 
 class Panel {
-  constructor(stage) {
+  // `tracker` has MediaPipe's files, or is null.
+  constructor(stage, tracker) {
     this.stage = stage;
+    this.webcam = new Webcam(stage, this, tracker);
     this.group = 0;
     this.sliders = [];
     this.buildMotions();
@@ -100,12 +102,14 @@ class Panel {
     const { stage } = this;
     get("play").textContent = stage.playing ? "Pause" : "Play";
     get("play").setAttribute("aria-pressed", String(stage.playing));
+    get("webcam").setAttribute("aria-pressed", String(this.webcam.on));
     get("normals").setAttribute("aria-pressed", String(stage.normals));
     get("follow").setAttribute("aria-pressed", String(this.following === true));
     this.read();
   }
 
   play(on = !this.stage.playing) {
+    if (on && this.webcam.on) this.webcam.stop();
     this.stage.play(on);
     this.update();
   }
@@ -162,6 +166,7 @@ class Panel {
   listen() {
     get("play").onclick = () => this.play();
     get("reset").onclick = () => this.reset();
+    get("webcam").onclick = () => this.webcam.toggle();
     get("normals").onclick = () => this.showNormals();
     get("follow").onclick = () => this.follow();
     get("apart").onchange = () => this.build();
@@ -199,7 +204,7 @@ class Panel {
     const motion = Object.keys(MOTIONS)[Number(key) - 1];
     const turn = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, 5], ArrowDown: [0, -5] }[key];
     const act = {
-      " ": () => this.play(), r: () => this.reset(), n: () => this.showNormals(), f: () => this.follow(),
+      " ": () => this.play(), r: () => this.reset(), n: () => this.showNormals(), f: () => this.follow(), w: () => this.webcam.toggle(),
       h: () => document.body.classList.toggle("alone"), "+": () => this.turn(0, 0, 0.9), "-": () => this.turn(0, 0, 1 / 0.9),
     }[key.toLowerCase()];
     if (motion) this.stage.perform(motion);

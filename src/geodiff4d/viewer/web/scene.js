@@ -1,15 +1,20 @@
 // Reads the avatar that the page carries: base64, deflate, a JSON header, then columns of numbers (viewer/scene.py).
 
 async function readScene(text) {
-  const packed = Uint8Array.from(atob(text.trim()), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const bytes = await inflated(text);
   const length = new DataView(bytes.buffer).getUint32(0, true);
   const about = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + length)));
   const data = bytes.subarray(4 + length);
   const arrays = {};
   for (const [name, one] of Object.entries(about.arrays)) arrays[name] = { ...one, ...readArray(data, one) };
   return { ...about, arrays };
+}
+
+// The bytes behind base64 of what zlib compressed.
+async function inflated(text) {
+  const packed = Uint8Array.from(atob(text.trim()), (c) => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
 // Values lie column by column, all low bytes before all high ones; they are returned row by row.
