@@ -203,7 +203,7 @@ def test_strangers_and_their_requests(work, tmp_path):
                 assert ask(server, method, path, "{}" if method == "POST" else None, **headers)[0] == 403
         status, page = ask(server, "GET", f"/?token={server.store.token}", Cookie="")
         assert status == 200 and b"studio.js" in page
-        for path in ("/studio.css", "/studio.js"):
+        for path in ("/studio.css", "/studio.js", "/camera.js"):
             assert ask(server, "GET", path)[0] == 200
         assert ask(server, "GET", "/projects/../../token")[0] == 404
         assert ask(server, "GET", f"/projects/{name}/files/token")[0] == 404

@@ -22,6 +22,9 @@ class Args(DrivingArgs):
     """Address to listen on. The default is reached from this machine alone; there is no password."""
     size: int = 384
     """Height of the image [px] of avatars that are rendered here: those with networks, and those on FLAME."""
+    face_landmarker: tuple[Path, Path] | None = None
+    """MediaPipe's face_landmarker.task and the folder of its npm package @mediapipe/tasks-vision, both yours: with them
+    the browser's own webcam drives the head, too."""
     seconds: float | None = None
     """Stop after this many seconds."""
 
@@ -36,6 +39,7 @@ def run(args: Args) -> None:
     from geodiff4d.cli._driving import performance
     from geodiff4d.core.errors import UserError
     from geodiff4d.tracking.live import live_frames, track_live
+    from geodiff4d.viewer.face_tracker import packed_tracker
     from geodiff4d.viewer.live import Feed
     from geodiff4d.viewer.live_renderer import LiveRenderer
     from geodiff4d.viewer.scene import obstacle
@@ -63,8 +67,11 @@ def run(args: Args) -> None:
             failures.append(error)
             server.shutdown()
 
-    drawn = obstacle(avatar) is None
-    made = Feed(avatar, show, args.avatar.stem, lines or camera) if drawn else LiveRenderer(avatar, show, args.size)
+    if obstacle(avatar) is None:
+        tracker = None if args.face_landmarker is None else packed_tracker(*args.face_landmarker)
+        made = Feed(avatar, show, args.avatar.stem, lines or camera, tracker)
+    else:
+        made = LiveRenderer(avatar, show, args.size)
     with made as source, Server(source, args.host, args.port) as server:
         print(f"{server.link(args.host)} shows {args.avatar}; Ctrl-C ends it", flush=True)
         if lines or camera:

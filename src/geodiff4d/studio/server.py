@@ -37,6 +37,7 @@ WEB = Path(__file__).parent / "web"
 STATIC = {
     "/": ("studio.html", "text/html; charset=utf-8"),
     "/studio.css": ("studio.css", "text/css; charset=utf-8"),
+    "/camera.js": ("camera.js", "text/javascript; charset=utf-8"),
     "/studio.js": ("studio.js", "text/javascript; charset=utf-8"),
 }
 COOKIE = "geodiff4d-studio"

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from geodiff4d.avatar.drive import LiveDriver, Performance, held
@@ -33,14 +33,17 @@ class Feed:
     Only the latest pose is kept. A browser that reads slowly misses some, and delays nobody.
     """
 
-    def __init__(self, avatar: Avatar, performance: Performance, title: str, live: bool = False):
-        """Make the page.
+    def __init__(
+        self, avatar: Avatar, performance: Performance, title: str, live: bool = False,
+        tracker: Mapping[str, str] | None = None,
+    ):  # fmt: skip
+        """Make the page, with a face tracker's files if there are any (`viewer.face_tracker`).
 
         Raises:
             UserError: the avatar is none that the page can draw.
         """
         self.avatar = avatar
-        self.page = page(avatar, performance, PageConfig(title, live=True, play=not live)).encode()
+        self.page = page(avatar, performance, PageConfig(title, live=True, play=not live, tracker=tracker)).encode()
         self.failure: Exception | None = None
         self._changed, self._stopped = threading.Condition(), False
         self._pose, self._number = "", 0

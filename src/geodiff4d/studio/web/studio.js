@@ -170,11 +170,14 @@ function newAvatar() {
   input.onchange = () => portraits([...input.files]);
   const camera = el("input", { type: "file", accept: "image/*", data: { capture: "user" } });
   camera.onchange = () => portraits([...camera.files]);
-  const photo = matchMedia("(pointer: coarse)").matches ? el("label", { className: "button" }, "Take a photo", camera) : null;
+  const touch = matchMedia("(pointer: coarse)").matches;
+  const take = async () => { const photo = await fromWebcam(false); if (photo) portraits([photo]); };
+  const photo = hasWebcam() ? el("button", { type: "button", id: "take", textContent: "Take a photo", onclick: take })
+    : touch ? el("label", { className: "button" }, "Take a photo", camera) : null;
   const tip = (title, text) => el("li", { className: "help" }, el("strong", { textContent: title }), text);
   return el("div", { className: "sheet" },
     el("div", { className: "drop" }, drawing(),
-      el("h2", { textContent: "Drop a portrait, get a head you can drive" }),
+      el("h2", { textContent: `${touch ? "Choose" : "Drop"} a portrait, get a head you can drive` }),
       el("div", { className: "bar" }, el("label", { className: "button main" }, "Choose a photo…", input), photo),
       el("p", { className: "help", textContent: `JPEG, PNG, WebP or a short video, up to ${state.limits.bytes.portraits / 1e6} MB. Several photos of the same person show more of them.` })),
     el("ul", { className: "tips" },
@@ -190,12 +193,15 @@ function picture(project, key, className, alt) {
 
 // The tracker's strip has four panels a portrait: landmarks, the head, the cut-out, the surface.
 function panels(project) {
-  const names = ["Landmarks", "The head", "Cut out", "Surface"];
+  const names = ["Points on the face", "The head behind it", "Cut out", "Its surface"];
   const boxes = names.map((name, k) => {
     const image = el("img", { src: file(project, "overlay"), alt: `${name}, over the portrait`, className: `panel${k}` });
     const box = el("div", {}, image);
     image.onload = () => { box.style.aspectRatio = `${image.naturalWidth} / ${4 * image.naturalHeight}`; };
-    return el("figure", { className: "stage" }, box, el("figcaption", { textContent: name }));
+    const larger = el("button", { type: "button", className: "look", title: "Larger or smaller", data: { "aria-pressed": "false" } },
+      box, el("span", { className: "caption", textContent: name }));
+    larger.onclick = () => larger.setAttribute("aria-pressed", String(larger.classList.toggle("large")));
+    return larger;
   });
   return el("div", { className: "panels" }, ...boxes);
 }
@@ -217,7 +223,8 @@ function checking(project) {
     return [input, el("label", { className: "choice" }, input, el("span", { textContent: title }), under, extra)];
   };
   const [range, rangeLabel] = choice("driver", "range", "Everything a face does", "A range of motion that ships with geodiff4d.");
-  const videoButton = el("label", { className: "button inner" }, "Choose a video…", source);
+  const record = hasWebcam() ? el("button", { type: "button", id: "record", textContent: "Record yourself…" }) : null;
+  const videoButton = el("div", { className: "bar inner" }, el("label", { className: "button" }, "Choose a video…", source), record);
   const [video, videoLabel] = choice("driver", "video", "A video of somebody", sent, videoButton);
   const [me, meLabel] = choice("consent", "self", "This is me", "");
   const [may, mayLabel] = choice("consent", "permitted", "I may use this person’s portrait", "");
@@ -225,8 +232,9 @@ function checking(project) {
   const go = el("button", { type: "submit", className: "main", textContent: "Make the avatar" });
   let taken = Boolean(project.driver), sending = false;
   const check = () => { go.disabled = sending || !(me.checked || may.checked) || (video.checked && !taken); };
-  source.onchange = async () => {
-    const [one] = source.files;
+  source.onchange = () => drive(source.files[0]);
+  if (record) record.onclick = async () => drive(await fromWebcam(true));
+  const drive = async (one) => {
     if (!one) return;
     video.checked = true;
     const problem = tooLarge([one], "driver");
@@ -253,10 +261,10 @@ function checking(project) {
   };
   check();
   const notes = (project.notes ?? []).map((note) => el("p", { className: "word", textContent: note }));
-  return el("div", { className: "sheet" }, el("h2", { textContent: "Does the mesh sit on the face?" }),
+  return el("div", { className: "sheet" }, el("h2", { textContent: "Was the face found?" }),
     el("div", { className: "two" },
       el("div", { className: "stack" }, panels(project), ...notes,
-        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out should show this person and nothing else. If not, take another portrait." })),
+        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out should show this person and nothing else. Click an image to see it larger. If something is wrong, another portrait is the remedy." })),
       form));
 }
 
