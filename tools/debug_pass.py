@@ -336,6 +336,7 @@ RECIPES = [
     Recipe("export runs/plain take.html --driving take.csv", ("take.html",), says="9 frames"),
     Recipe("export runs/plain me.html --title me --origin https://example.org", ("me.html",), says="MB"),
     Recipe("export runs/avatar exported.glb", ("exported.glb",), says="MB"),
+    Recipe("export runs/plain exported.sog --set jawOpen=0.7", ("exported.sog",), says="Gaussians"),
     Recipe("export runs/avatar exported.g4d --to compact", ("exported.g4d",), says="MB"),
     Recipe("verify runs/avatar exported.glb runs/avatar.mp4", says="untouched since it was signed"),
     Recipe("verify me.png", says="unsigned", code=1, prepare=photograph),
@@ -391,6 +392,7 @@ RECIPES = [
     bad_import("import gaussian-avatars runs/avatar bad/out", says="needs --head"),
     bad_import("export runs/plain bad/out.html --driving cut.csv", says="columns, expected 3"),
     bad_import("export runs/avatar bad/out.html", says="the page cannot run"),
+    bad_import("export runs/plain bad/out.html --face-landmarker cut.csv bad", says="expected MediaPipe's"),
     bad_import("export runs/plain bad/out.html --origin example.org", says="is no origin"),
     bad("render runs/avatar --driving slip.jsonl", says="bad/out is not a video"),
     Recipe(
