@@ -4,10 +4,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +21,13 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import save_model
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.weights import MOST_BYTES, weights_folder
+from geodiff4d.data.footage.clips import clips_below
+from geodiff4d.data.sampling import open_footage
 from geodiff4d.launch.fleet import LocalCrew, run_fleet
 from geodiff4d.launch.jobs import Job, Outcome, read_jobs
+from geodiff4d.launch.ray_cluster import RayCrew
 from geodiff4d.launch.recipe import RECIPES, RecipeRun, plan_lines, read_recipe
+from mini_datasets import COLOUR_MATRIX, make_nersemble, performance
 
 QUICK = ("--version", "{out}")
 """The cheapest command there is."""
@@ -244,6 +250,200 @@ def test_nothing_is_lost_or_done_twice_when_the_driver_dies(tmp_path):
     records = {p.parent.name: p.stat().st_mtime_ns for p in tmp_path.glob("*/job.json")}
     assert len(records) == 40 and all(records[name] == when for name, when in finished.items())
     assert not list(tmp_path.glob("*/*.part"))
+
+
+@pytest.mark.slow
+def test_what_a_lab_has_many_of_are_jobs(tmp_path):
+    """Data sets, people of the open world, stores and evaluations, each two jobs; what they leave is one folder."""
+    make_nersemble(tmp_path / "sets", performance(timesteps=2), COLOUR_MATRIX)
+    people = "synth {out} --preset debug --subjects 1 --frames 2 --views 2 --workers 1"
+    measure = "--preset debug --subjects 1 --sequences 1 --cameras 1 --frames 2 --methods mesh_warp --workers 1"
+    rounds = {
+        "clips": {
+            "set": f"import nersemble {tmp_path}/sets {{out}} --size 96 --workers 1",
+            "limited": f"import nersemble {tmp_path}/sets {{out}} --size 96 --limit 1 --workers 1",
+            "w0": f"{people} --seed 0", "w1": f"{people} --seed 1",
+        },
+        "rest": {
+            "stored": f"encode {tmp_path}/clips/w0/out --out {{out}} --workers 1",
+            "stored_too": f"encode {tmp_path}/clips/w1/out --out {{out}} --workers 1",
+            "self": f"evaluate self --data {tmp_path}/clips/w0/out {measure} --out {{out}}",
+            "cross": f"evaluate self --data {tmp_path}/clips/w1/out {measure} --out {{out}}",
+        },
+    }  # fmt: skip
+    for name, jobs in rounds.items():
+        lines = [json.dumps({"name": k, "run": v}) for k, v in jobs.items()]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        given = ["fleet", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / name), "--workers", "2"]
+        assert main(given) == 0, (tmp_path / name / "failed.json").read_text()
+        assert {p.parent.name for p in (tmp_path / name).glob("*/job.json")} == set(jobs)
+    assert len(open_footage(tmp_path / "rest").takes) == 2, "stores of two jobs are one"
+    assert len(clips_below(tmp_path / "clips")) == 4
+    assert all(list((tmp_path / "rest" / name / "out").glob("*.json")) for name in ("self", "cross"))
+
+
+PATIENT = {
+    "RAY_raylet_start_wait_time_s": "300", "RAY_gcs_rpc_server_connect_timeout_s": "60",
+    "RAY_gcs_server_request_timeout_seconds": "120", "RAY_health_check_initial_delay_ms": "60000",
+    "RAY_health_check_timeout_ms": "30000", "RAY_USAGE_STATS_ENABLED": "0",
+}  # fmt: skip
+"""Ray on a machine that does other things: its own limits are five seconds."""
+
+
+class RayNodes:
+    """Node processes of a Ray cluster on this machine, each with all that it starts in a process group of its own."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port, self.nodes = folder, port, []
+
+    def start(self, *words: str) -> "subprocess.Popen[bytes]":
+        given = ["start", "--block", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", *words]
+        with (self.folder / "nodes.log").open("ab") as log:
+            node = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *given], stdout=log, stderr=log,
+                                    env=os.environ | PATIENT,
+                                    start_new_session=True)  # fmt: skip
+        self.nodes.append(node)
+        return node
+
+    def head(self) -> "subprocess.Popen[bytes]":
+        node = self.start("--head", f"--port={self.port}", "--include-dashboard=false")
+        until, log = time.monotonic() + 300, self.folder / "nodes.log"
+        while log.read_text().count("Ray runtime started") < len(self.nodes) and time.monotonic() < until:
+            time.sleep(0.2)
+        return node
+
+    def worker(self) -> "subprocess.Popen[bytes]":
+        return self.start(f"--address=127.0.0.1:{self.port}")
+
+    def kill(self, node: "subprocess.Popen[bytes]") -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def close(self) -> None:
+        for node in self.nodes:
+            self.kill(node)
+
+
+@pytest.fixture
+def ray_nodes(tmp_path):
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    nodes = RayNodes(tmp_path, port)
+    yield nodes
+    nodes.close()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_may_lose_a_machine_and_its_head(tmp_path, ray_nodes):
+    """Three nodes; one is killed in mid-run, then the head, which comes back with new ones: nothing is done twice.
+
+    GEODIFF4D_FLEET_JOB is another command for the jobs, with `{out}`.
+    """
+    job = os.environ.get("GEODIFF4D_FLEET_JOB", "synth {out} --help")
+    lines = [json.dumps({"name": f"job{i}", "run": job}) for i in range(60)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    head, workers = ray_nodes.head(), [ray_nodes.worker() for _ in range(2)]
+    words = ["fleet", tmp_path / "jobs.jsonl", "--out", tmp_path / "out", "--ray", f"127.0.0.1:{ray_nodes.port}"]
+    command = [sys.executable, "-m", "geodiff4d", *map(str, words)]
+
+    def wait_for(done: int) -> dict[str, int]:
+        until = time.monotonic() + 3600
+        while len(list(tmp_path.glob("out/*/job.json"))) < done and fleet.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        return {p.parent.name: p.stat().st_mtime_ns for p in tmp_path.glob("out/*/job.json")}
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | PATIENT, **pipes) as fleet:
+        try:
+            wait_for(15)
+            ray_nodes.kill(workers[0])
+            first = wait_for(30)
+            ray_nodes.kill(head)
+            time.sleep(2)
+            ray_nodes.head()
+            ray_nodes.worker()
+            out, err = fleet.communicate(timeout=3600)
+        finally:
+            fleet.kill()
+    assert fleet.returncode == 0, err[-2000:]
+    assert "60 of 60 jobs done" in out and "was lost: waiting for its head" in err and "is back" in err
+    records = wait_for(60)
+    assert len(records) == 60 and 30 <= len(first) < 60
+    assert all(records[name] == when for name, when in first.items()), "done twice"
+    attempts = [json.loads(line) for line in (tmp_path / "out/fleet.jsonl").read_text().splitlines()]
+    assert sorted(a["name"] for a in attempts if a["code"] == 0) == sorted(records)
+    print(f"{len(attempts)} attempts, {sum(a['code'] == -9 for a in attempts)} lost with their machine")
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_stays_away_ends_the_fleet_in_one_line(tmp_path, ray_nodes):
+    with pytest.raises(UserError, match="no cluster answers") as error:
+        RayCrew(tmp_path / "out", f"127.0.0.1:{ray_nodes.port}", patience_s=0)
+    assert "\n" not in str(error.value)
+    head = ray_nodes.head()
+    crew = RayCrew(tmp_path / "out", f"127.0.0.1:{ray_nodes.port}", patience_s=1)
+    try:
+        ticket = crew.start(Job("a", QUICK))
+        assert crew.finished([ticket])[0][1].code == 0
+        ray_nodes.kill(head)
+        with pytest.raises(UserError, match=r"did not come back.*same command again"):
+            crew.finished([crew.start(Job("b", QUICK))])
+    finally:
+        crew.close()
+    assert Job("a", QUICK).done(tmp_path / "out") and not Job("b", QUICK).done(tmp_path / "out")
+
+
+SLURM = Path(__file__).parents[1] / "configs/slurm"
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A SLURM that only notes what it is asked, and steps that run until they are told to end."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    noted = f'echo "$(basename "$0") $*" >> {tmp_path}/calls\n'
+    ends = 'trap "exit 143" TERM INT\n[[ $LASTS ]] && for i in {1..200}; do sleep 0.05; done\nexit ${CODE:-0}\n'
+    for name, does in {
+        "scontrol": f'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else {noted.strip()}; fi\n',
+        "srun": noted + ends, "geodiff4d": noted + ends,
+    }.items():  # fmt: skip
+        (tools / name).write_text("#!/bin/bash\n" + does)
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "4242", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+
+    def start(script: str, *words: str, **environment: str) -> "subprocess.Popen[bytes]":
+        path = {"PATH": f"{tools}:{os.environ['PATH']}"}
+        return subprocess.Popen(["bash", SLURM / script, *words], env=os.environ | job | path | environment)
+
+    return start, tmp_path / "calls"
+
+
+@pytest.mark.parametrize(("script", "lasts"), [("train.sh", "torchrun"), ("fleet.sh", "geodiff4d fleet")])
+def test_slurm_jobs_begin_everywhere_and_go_back_into_the_queue(slurm, script, lasts):
+    start, calls = slurm
+    assert start(script, "a file", "--out", "b").wait(20) == 0
+    said = calls.read_text()
+    assert "requeue" not in said and "a file --out b" in said and "node1:24242" in said
+    if script == "train.sh":
+        assert "--nnodes 2 --nproc-per-node 8" in said and "-m -- geodiff4d train a file" in said
+    else:
+        heads, workers = (
+            line for line in sorted(said.splitlines(), key=lambda x: "--address" in x) if "ray start" in line
+        )
+        assert "--nodes=1" in heads and "--nodelist node1" in heads and "--num-gpus 8" in heads
+        assert "--nodes=1 --ntasks=1 --overlap --exclude node1" in workers
+    assert start(script, CODE="2").wait(20) == 2 and "requeue" not in calls.read_text(), "a mistake is not tried again"
+    calls.unlink()
+    job = start(script, LASTS="yes")
+    until = time.monotonic() + 20
+    while (not calls.exists() or lasts not in calls.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(20) == 143 and "scontrol requeue 4242" in calls.read_text()
 
 
 def _drive(folder: Path) -> None:

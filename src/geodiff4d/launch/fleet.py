@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from geodiff4d.core.errors import UserError, install_extra
 from geodiff4d.core.files import write_json
 from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.core.rundir import alone
@@ -135,52 +133,3 @@ class LocalCrew:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._stop.set()
         self._pool.shutdown()
-
-
-class RayCrew:
-    """A Ray cluster whose machines have this program, and see the fleet's folder under one name."""
-
-    def __init__(self, folder: Path, address: str, cores: int = 1):
-        """`cores` is how many each job takes; where the cluster has GPUs, a job takes one.
-
-        Raises:
-            UserError: Ray is not installed, or there is no cluster at the address.
-        """
-        try:
-            import ray
-        except ImportError:
-            raise UserError(f"--ray needs Ray: run `{install_extra('cluster')}`, or leave --ray out") from None
-        known = {k: os.environ[k] for k in ("PYTHONPATH",) if k in os.environ}
-        try:
-            ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": known})
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--ray {address}: no cluster answers ({reason}); start one with `ray start --head`"
-            ) from None
-        self._ray, has = ray, ray.cluster_resources()
-        gpus = int(has.get("GPU", 0))
-        self.places = gpus or max(1, int(has.get("CPU", 1)) // cores)
-        threads = {"OMP_NUM_THREADS": str(cores), "NUMBA_NUM_THREADS": str(cores)}
-        # Lost machines are ours to count, and the folder goes by name, never by value.
-        remote = ray.remote(num_cpus=cores, num_gpus=1 if gpus else 0, max_retries=0)
-        self._start: Callable[[Job], Any] = lambda job: remote(run_job).remote(job, folder, threads)
-
-    def start(self, job: Job) -> Any:
-        """Begin a job somewhere."""
-        return self._start(job)
-
-    def close(self) -> None:
-        """Leave the cluster, which ends what still runs."""
-        self._ray.shutdown()
-
-    def finished(self, tickets: list[Any]) -> list[tuple[Any, Outcome | None]]:
-        """Wait for one of the tickets at least, and return those that are finished; None where a machine was lost."""
-        ready, _ = self._ray.wait(tickets)
-        return [(ticket, self._result(ticket)) for ticket in ready]
-
-    def _result(self, ticket: Any) -> Outcome | None:
-        try:
-            return self._ray.get(ticket)
-        except self._ray.exceptions.RayError:
-            return None

@@ -106,11 +106,15 @@ def read_jobs(path: Path, commands: Sequence[str]) -> list[Job]:
     return list(jobs.values())
 
 
-def run_job(job: Job, folder: Path, environment: Mapping[str, str], stop: threading.Event | None = None) -> Outcome:
+def run_job(
+    job: Job, folder: Path, environment: Mapping[str, str], stop: threading.Event | None = None,
+    where: Path | None = None,
+) -> Outcome:  # fmt: skip
     """Carry a job out in a process of its own, unless it is done, and say what came of it.
 
     The process ends when this one does, however that ends. Told to `stop`, it has `GRACE_SECONDS` to save what it has.
     `OUT/NAME/log.txt` has what all attempts printed.
+    Relative names in a command are looked for in `where`, by default this process's folder.
     """
     started = time.monotonic()
     if job.done(folder):
@@ -122,7 +126,7 @@ def run_job(job: Job, folder: Path, environment: Mapping[str, str], stop: thread
         # A session of its own: an interrupt is the driver's to handle. Its input ends when the driver does.
         child = subprocess.Popen(
             [sys.executable, "-m", "geodiff4d.launch.child", given], stdin=subprocess.PIPE, stdout=log, stderr=log,
-            env=os.environ | dict(environment), start_new_session=True,
+            env=os.environ | dict(environment), cwd=where, start_new_session=True,
         )  # fmt: skip
         assert child.stdin is not None
         with child.stdin:
