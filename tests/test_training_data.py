@@ -3,15 +3,20 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import fsspec
 import psutil
 import pytest
 import torch
@@ -207,6 +212,95 @@ def test_stores_below_a_folder_are_one_and_say_whom_they_suit(encoded, tmp_path)
     (tmp_path / "all/store/index.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="damaged"):
         open_footage(tmp_path / "all")
+
+
+@pytest.fixture
+def elsewhere(encoded):
+    """The store of `encoded` in an object store."""
+    files = fsspec.filesystem("memory")
+    files.put(str(encoded / "store"), "/bucket/store", recursive=True)
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def test_a_store_may_lie_elsewhere(encoded, elsewhere, monkeypatch):
+    """The same records, in ranges; what was read lately is not fetched again, and what is kept is bounded."""
+    there = open_footage(Path("memory://bucket/store"))
+    whole, keys = open_footage(encoded / "store"), [FrameKey(1, i, 0) for i in (0, 1, 1)]
+    fetched: list[int] = []
+    cat = elsewhere.cat_ranges
+    monkeypatch.setattr(
+        elsewhere, "cat_ranges", lambda paths, *x, **k: fetched.append(len(paths)) or cat(paths, *x, **k)
+    )
+    for _ in range(2):
+        for k, v in vars(whole.cached(keys)).items():
+            assert torch.equal(getattr(there.cached(keys), k), v), k
+        assert torch.equal(there.driving(keys, 24), whole.driving(keys, 24))
+    assert fetched == [1, 1], "a shard's head, and then one range for two records that follow each other"
+    monkeypatch.setattr("geodiff4d.data.shards.KEPT_BYTES", 1)
+    there.cached([FrameKey(0, 0, 0)])
+    there.cached(keys)
+    assert len(fetched) >= 5, "the head of another shard, its record, and the range again"
+    again = pickle.loads(pickle.dumps(there))  # noqa: S301 - our own bytes: what a worker gets.
+    assert [t.subject for t in again.takes] == [t.subject for t in whole.takes]
+
+
+def test_stores_elsewhere_fail_in_one_line(encoded, elsewhere, monkeypatch):
+    monkeypatch.setattr("geodiff4d.data.remote.time.sleep", lambda seconds: None)
+    sources = partial(_training.footage, p=preset("debug"), model=LIKE, codec=tiny_codec(), clips=False)
+    args = Args("image", encoded / "run", data=(Path("memory://bucket/nothing"),))
+    with pytest.raises(UserError, match=r"memory://bucket/nothing is no store: expected a folder that"):
+        sources(args)
+    assert len(sources(replace(args, data=(Path("memory://bucket/store"),)))["train"]) == 1
+    with pytest.raises(UserError, match=r"nosuch://bucket: nosuch:// needs another|cannot be opened"):
+        open_footage(Path("nosuch://bucket"))
+    there = open_footage(Path("memory://bucket/store"))
+    elsewhere.pipe("/bucket/store/shard-00000.npy", b"damaged")
+    with pytest.raises(UserError, match=r"shard-00000.npy is damaged.*upload it again"):
+        there.cached([FrameKey(0, 0, 0)])
+    elsewhere.rm("/bucket/store/shard-00001.npy")
+    with pytest.raises(UserError, match=r"shard-00001.npy cannot be read .there is no such file.: check the address"):
+        there.cached([FrameKey(0, 0, 1)])
+    tries: list[int] = []
+
+    def failing(*given, **options):
+        tries.append(1)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(elsewhere, "cat_ranges", failing)
+    with pytest.raises(UserError, match="connection reset"):
+        there.cached([FrameKey(1, 0, 0)])
+    assert len(tries) == 4
+
+
+@pytest.mark.slow
+def test_a_store_behind_a_web_server(encoded):
+    """fsspec needs aiohttp for it."""
+    pytest.importorskip("aiohttp")
+
+    class Ranges(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            data = (
+                (encoded / self.path.lstrip("/")).read_bytes() if (encoded / self.path.lstrip("/")).is_file() else None
+            )
+            if data is None:
+                return self.send_error(404)
+            first, last = 0, len(data) - 1
+            if asked := re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                first, last = int(asked[1]), min(int(asked[2]), last)
+            self.send_response(206 if asked else 200)
+            self.send_header("Content-Length", str(last + 1 - first))
+            self.end_headers()
+            return self.wfile.write(data[first : last + 1])
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, keys = f"http://127.0.0.1:{server.server_port}", [FrameKey(1, i, 0) for i in (0, 1)]
+        there, whole = open_footage(Path(f"{url}/store")), open_footage(encoded / "store")
+        assert torch.equal(there.cached(keys).planes, whole.cached(keys).planes)
+        with pytest.raises(UserError, match=r"is no store|cannot be read|nothing to train on"):
+            open_footage(Path(f"{url}/nothing"))
+        server.shutdown()
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.render import build_store, build_tracks
 from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
 from geodiff4d.data.footage.take import Footage
+from geodiff4d.data.remote import remote_url
 from geodiff4d.data.sampling import ReadConfig, Samples, open_footage
-from geodiff4d.data.shards import NOTE, stores_below
+from geodiff4d.data.shards import NOTE, is_store, stores_below
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
 from geodiff4d.tracking.relabel import render_tracked
@@ -199,6 +200,9 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
         UserError: a folder has nothing, is named twice, or is held out by another.
     """
     estimated, head = "synthetic" in args.ablate, None if args.head is None else str(args.head)
+    for folder in args.data:
+        if (url := remote_url(folder)) and not is_store(folder):
+            raise UserError(f"{url} is no store: expected a folder that `geodiff4d encode` wrote, with {NOTE}")
     folders = [folder.resolve() for folder in args.data]
     if len(set(folders)) != len(folders):
         raise UserError("--data names a folder twice: give each once, and --importance to weigh it")
@@ -225,7 +229,7 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
                 out[split].append(open_footage(folder, head, estimated))
             elif split == "val" and stores_below(folder, HELD_OUT):
                 beside = {f / HELD_OUT for f in (folder, *stores_below(folder, HELD_OUT))}
-                if held := sorted(f for f in beside if (f / NOTE).exists()):
+                if held := sorted(f for f in beside if is_store(f)):
                     out[split].append(EncodedFootage(held, head))
             elif split == "val" and is_footage(folder) and clips_below(folder, held_out=True):
                 out[split].append(ClipFootage(folder, head, held_out=True))

@@ -3,12 +3,18 @@
 The frames of one take and view are one recording, whose records follow each other: 16 frames of a clip are one range of
 bytes, a driver from another camera is one record. Shards are memory-mapped, so that a sample reads what it is made of
 and nothing else, and processes share what the system has read. A store is whole once its index is there.
+
+A store may be elsewhere (`data.remote`): then ranges of records are fetched as they are asked for, and the latest of
+them are kept.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,6 +23,7 @@ import torch
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, read_config, read_tensors, save_tensors
 from geodiff4d.data.footage.take import Take
+from geodiff4d.data.remote import RemoteFolder, remote_url
 from geodiff4d.data.rowstore import open_rows
 
 NOTE, INDEX = "encoded.json", "index.safetensors"
@@ -137,31 +144,44 @@ class Index:
 
 
 class Shards:
-    """The records of a store, mapped as they are asked for."""
+    """The records of a store, mapped or fetched as they are asked for."""
 
     def __init__(self, folder: Path):
-        """Open a store.
+        """Open a store, on this machine or elsewhere.
 
         Raises:
-            UserError: it was not finished, or is another version's.
+            UserError: it was not finished, or is another version's, or cannot be reached.
         """
-        self.folder = Path(folder)
-        self.config = read_config(self.folder / NOTE, RecordConfig)
+        self.folder, url = Path(folder), remote_url(folder)
+        self._remote = None if url is None else RemoteRecords(RemoteFolder(url))
+        if self._remote is None:
+            self._open(self.folder)
+        else:
+            with TemporaryDirectory(prefix="geodiff4d-") as name:
+                self._remote.copy_head(Path(name))
+                self._open(Path(name))
+        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def _open(self, copy: Path) -> None:
+        """Read note and index, which are small, from a folder."""
+        folder = self.folder if self._remote is None else self._remote.folder.url
+        self.config = read_config(copy / NOTE, RecordConfig)
         if self.config.version != RecordConfig.version:
             raise UserError(
                 f"{folder} is a store of version {self.config.version}: expected {RecordConfig.version}; encode again"
             )
-        if not (self.folder / INDEX).exists():
+        if not (copy / INDEX).exists():
             raise UserError(f"{folder} is unfinished: give the same `geodiff4d encode` command again to resume it")
-        self.index = Index.load(self.folder)
-        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.index = Index.load(copy)
 
     def read(self, shard: int, rows: Sequence[int], field: str) -> np.ndarray:
         """Copy one field of some records of a shard.
 
         Raises:
-            UserError: the shard is missing, damaged or another store's.
+            UserError: the shard is missing, damaged or another store's, or cannot be reached.
         """
+        if self._remote is not None:
+            return self._remote.read(shard, rows, self.config.record())[field]
         mapped = self._mapped.get(shard)
         if mapped is None:
             name = shard_name(shard)
@@ -177,15 +197,93 @@ class Shards:
         return np.array(mapped[field][list(rows)])
 
 
+KEPT_BYTES = 256_000_000
+"""Of records of a store that is elsewhere, in every process that reads it: a sample reads a record field by field."""
+HEADER_BYTES = 16_384
+"""At the head of a shard, enough to tell where its records begin."""
+
+
+class RemoteRecords:
+    """Records of a store that is elsewhere; the latest stay in memory."""
+
+    def __init__(self, folder: RemoteFolder):
+        self.folder = folder
+        self._begins: dict[int, tuple[int, int]] = {}
+        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def copy_head(self, to: Path) -> None:
+        """Copy note and index.
+
+        Raises:
+            UserError: there is no store, or it cannot be reached.
+        """
+        (to / NOTE).write_bytes(self.folder.read(NOTE))
+        if self.folder.has(INDEX):
+            (to / INDEX).write_bytes(self.folder.read(INDEX))
+
+    def read(self, shard: int, rows: Sequence[int], kind: np.dtype) -> np.ndarray:
+        """Return records of a shard; those that follow each other are fetched as one range.
+
+        Raises:
+            UserError: the shard cannot be reached, is damaged or another store's.
+        """
+        name = f"{shard_name(shard)}.npy"
+        first, length = self._begin(shard, name, kind)
+        if rows and max(rows) >= length:
+            raise UserError(f"{self.folder.url}/{name} has too few records: upload it again")
+        missing = sorted({row for row in rows if (shard, row) not in self._kept})
+        runs = [[row for _, row in run] for _, run in groupby(enumerate(missing), lambda x: x[1] - x[0])]
+        size, found = kind.itemsize, {row: self._kept[shard, row] for row in rows if row not in set(missing)}
+        parts = [(first + run[0] * size, first + (run[-1] + 1) * size) for run in runs]
+        for run, (start, stop), data in zip(
+            runs, parts, self.folder.read_parts(name, parts) if parts else (), strict=True
+        ):
+            if len(data) != stop - start:
+                raise UserError(f"{self.folder.url}/{name} is cut off: upload it again")
+            found |= zip(run, np.frombuffer(data, kind), strict=True)
+        for row in rows:
+            self._kept[shard, row] = found[row]
+            self._kept.move_to_end((shard, row))
+        while len(self._kept) * size > KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return np.array([found[row] for row in rows], kind)
+
+    def _begin(self, shard: int, name: str, kind: np.dtype) -> tuple[int, int]:
+        """Return where the records of a shard begin, and how many there are."""
+        if shard not in self._begins:
+            head = BytesIO(self.folder.read(name, 0, HEADER_BYTES))
+            try:
+                version = np.lib.format.read_magic(head)
+                read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                (length,), _, found = read[version](head)
+            except (ValueError, KeyError, EOFError, SyntaxError) as error:
+                reason = " ".join(str(error).split())[:100]
+                raise UserError(f"{self.folder.url}/{name} is damaged ({reason}): upload it again") from None
+            if found != kind:
+                raise UserError(f"{self.folder.url}/{name} is of another store: upload one store to one folder")
+            self._begins[shard] = head.tell(), length
+        return self._begins[shard]
+
+
 def shard_name(shard: int) -> str:
     """Return the name of a shard's file, without its ending."""
     return f"shard-{shard:05d}"
 
 
+def is_store(folder: Path) -> bool:
+    """Say whether a folder, here or elsewhere, is a store."""
+    url = remote_url(folder)
+    return (folder / NOTE).exists() if url is None else RemoteFolder(url).has(NOTE)
+
+
 def stores_below(folder: Path, held_out: str) -> list[Path]:
-    """Return the stores of a folder, itself or those just below it; those in a folder `held_out` are left out."""
-    if (folder / NOTE).exists():
+    """Return the stores of a folder, itself or those up to two below it (a fleet's); folders `held_out` are left out.
+
+    Elsewhere a folder is a store by itself.
+    """
+    if is_store(folder):
         return [folder]
     if not folder.is_dir():
         return []
-    return sorted(p.parent for p in folder.glob(f"*/{NOTE}") if p.parent.name != held_out)
+    notes = (note for depth in ("*", "*/*") for note in folder.glob(f"{depth}/{NOTE}"))
+    return sorted(p.parent for p in notes if p.parent.name != held_out)
