@@ -702,7 +702,7 @@ def test_as_many_checkpoints_stay_as_are_to_be_kept(tmp_path):
     weight = torch.zeros(4)
     for step in range(1, 6):
         weight += 1
-        run.save_later({"w": weight}, step, lambda copies: (tmp_path / "model").write_text(str(copies["w"][0])))
+        run.save_later([("w", weight)], step, lambda copies: (tmp_path / "model").write_text(str(copies["w"][0])))
         weight += 0.25  # what goes on does not reach what is being written
         weight -= 0.25
     run.settle()
@@ -720,9 +720,9 @@ def test_what_kept_a_checkpoint_from_the_disk_is_raised_by_the_next(tmp_path):
     def full(copies):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    run.save_later({"w": torch.ones(4)}, 1, full)
+    run.save_later([("w", torch.ones(4))], 1, full)
     with pytest.raises(OSError, match="No space"):
-        run.save_later({"w": torch.ones(4)}, 2)
+        run.save_later([("w", torch.ones(4))], 2)
     run.save({"w": torch.ones(4)}, 3)
     assert run.load()[1] == 3
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.testing import assert_close
 
 from geodiff4d.cli import explain
@@ -39,6 +41,7 @@ from tiny import EMBEDDED, TRAINING, UNET, TinyStore, build, tiny_batches, tiny_
 VIDEO = replace(EMBEDDED, unet=replace(UNET, temporal_layers=1, temporal_ff_factor=2))
 CLIPS = PairConfig(references=2, targets=4, clips=True, moved=1.0)
 STAGE2 = replace(TRAINING, parts="temporal", pairs=CLIPS, sampled_starts=0.5, pictures=0)
+CPU_YAML = str(Path(__file__).parents[1] / "configs/cpu.yaml")
 FAST = SampleConfig(steps=1, guidance=1.0, still_noise=True, autocast=False)
 LONG = replace(TRAINING, steps=20, save_every=5, pictures=0, gradient_checkpointing=False)
 
@@ -378,13 +381,53 @@ def test_two_processes_average_to_the_gradient_of_one(tmp_path):
     assert losses == pytest.approx(expected, rel=1e-4), "the loss is the mean over processes"
 
 
+@pytest.mark.slow
+def test_shares_of_the_optimiser_take_the_same_steps(tmp_path):
+    """ZeRO on the two processes of configs/cpu.yaml against one: its checkpoint is anybody's, anybody's is its own."""
+    whole = replace(FIVE, hold=1.0, pairs=replace(FIVE.pairs, references=4))
+    gradients_of(tmp_path / "one", whole)
+    gradients_of(tmp_path / "begun", replace(whole, steps=3))
+    shutil.copytree(tmp_path / "begun", tmp_path / "zero_further", ignore=shutil.ignore_patterns(".lock"))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", CPU_YAML, "--main_process_port", "0"]
+    command = [sys.executable, *launcher, __file__, "zero", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    gradients_of(tmp_path / "further", whole)
+    expected = load_file(tmp_path / "one/checkpoint.safetensors")
+    for name in ("zero", "zero_further", "further"):
+        found = load_file(tmp_path / name / "checkpoint.safetensors")
+        assert found.keys() == expected.keys()
+        for k, v in expected.items():
+            assert (found[k] - v).norm() <= 1e-5 * max(v.norm(), 1e-6), (name, k)
+        assert load_video_model(tmp_path / name / "model").config == EMBEDDED
+    shares = [json.loads((tmp_path / f"share{rank}.json").read_text()) for rank in range(2)]
+    assert abs(shares[0] - shares[1]) < 0.1 * sum(shares), "moments are shared out evenly"
+    records = [json.loads(line) for line in (tmp_path / "zero/log.jsonl").read_text().splitlines()]
+    assert any("val_rgb_300" in r for r in records), "the average was lent to be looked at"
+
+
+def _zero(out: Path) -> None:
+    """One of the processes of `test_shares_of_the_optimiser_take_the_same_steps`."""
+    torch.set_num_threads(1)
+    rank, optimisers = int(os.environ["RANK"]), []
+    vae = tiny_codec()
+    (out / f"data{rank}").mkdir()
+    batches = tiny_batches(vae, out / f"data{rank}", FIVE.pairs)
+    handle = register_optimizer_step_pre_hook(lambda optimiser, args, kwargs: optimisers.append(optimiser))
+    zero = replace(FIVE, hold=1.0, zero=True)
+    train_video_model(out / "zero", EMBEDDED, vae, batches, zero, val=batches)
+    handle.remove()
+    state = [x for values in optimisers[-1].state.values() for x in values.values()]
+    (out / f"share{rank}.json").write_text(str(sum(x.numel() for x in state)))
+    train_video_model(out / "zero_further", EMBEDDED, vae, batches, zero)
+    train_video_model(out / "further", EMBEDDED, vae, batches, replace(zero, steps=3))
+
+
 FIVE = replace(TRAINING, steps=5, lr=1e-4, save_every=100, pictures=0)
 
 
 def gradients_of(out: Path, config) -> tuple[list[torch.Tensor], list[int]]:
     """Train and return the gradient of every step, as the optimiser is given it, and the samples that were read."""
-    from torch.optim.optimizer import register_optimizer_step_pre_hook
-
     seen: list[torch.Tensor] = []
 
     def note(optimiser, args, kwargs) -> None:
@@ -460,5 +503,7 @@ def _killed(out: Path, threads: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "kill":
         _killed(Path(sys.argv[2]), int(sys.argv[3]))
+    elif sys.argv[1] == "zero":
+        _zero(Path(sys.argv[2]))
     else:
         _rank(Path(sys.argv[2]))

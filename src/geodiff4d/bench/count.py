@@ -2,8 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +60,11 @@ def count_work(run: Callable[[], object]) -> Work:
 
 
 class _Memory(TorchDispatchMode):
-    """Adds up the storages that are alive."""
+    """Adds up the storages that are alive; in `whole` those too that were `let_go` and would have been kept."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.let_go = self.whole = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,6 +82,7 @@ class _Memory(TorchDispatchMode):
         self.known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.whole = max(self.whole, self.live + self.let_go)
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
@@ -95,17 +95,28 @@ def count_memory(run: Callable[[], object]) -> int:
 
     Workspaces of kernels and the allocator's waste are not counted.
     """
-    return peak_memory(run, torch.no_grad(), _Attention())
-
-
-def peak_memory(run: Callable[[], object], *modes: AbstractContextManager[object]) -> int:
-    """Return the peak memory of one call beside its inputs [bytes], under `modes`; gradients are counted too."""
     memory = _Memory()
-    with ExitStack() as stack:
-        for mode in (*modes, memory):
-            stack.enter_context(mode)
+    with torch.no_grad(), _Attention(), memory:
         run()
     return memory.peak
+
+
+def training_peaks(run: Callable[[], object], parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """Return the peak memory of a forward and backward pass beside its inputs [bytes]: with all gradients kept, and
+    with each let go as soon as it is there.
+    """
+    memory = _Memory()
+
+    def let_go(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        memory.let_go += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(let_go)
+    with memory:
+        run()
+    return memory.whole, memory.peak
 
 
 def weight_bytes(network: torch.nn.Module) -> int:

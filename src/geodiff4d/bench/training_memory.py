@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from geodiff4d.bench.count import peak_memory, weight_bytes
+from geodiff4d.bench.count import training_peaks, weight_bytes
 from geodiff4d.presets import Preset, with_temporal_modules
 from geodiff4d.video.batches import Batch
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.objective import Draws, Objective
+from geodiff4d.video.parallel import BUCKET, IN_FLIGHT
 from geodiff4d.video.train import VideoTraining, train_parts
 from geodiff4d.video.vae import PatchCodec, StableCodec
 
@@ -30,14 +31,26 @@ class StepMemory:
     """In float32, the frozen codec among them."""
     average: int
     """Of the weights (EMA)."""
-    moments: int
-    """AdamW's two, of what is trained."""
+    trained: int
+    """Of the weights that are trained: as much as their gradients, and as each of AdamW's two moments."""
     step: int
     """Peak of forward and backward pass beside these: activations and gradients."""
+    activations: int
+    """The same without gradients, each of which is let go as soon as there is one."""
 
-    def peak(self, average_on_gpu: bool = True) -> float:
-        """Return the peak [GB]; the average may be in the host's memory (`--ema-on-host`)."""
-        return (self.weights + self.average * average_on_gpu + self.moments + self.step) / 1e9
+    def peak(self, average_on_gpu: bool = True, shares: int = 1) -> float:
+        """Return the peak [GB].
+
+        Args:
+            average_on_gpu: off, it is in the host's memory (`--ema-on-host`).
+            shares: processes that share gradients, moments and average (`--zero`).
+        """
+        kept = self.average * average_on_gpu + 2 * self.trained
+        if shares == 1:
+            return (self.weights + kept + self.step) / 1e9
+        # Buckets of gradients under way, and the one that is being filled: as they are, and laid out to be sent.
+        under_way = 2 * (IN_FLIGHT + 1) * 4 * BUCKET
+        return (self.weights + (kept + self.trained) / shares + self.activations + under_way) / 1e9
 
 
 def count_step(p: Preset, stage: str, references: int, checkpointing: bool = True) -> StepMemory:
@@ -54,14 +67,15 @@ def count_step(p: Preset, stage: str, references: int, checkpointing: bool = Tru
         batch, draws = _given(model, config, references)
 
         def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
                 error = objective(batch, draws)
             error.mean().backward()
 
-        peak = peak_memory(step)
-        trained = sum(4 * x.numel() for x in objective.parameters() if x.requires_grad)
+        trained = [x for x in objective.parameters() if x.requires_grad]
+        peak, activations = training_peaks(step, trained)
         networks = sum(weight_bytes(network) for network in model.networks().values())
-        return StepMemory(networks + weight_bytes(codec), networks, 2 * trained, peak)
+        size = sum(4 * x.numel() for x in trained)
+        return StepMemory(networks + weight_bytes(codec), networks, size, peak, activations)
 
 
 def _given(model: VideoModel, config: VideoTraining, b: int) -> tuple[Batch, Draws]:

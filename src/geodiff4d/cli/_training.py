@@ -117,6 +117,7 @@ def training_config(args: Args, config: VideoTraining) -> VideoTraining:
         seed=args.seed, steps=args.steps or config.steps, autocast=args.bf16,
         gradient_checkpointing=args.gradient_checkpointing or config.gradient_checkpointing,
         save_minutes=args.save_minutes, keep_checkpoints=args.keep_checkpoints, ema_on_host=args.ema_on_host,
+        zero=args.zero,
         **{k: v for k in ("parts", "beta2", "ema", "clip", "weight_decay") if (v := getattr(args, k)) is not None},
     )  # fmt: skip
 

@@ -65,6 +65,8 @@ class Args:
     """Recompute activations in the backward pass: less memory for a third more time."""
     ema_on_host: bool = False
     """Keep the average of the weights in the host's memory: a fifth less on the GPU in stage 1."""
+    zero: bool = False
+    """Share gradients, optimiser and average out to the processes (ZeRO, stage 2): with four GPUs, half the memory."""
     parts: Literal["all", "temporal"] | None = None
     """What is trained: by default everything in the image stage, temporal modules alone in the video stage."""
     beta2: float | None = None

@@ -9,7 +9,7 @@ from geodiff4d.cli._training_args import Args
 _COMMON = {"stage", "out", "preset", "data", "steps", "workers", "seed"}
 _LOOP = {
     "start", "importance", "head", "ablate", "bf16", "accumulate", "gradient_checkpointing", "save_minutes",
-    "keep_checkpoints", "ema_on_host", "parts", "beta2", "ema", "clip", "weight_decay",
+    "keep_checkpoints", "ema_on_host", "zero", "parts", "beta2", "ema", "clip", "weight_decay",
 }  # fmt: skip
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},

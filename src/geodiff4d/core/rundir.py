@@ -6,7 +6,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -73,19 +73,22 @@ class RunFolder:
 
     def save(self, tensors: dict[str, Tensor], step: int) -> None:
         """Write the newest checkpoint, and keep those before it."""
-        self.save_later(tensors, step)
+        self.save_later(tensors.items(), step)
         self.settle()
 
     def save_later(
-        self, tensors: dict[str, Tensor], step: int, then: Callable[[dict[str, Tensor]], None] = lambda copies: None
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        step: int,
+        then: Callable[[dict[str, Tensor]], None] = lambda copies: None,
     ) -> None:
-        """Copy the tensors to the CPU and write them beside what goes on; `then` is handed the copies.
+        """Copy the tensors to the CPU, one by one, and write them beside what goes on; `then` is handed the copies.
 
         One checkpoint is written at a time. What went wrong is raised by the next call, or by `settle`.
         """
         self.settle()
         # Copies, because what goes on changes them, and because safetensors refuses tensors that share memory.
-        copies = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        copies = {k: v.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for k, v in tensors}
 
         def write() -> None:
             try:

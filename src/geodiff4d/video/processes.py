@@ -51,24 +51,27 @@ def check_consistent(accelerator: Any, known: dict[str, Any], model: nn.Module) 
 
 
 class Exchange:
-    """What processes tell each other in every step: their losses, and whether one of them was asked to stop."""
+    """What processes tell each other in every step: losses, whether one was asked to stop, and whether one's last
+    checkpoint is old."""
 
     def __init__(self, processes: int):
         self.processes = processes
         self._asked: Tensor | None = None
 
-    def __call__(self, losses: Float[Tensor, " d"], asked: bool) -> tuple[Float[Tensor, " d"], bool]:
-        """Return the losses' mean over all processes, and whether all are to stop after this step.
+    def __call__(self, losses: Float[Tensor, " d"], asked: bool, old: bool) -> tuple[Float[Tensor, " d"], bool, bool]:
+        """Return the losses' mean over all processes, whether all are to stop after this step, and whether to save.
 
-        A request is answered one step later where there are several processes: by then the answer has long arrived,
+        Requests are answered one step later where there are several processes: by then the answer has long arrived,
         and no GPU is waited for.
         """
         if self.processes == 1:
-            return losses, asked
+            return losses, asked, old
         from torch import distributed
 
-        told = torch.cat([losses, losses.new_full((1,), float(asked))])
+        told = torch.cat([losses, losses.new_tensor([asked, old])])
         distributed.all_reduce(told)
-        stops = self._asked is not None and self._asked.item() > 0
-        self._asked = told[-1]
-        return told[:-1] / self.processes, stops
+        stops, saves = (False, False) if self._asked is None else (x > 0 for x in self._asked.tolist())
+        self._asked = told[-2:]
+        if saves:  # Before this checkpoint, the last one was old.
+            self._asked[1] = 0
+        return told[:-2] / self.processes, stops, saves

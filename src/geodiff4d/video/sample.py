@@ -76,11 +76,11 @@ class SampleConfig:
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"finish": [repr(x) for x in self.finish]}
 
 
-def autocast(device: torch.device, enabled: bool):
-    """bf16 autocast if asked for and supported natively, else nothing."""
+def autocast(device: torch.device, enabled: bool, keep_weights: bool = True):
+    """bf16 autocast if asked for and supported natively, else nothing; `keep_weights` holds on to weights in bf16."""
     if not enabled or not bf16_is_native(device):
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep_weights)
 
 
 def bf16_is_native(device: torch.device) -> bool:

@@ -7,23 +7,24 @@ is what is saved for use.
 
 import math
 import time
-from contextlib import nullcontext
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder
 from geodiff4d.core.stopping import Stopped, stop_requests
 from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import VideoModel, VideoModelConfig
-from geodiff4d.video.objective import Draws, Objective, averaged, channels_last, initialise, trained_state, validate
+from geodiff4d.video.objective import Draws, channels_last, initialise, trained_state, validate
+from geodiff4d.video.parallel import Groups, Parallel, Replicated, Sharded
 from geodiff4d.video.processes import Exchange, broadcast, check_consistent
 from geodiff4d.video.sample import SampleConfig, autocast
 from geodiff4d.video.vae import Codec
@@ -56,6 +57,8 @@ class VideoTraining:
     ema_on_host: bool = False
     """Keep the average in the host's memory: four bytes a weight less on the GPU. It is then brought up to date every
     `EMA_EVERY` steps, with as much decay as these have."""
+    zero: bool = False
+    """Share gradients, moments and average out to the processes (ZeRO, stage 2), instead of a copy for each."""
     drop_expression: float = 0.1
     """S-A.1."""
     drop_warp: float = 0.15
@@ -109,7 +112,7 @@ EMA_EVERY = 10
 
 FREE = frozenset({
     "steps", "gradient_checkpointing", "references", "accumulate", "save_minutes", "keep_checkpoints", "log_every",
-    "validate_every", "pictures", "preview",
+    "validate_every", "pictures", "preview", "zero",
 })  # fmt: skip
 """What may change when a run goes on: how long it is (rates follow), how a step's batch is held, and what is shown."""
 
@@ -144,26 +147,29 @@ def train_video_model(
     with accelerator.main_process_first():
         folder = RunFolder(run, known, FREE, accelerator.is_main_process, on_record, config.keep_checkpoints)
     model = _build(model_config, codec, config, start).to(accelerator.device)
-    optimiser = _optimiser(model, config)
+    kind = Sharded if config.zero and ranks > 1 else Replicated
+    options = (config.lr, config.beta2, config.weight_decay)
+    parallel: Parallel = kind(accelerator, model, _groups(model, config), config.temporal_loss, *options)
     held = torch.device("cpu") if config.ema_on_host else accelerator.device
-    ema = {k: v.detach().to(held, copy=True) for k, v in trained_state(model).items()}
+    ema = _first_average(parallel, model, held)
     first = 0
     if (saved := folder.load(accelerator.print)) is not None:
         tensors, first = saved
         with folder.restoring():
-            _restore(model, optimiser, ema, tensors)
+            parallel.restore(ema, tensors)
     elif config.warm_start and batches.samples.knows_motion:
         warm_start(model.expression, batches.samples, config.warm_start, config.autocast, on_record)
         # Every process did the same, but no two cards to the last bit.
         broadcast(accelerator, model.expression)
-        ema = {k: v.detach().to(held, copy=True) for k, v in trained_state(model).items()}
+        ema = _first_average(parallel, model, held)
     check_consistent(accelerator, {"configuration": known, "first step": first}, model)
-    objective, prepared = accelerator.prepare(Objective(model, config.temporal_loss), optimiser)
+    parallel.begin()
 
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
     clock = _Clock(first, config.steps, batches.targets * config.accumulate * ranks)
     # Once a gradient was not finite, fused AdamW is told on the device to leave the weights alone, without a wait.
     bad = torch.zeros((), device=accelerator.device)
+    optimiser = parallel.optimiser
     optimiser.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]  # what a GradScaler sets
     batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
 
@@ -182,26 +188,23 @@ def train_video_model(
                 index = (step * config.accumulate + part) * ranks + rank
                 batch = batches[index].to(accelerator.device)
                 draws = draw(model, batch, config)
-                # Processes exchange gradients once a step, after the last part.
-                waits = part < config.accumulate - 1
-                with accelerator.no_sync(objective) if waits else nullcontext():
-                    with autocast(accelerator.device, config.autocast):
-                        error = objective(batch, draws) / config.accumulate
+                with parallel.part(part == config.accumulate - 1):
+                    # A weight is used once a pass: kept in bf16, all of them would only take two bytes each.
+                    with autocast(accelerator.device, config.autocast, keep_weights=False):
+                        error = parallel.objective(batch, draws) / config.accumulate
                     accelerator.backward(error.mean())
                 per_domain += error.detach()
-            norm = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
-            per_domain, stops = exchange(per_domain, stop.asked)
+            norm = parallel.clip(config.clip or math.inf)
+            timed = watch is not None and clock.old(config.save_minutes)
+            per_domain, stops, timed = exchange(per_domain, stop.asked, timed)
             loss, last = per_domain.mean(), step == config.steps - 1
             logs = step % config.log_every == 0 or last
-            timed = watch is not None and clock.old(config.save_minutes)
             saves = timed or (step + 1) % config.save_every == 0 or last or stops
-            assert isinstance(norm, Tensor)
             torch.maximum(bad, 1 - torch.isfinite(norm).to(bad), out=bad)
             # A GPU is asked only where it must answer anyway.
             if accelerator.device.type == "cpu" or logs or saves:
                 check_finite(loss, norm, bad, step, folder.path)
-            prepared.step()
-            prepared.zero_grad(set_to_none=True)
+            parallel.step()
             if saves or (step + 1) % (EMA_EVERY if config.ema_on_host else 1) == 0:
                 _average(ema, model, min(config.ema, (1 + step) / (10 + step)) ** (step + 1 - averaged_at))
                 averaged_at = step + 1
@@ -213,20 +216,23 @@ def train_video_model(
                 }
                 record |= clock.at(step)
                 watch.log(record)
-            if saves and watch is not None:
-                tensors = {f"model.{k}": v for k, v in trained_state(model).items()}
-                tensors |= {f"ema.{k}": v for k, v in ema.items()} | optimiser_tensors(optimiser)
-                folder.save_later(tensors, step + 1, save_model)
-                clock.saved()
+            if saves:
+                everything = parallel.checkpoint(ema)
+                if watch is not None:
+                    folder.save_later(everything, step + 1, save_model)
+                    clock.saved()
+                else:
+                    deque(everything, maxlen=0)  # shares are sent on the way
             if stops and not last:
                 folder.settle()
                 accelerator.wait_for_everyone()
                 raise Stopped(f"stopped after step {step}, as SIGTERM asked: the same command goes on from there")
-            if watch is not None and val is not None and ((step + 1) % config.validate_every == 0 or last):
-                with averaged(model, ema):
-                    record = {"step": step, **validate(model, val, config.autocast)} | watch.look(model, val, step)
-                watch.log(record)
-    model.load_state_dict(ema, strict=False)
+            if val is not None and ((step + 1) % config.validate_every == 0 or last):
+                with parallel.averaged(ema):
+                    if watch is not None:
+                        record = {"step": step, **validate(model, val, config.autocast)}
+                        watch.log(record | watch.look(model, val, step))
+    parallel.take(ema)
     return model.eval()
 
 
@@ -268,25 +274,18 @@ def train_parts(model: VideoModel, parts: Literal["all", "temporal"]) -> None:
             parameter.requires_grad_(".temporals." in name)
 
 
-def _optimiser(model: VideoModel, config: VideoTraining) -> torch.optim.AdamW:
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n in names for p in getattr(model, n).parameters() if p.requires_grad], "factor": factor}
+def _groups(model: VideoModel, config: VideoTraining) -> Groups:
+    """Return the names of what is trained, by the factor on their rate."""
+    networks = model.networks()
+    return [
+        (factor, [f"{n}.{k}" for n in names for k, p in networks[n].named_parameters() if p.requires_grad])
         for names, factor in ((("unet", "reference"), 1.0), (("expression",), config.expression_lr))
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2), weight_decay=config.weight_decay, fused=True)
 
 
-def _restore(
-    model: VideoModel, optimiser: torch.optim.Optimizer, ema: dict[str, Tensor], tensors: dict[str, Tensor]
-) -> None:
-    """Continue from a checkpoint's tensors."""
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, strict=False
-    )
-    for k, v in ema.items():
-        v.copy_(tensors[f"ema.{k}"])
-    restore_optimiser(optimiser, tensors)
+def _first_average(parallel: Parallel, model: VideoModel, device: torch.device) -> dict[str, Tensor]:
+    """Return what this process keeps of the average, which begins as the weights."""
+    return {k: v.detach().to(device, copy=True) for k, v in trained_state(model).items() if parallel.owns(k)}
 
 
 def check_finite(loss: Tensor, norm: Tensor, bad: Tensor, step: int, folder: Path) -> None:
