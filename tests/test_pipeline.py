@@ -9,6 +9,7 @@ from flame_files import arrays, write_beside, write_model
 from geodiff4d import pipeline
 from geodiff4d.avatar.config import FitConfig
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.progress import silent
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.evaluate.demo import forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
@@ -29,6 +30,7 @@ from geodiff4d.render.viewpoints import world_region
 from geodiff4d.video.decoder import DecoderConfig, GuidedDecoder
 from geodiff4d.video.generate import DiffusionGenerator, Generated, GenerationRequest, Generator, WarpGenerator
 from geodiff4d.video.inputs import load_driving, load_portrait, resized_frame, still_head, with_identity_of
+from geodiff4d.video.parts import Devices, plan_parts, views_of
 
 SIZE, VIEWS, FRAMES = 48, 3, 6
 HEAD_POSE = ("rotation", "neck_pose", "translation")
@@ -274,6 +276,71 @@ def test_finished_stages_are_kept(pair, head, tmp_path, monkeypatch):
         assert calls == [2]
         monkeypatch.setattr(pipeline, "synthesize", None)
     assert (tmp_path / "run/clip/transforms.json").stat().st_mtime_ns == stamp
+
+
+def test_parts_cover_a_clip_and_divide_no_view_that_looks_across():
+    assert plan_parts([30, 10, 40, 200], divide=False, most=48) == [slice(0, 40), slice(40, 80), slice(80, 280)]
+    assert plan_parts([200], divide=True, most=48) == [slice(48 * k, min(48 * k + 48, 200)) for k in range(5)]
+    assert views_of([(0, 1), (1, 1), (0, 2), (3, 1)]) == [2, 1, 1]
+
+
+class Dying(WarpGenerator):
+    """Makes so many parts and then dies."""
+
+    left = 1
+
+    def generate(self, request, cameras, progress=silent):
+        if Dying.left == 0:
+            raise KeyboardInterrupt
+        Dying.left -= 1
+        return super().generate(request, cameras, progress)
+
+
+def test_a_clip_that_was_cut_off_goes_on(pair, head, warped, tmp_path, monkeypatch):
+    """What was made is kept, in parts, and the clip is what it would have been at once."""
+    monkeypatch.setattr(pipeline, "PART", 2)
+    plan = plan_clip(asked(pair, head), VIEWS, FRAMES)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(plan, Dying(), tmp_path / "clip")
+    unfinished = tmp_path / ".clip.unfinished"
+    assert len(list(unfinished.glob("images/*.png"))) == 2 and not (tmp_path / "clip").exists()
+    Dying.left = 2
+    seen: list[int] = []
+
+    def shown(items, description="", total=None):
+        for item in items:
+            yield item
+            seen.append(item)
+
+    clip = synthesize(plan, Dying(), tmp_path / "clip", shown)
+    assert Dying.left == 0 and len(seen) == FRAMES and not unfinished.exists()
+    assert [p.name for p in sorted(clip.folder.rglob("*"))] == [p.name for p in sorted(warped.folder.rglob("*"))]
+    for name in ("transforms.json", "expression_tokens.safetensors", "images/00001_00.png", "normals/00002_02.png"):
+        assert (clip.folder / name).read_bytes() == (warped.folder / name).read_bytes(), name
+    Dying.left = 0
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(plan, Dying(), tmp_path / "clip")
+    Dying.left = 3
+    other = plan_clip(
+        asked(pair, head, portrait=replace(pair.portrait, image=pair.portrait.image * 0.9)), VIEWS, FRAMES
+    )
+    synthesize(other, Dying(), tmp_path / "clip")
+    assert Dying.left == 0, "nothing of another clip is taken"
+
+
+def _warp(number: int) -> Generator:
+    """Make the generator of another process."""
+    return WarpGenerator()
+
+
+@pytest.mark.slow
+def test_processes_share_a_clip(pair, head, warped, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "PART", 2)
+    clip = synthesize(
+        plan_clip(asked(pair, head), VIEWS, FRAMES), WarpGenerator(), tmp_path / "clip", devices=Devices(2, _warp)
+    )
+    for path in (p.relative_to(warped.folder) for p in warped.folder.rglob("*.png")):
+        assert (clip.folder / path).read_bytes() == (warped.folder / path).read_bytes(), path
 
 
 def test_a_folder_keeps_to_one_reconstruction(pair, head, model, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Portrait → track → generate (diffusion or warp) → fit → render: the one path every command walks a part of."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.fit import fit
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_object, write_json
+from geodiff4d.core.files import read_object, refuse_foreign, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.weights import weights_folder
@@ -26,9 +29,10 @@ from geodiff4d.tracking.placed import placed
 from geodiff4d.tracking.source import is_video
 from geodiff4d.tracking.together import track_together
 from geodiff4d.tracking.track import TrackingConfig, track
-from geodiff4d.video.generate import Generated, GenerationRequest, Generator
+from geodiff4d.video.generate import DiffusionGenerator, Generated, GenerationRequest, Generator
 from geodiff4d.video.inputs import Driving, Portrait, still_head, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
+from geodiff4d.video.parts import PART, Devices, Shown, plan_parts, views_of, write_parts
 from geodiff4d.video.sample import bf16_is_native
 from geodiff4d.video.vae import StableCodec
 
@@ -196,26 +200,50 @@ def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Drivi
 
 def write_planned(out: Path, plan: ClipPlan, made: Generated, about: dict[str, Any]) -> Clip:
     """Write what was generated of a plan as a clip; `about` goes into the clip's notes."""
-    driving = plan.request.driving
-    about = about | {"views": len(plan.views.K), "frames": len(plan.shots)}
-    with ClipWriter(out, plan.request.head.name, driving.fps, about) as clip:
-        order = sorted({s.timestep for s in plan.shots})
-        for t in order:
-            clip.add_params(t, driving.params[t])
+    with _planned(out, plan, about) as clip:
         for i, s in enumerate(plan.shots):
             clip.add(s.timestep, s.camera, made.rgb[i], plan.views[s.camera], made.mask[i], made.normal[i])
-        clip.set_reference(plan.request.portrait.on_grey)
-        rows = {s.timestep: made.tokens[i] for i, s in enumerate(plan.shots)}
-        clip.set_tokens(torch.stack([rows[t] for t in order]))
+        _set_tokens(clip, plan, made.tokens)
     return Clip(out)
 
 
-def synthesize(plan: ClipPlan, generator: Generator, out: Path, progress: Progress = silent) -> Clip:
+def _planned(out: Path, plan: ClipPlan, about: dict[str, Any]) -> ClipWriter:
+    about = about | {"views": len(plan.views.K), "frames": len(plan.shots)}
+    return ClipWriter(out, plan.request.head.name, plan.request.driving.fps, about)
+
+
+def _set_tokens(clip: ClipWriter, plan: ClipPlan, tokens: Float[Tensor, "shots tokens channels"]) -> None:
+    """Store what a plan's frames have beside images: parameters, the portrait, and the tokens of every timestep."""
+    rows = {s.timestep: tokens[i] for i, s in enumerate(plan.shots)}
+    for t in sorted(rows):
+        clip.add_params(t, plan.request.driving.params[t])
+    clip.set_reference(plan.request.portrait.on_grey)
+    clip.set_tokens(torch.stack([rows[t] for t in sorted(rows)]))
+
+
+def synthesize(
+    plan: ClipPlan, generator: Generator, out: Path, progress: Progress = silent, devices: Devices | None = None
+) -> Clip:
     """Generate the avatar's training clip (S-A.1) and write it to `out`.
 
-    Its parameters are the portrait's identity under the tracked expressions of the plan's driving.
+    Its parameters are the portrait's identity under the tracked expressions of the plan's driving. Frames are on disk
+    as soon as they are decoded, in a hidden folder beside `out`: the same call goes on where it was interrupted.
+
+    Args:
+        devices: who generates; by default `generator`, in this process.
     """
-    return write_planned(out, plan, generator.generate(plan.shown, plan.cameras, progress), generator.about())
+    names = [(s.timestep, s.camera) for s in plan.shots]
+    shown = Shown(plan.request, [s.timestep for s in plan.shots], plan.cameras, names)
+    across = isinstance(generator, DiffusionGenerator) and generator.model.temporal and plan.request.driving.temporal
+    parts = plan_parts(views_of(names), not across, PART)
+    unfinished = refuse_foreign(out).with_name(f".{Path(out).name}.unfinished")
+    made_of = fingerprint(plan, generator.fingerprint())
+    tokens = [rows for _, rows in write_parts(shown, parts, generator, unfinished, made_of, progress, devices)]
+    with _planned(out, plan, generator.about()) as clip:
+        clip.take_written(unfinished, ((s.timestep, s.camera, plan.views[s.camera]) for s in plan.shots))
+        _set_tokens(clip, plan, torch.cat(tokens))
+    shutil.rmtree(unfinished)
+    return Clip(out)
 
 
 def driver_clip_index(driving: Driving, count: int) -> list[int]:
@@ -226,13 +254,15 @@ def driver_clip_index(driving: Driving, count: int) -> list[int]:
 
 
 def reconstruct(
-    plan: ClipPlan, generator: Generator, out: Path, config: FitConfig, seed: int = 0, progress: Progress = silent
-) -> Path:
+    plan: ClipPlan, generator: Generator, out: Path, config: FitConfig, seed: int = 0, progress: Progress = silent,
+    devices: Devices | None = None,
+) -> Path:  # fmt: skip
     """Synthesize the training clip and fit the avatar to it. Finished stages are kept, so the same call resumes.
 
     Args:
         config: how the avatar is fitted.
         seed: of the fit.
+        devices: who generates the clip; by default `generator`, in this process.
 
     Raises:
         UserError: `out` holds a reconstruction of something else.
@@ -242,7 +272,7 @@ def reconstruct(
     if (out / "clip" / "transforms.json").exists():
         clip = Clip(out / "clip")
     else:
-        clip = synthesize(plan, generator, out / "clip", progress)
+        clip = synthesize(plan, generator, out / "clip", progress, devices)
     if not (out / "avatar" / "metrics.json").exists():
         fit(clip, out / "avatar", config, seed, progress)
     return out

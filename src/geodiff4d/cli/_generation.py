@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from geodiff4d.provenance.statement import Statement
     from geodiff4d.video.generate import GenerationRequest, Generator
     from geodiff4d.video.inputs import Driving
+    from geodiff4d.video.parts import Devices
+    from geodiff4d.video.sample import SampleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,15 +130,63 @@ def _diffusion(args: GenerationArgs, head: "Head", device: "torch.device") -> Se
     from geodiff4d.video.generate import DiffusionGenerator, require_frame_size
 
     model = placed_on(load_model(args.model, device), device)
-    wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
-    if args.memory == "offload":
-        wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}
     p = preset(args.preset) if args.preset else default_preset(model)
-    generator = DiffusionGenerator(model, replace(p.sample, seed=args.seed, **wanted))
+    generator = DiffusionGenerator(model, _sampling(args, p))
     own = model.config.size
     side = own if args.size is None else args.size
     require_frame_size(side, own, model.decoder)
     return Setup(p, head, generator, own, model.config.expression.size, side)
+
+
+def _sampling(args: GenerationArgs, p: "Preset") -> "SampleConfig":
+    wanted = {k: getattr(args, k) for k in ("steps", "guidance", "sampler") if getattr(args, k) is not None}
+    if args.memory == "offload":
+        wanted |= {"offload": True, "batched_cfg": False, "chunk": 1}
+    return replace(p.sample, seed=args.seed, **wanted)
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """Loads the model again for another process, on the GPU of its number where there are GPUs."""
+
+    model: Path | None
+    sample: "SampleConfig"
+    device: DeviceName
+
+    def __call__(self, number: int) -> "Generator":
+        import torch
+
+        from geodiff4d.pipeline import load_model, placed_on
+        from geodiff4d.video.generate import DiffusionGenerator
+
+        device = chosen_device(self.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", number % torch.cuda.device_count())
+        return DiffusionGenerator(placed_on(load_model(self.model, device), device), self.sample)
+
+
+def devices_of(args: GenerationArgs, setup: Setup, processes: int | None) -> "Devices | None":
+    """Return who generates a training clip beside this process; None where it does so alone.
+
+    Raises:
+        UserError: `processes` is not a number of processes, or nothing is sampled.
+    """
+    import torch
+
+    from geodiff4d.core.errors import UserError
+    from geodiff4d.video.parts import Devices
+
+    sampled = args.generator == "diffusion"
+    if processes is None:
+        gpus = torch.cuda.device_count() if sampled and chosen_device(args.device).type == "cuda" else 1
+        processes = max(1, gpus)
+    if not 1 <= processes <= 64:
+        raise UserError(f"--processes is {processes}: expected 1 to 64")
+    if processes == 1:
+        return None
+    if not sampled:
+        raise UserError("--processes: --generator warp needs no model and works alone: leave one of the two out")
+    return Devices(processes, OnDevice(args.model, _sampling(args, setup.preset), args.device))
 
 
 def clip_extent(setup: Setup, views: int | None, frames: int | None) -> tuple[int, int]:

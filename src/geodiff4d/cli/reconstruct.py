@@ -4,7 +4,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from geodiff4d.cli._generation import GenerationArgs, clip_extent, motion_of, prepare, set_up, stated
+from geodiff4d.cli._generation import (
+    GenerationArgs,
+    clip_extent,
+    devices_of,
+    motion_of,
+    prepare,
+    set_up,
+    stated,
+)
 from geodiff4d.cli._signing import sealer
 
 
@@ -19,6 +27,8 @@ class Args(GenerationArgs):
     """How many of the 16 capture cameras; by default the preset's."""
     frames: int | None = None
     """Frames over all cameras, as many for each of them; by default the preset's."""
+    processes: int | None = None
+    """Processes that generate the clip, a GPU each; by default one per GPU, and one where there is none."""
     driver_only: bool = False
     """Train with what the driver shows alone. By default two thirds of the clip show everything a face does (visemes,
     smiles, lids, gaze, tongue), played by a person of the open world, so that the avatar has seen it when others drive
@@ -41,6 +51,7 @@ def run(args: Args) -> None:
         refuse_foreign(args.out / name)
     signer, setup = sealer(args), set_up(args)
     views, frames = clip_extent(setup, args.views, args.frames)
+    devices = devices_of(args, setup, args.processes)
     if setup.preset.fit.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"preset {setup.preset.name} fits the avatar on a GPU and torch finds none: "
@@ -51,7 +62,7 @@ def run(args: Args) -> None:
     request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
     plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only))
-    reconstruct(plan, setup.generator, args.out, setup.preset.fit, args.seed, bar)
+    reconstruct(plan, setup.generator, args.out, setup.preset.fit, args.seed, bar, devices)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)
     finish(args.out, request.portrait, request.driving, args.generator, bar)

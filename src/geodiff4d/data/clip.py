@@ -6,6 +6,9 @@ a VHAP export. In memory everything follows the project's conventions (OpenCV, m
 """
 
 import json
+import os
+import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -285,6 +288,23 @@ def read_params(path: Path) -> HeadParams:
         raise UserError(f"{path} is not head parameters ({error}): expected FLAME-named arrays, as in a clip") from None
 
 
+FRAME_FOLDERS = ("images", "fg_masks", "normals")
+"""Of a clip: an image for every frame in each."""
+
+
+def write_frame(
+    folder: Path, timestep: int, camera_index: int, image: Float[Tensor, "3 height width"],
+    mask: Float[Tensor, "1 height width"] | None = None, normal: Float[Tensor, "3 height width"] | None = None,
+) -> None:  # fmt: skip
+    """Write a frame's images where a clip has them: image and mask in [0, 1], camera-space unit normals."""
+    stem = f"{timestep:05d}_{camera_index:02d}.png"
+    write_image(folder / "images" / stem, image)
+    if mask is not None:
+        write_image(folder / "fg_masks" / stem, mask)
+    if normal is not None:
+        write_image(folder / "normals" / stem, encode_normals(normal, torch.ones_like(normal[:1])))
+
+
 class ClipWriter:
     """Write a clip; the folder appears when the `with` block ends well, and not at all otherwise.
 
@@ -303,7 +323,7 @@ class ClipWriter:
 
     def __enter__(self) -> "ClipWriter":
         self.path = self._fresh.__enter__()
-        for name in ("images", "fg_masks", "normals", "flame_param"):
+        for name in (*FRAME_FOLDERS, "flame_param"):
             (self.path / name).mkdir()
         return self
 
@@ -326,8 +346,25 @@ class ClipWriter:
         mask: Float[Tensor, "1 height width"] | None = None, normal: Float[Tensor, "3 height width"] | None = None,
     ) -> None:  # fmt: skip
         """Store a frame: image and mask in [0, 1], camera-space unit normals."""
+        write_frame(self.path, timestep, camera_index, image, mask, normal)
+        self._note(timestep, camera_index, camera, mask is not None, normal is not None)
+
+    def take_written(self, folder: Path, frames: Iterable[tuple[int, int, Camera]]) -> None:
+        """Store frames (timestep, camera index, camera) whose image, mask and normals `write_frame` left in a folder.
+
+        Files are linked where the file system can, so that the folder stays whole.
+        """
+        for timestep, camera_index, camera in frames:
+            for kind in FRAME_FOLDERS:
+                name = f"{kind}/{timestep:05d}_{camera_index:02d}.png"
+                try:
+                    os.link(folder / name, self.path / name)
+                except OSError:
+                    shutil.copyfile(folder / name, self.path / name)
+            self._note(timestep, camera_index, camera, True, True)
+
+    def _note(self, timestep: int, camera_index: int, camera: Camera, mask: bool, normal: bool) -> None:
         stem = f"{timestep:05d}_{camera_index:02d}.png"
-        write_image(self.path / "images" / stem, image)
         K, c2w = camera.K.double(), invert(camera.T_cam_world.double()) @ OPENGL_FROM_OPENCV.double()
         frame = {
             "timestep_index": timestep, "timestep_index_original": timestep, "timestep_id": f"{timestep:05d}",
@@ -339,11 +376,9 @@ class ClipWriter:
             "transform_matrix": c2w.tolist(), "file_path": f"images/{stem}",
             "flame_param_path": f"flame_param/{timestep:05d}.npz",
         }  # fmt: skip
-        if mask is not None:
-            write_image(self.path / "fg_masks" / stem, mask)
+        if mask:
             frame["fg_mask_path"] = f"fg_masks/{stem}"
-        if normal is not None:
-            write_image(self.path / "normals" / stem, encode_normals(normal, torch.ones_like(normal[:1])))
+        if normal:
             frame["normal_path"] = f"normals/{stem}"
         self._frames.append(frame)
 
