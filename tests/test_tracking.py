@@ -24,7 +24,7 @@ from geodiff4d.pipeline import driver_clip_index
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.tracking import mediapipe_worker
 from geodiff4d.tracking import track as tracking
-from geodiff4d.tracking.background import without_background
+from geodiff4d.tracking.background import corrected
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
 from geodiff4d.tracking.fit import fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
@@ -536,14 +536,19 @@ def test_what_has_the_backgrounds_colours_is_no_hair():
     person = (head | hair).float()
     wrong = person.clone()
     wrong[30:100, 10:44] = 1
-    out = without_background(image.clamp(0, 1).numpy(), wrong.numpy(), head.numpy(), 60.0)
+    out = corrected(image.clamp(0, 1).numpy(), wrong.numpy(), head.numpy(), 60.0)
     assert out[35:95, 12:38].max() < 0.1 and out[hair.numpy()].mean() > 0.95 and (out[head.numpy()] == 1).all()
-    right = without_background(image.clamp(0, 1).numpy(), person.numpy(), head.numpy(), 60.0)
+    right = corrected(image.clamp(0, 1).numpy(), person.numpy(), head.numpy(), 60.0)
     assert abs(right - person.numpy()).mean() < 0.01
+    # A lock that was hardly told hangs on the rest of the hair, and nothing of the door does.
+    lock = torch.zeros_like(head)
+    lock[60:76, 84:96] = True
+    out = corrected(image.clamp(0, 1).numpy(), torch.where(lock, 0.3, person).numpy(), head.numpy(), 60.0)
+    assert out[60:76, 86:94].mean() > 0.9 and out[35:95, 12:38].max() < 0.1
     # Without a background, or without a head, nothing is known of colours.
     for whole in (head, torch.zeros_like(head)):
         everywhere = np.ones((128, 128), np.float32)
-        assert (without_background(image.numpy(), everywhere, whole.numpy(), 60.0) == 1).all()
+        assert (corrected(image.numpy(), everywhere, whole.numpy(), 60.0) == 1).all()
 
 
 def test_matte_without_segmentation_is_the_head_grown():

@@ -19,7 +19,7 @@ from scipy.ndimage import (
 )
 from torch import Tensor
 
-from geodiff4d.tracking.background import without_background
+from geodiff4d.tracking.background import corrected
 
 REACH = 0.55
 """Largest distance of hair from the skull, and of shoulders from the bust, over the head's size."""
@@ -53,7 +53,7 @@ def matte(
     else:
         # The mesh is wrong at its rim (ears, chin), never inside.
         core = binary_erosion(skull, iterations=max(int(0.05 * size_px), 1))
-        told = without_background(image.numpy(), person[0].numpy(), whole, size_px)
+        told = corrected(image.numpy(), person[0].numpy(), whole, size_px)
         foreground = np.maximum(told, gaussian_filter(core.astype(np.float32), 0.01 * size_px))
         foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
     foreground = foreground * allowed(whole, size_px)
