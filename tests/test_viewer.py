@@ -17,7 +17,7 @@ from geodiff4d.avatar.stream import Line
 from geodiff4d.cli import main
 from geodiff4d.core.errors import UserError
 from geodiff4d.heads import load_head
-from geodiff4d.viewer.live import Feed
+from geodiff4d.viewer.live import Feed, newest
 from geodiff4d.viewer.live_renderer import LiveRenderer, View
 from geodiff4d.viewer.scene import pose_rows
 from geodiff4d.viewer.server import Server, view_from
@@ -162,6 +162,25 @@ def test_a_server_for_the_network_answers_to_addresses_and_its_own_names(avatar,
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         assert ask(server, "GET", "/about", Host=host)[0] == status
         server.shutdown()
+
+
+def test_whoever_is_slow_gets_the_newest_moment():
+    """Five moments come while one is worked on: the last is next, then what the stream raised."""
+    asked, more = threading.Event(), threading.Event()
+
+    def stream():
+        yield 0
+        asked.wait(20)
+        yield from range(1, 6)
+        more.set()
+        raise UserError("line 7 is bad")
+
+    moments = newest(stream())
+    assert next(moments) == 0
+    asked.set()
+    assert more.wait(20) and next(moments) == 5
+    with pytest.raises(UserError, match="line 7"):
+        next(moments)
 
 
 def test_a_page_that_draws_by_itself_gets_live_poses(avatar):

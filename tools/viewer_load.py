@@ -1,8 +1,9 @@
 """Many browsers at once on `geodiff4d view`, some of which stall: what the others notice, and what memory does.
 
 Usage: `.venv/bin/python tools/viewer_load.py AVATAR [--clients 100 --stalled 10 --seconds 300 --fps 24]`. Prints a
-Markdown row for a run without stalled clients (a fifth as long) and one for the run with them: latency from the line
-that was written to the program's input to the event that a client has read, of all events of all clients that read.
+Markdown row for a run without stalled clients (a fifth as long) and one for the run with them, of all events of all
+clients that read: latency from the line that was written to the program's input, and how much later than the quickest
+client each read it, which does not count what the program itself takes.
 """
 
 import asyncio
@@ -51,19 +52,24 @@ class Run:
 
     sent: list[float] = field(default_factory=list)
     """Time at which each line was written."""
-    latencies: list[list[float]] = field(default_factory=list)
-    """Of each client that reads [s]."""
+    read: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Of each client that reads: numbers of lines, and when their events came."""
     memory_mb: list[float] = field(default_factory=list)
     """Of the program, once a second."""
 
     def row(self, name: str, cpu_seconds: float) -> str:
         """Return the Markdown row."""
-        every = sorted(itertools.chain(*self.latencies))
-        worst = max(quantile(sorted(one), 0.95) for one in self.latencies if one)
-        events = [len(one) / len(self.sent) for one in self.latencies]
+        first: dict[int, float] = {}
+        for number, time_read in itertools.chain(*self.read):
+            first[number] = min(time_read, first.get(number, time_read))
+        every = sorted(at - self.sent[number] for number, at in itertools.chain(*self.read))
+        behind = [sorted(at - first[number] for number, at in one) for one in self.read if one]
+        all_behind, worst = sorted(itertools.chain(*behind)), max(quantile(one, 0.95) for one in behind)
+        events = [len(one) / len(first) for one in self.read]
         start, end = (statistics.median(part) for part in (self.memory_mb[5:15], self.memory_mb[-10:]))
         cells = [
-            name, *(f"{1e3 * quantile(every, q):.0f}" for q in (0.5, 0.95, 0.99)), f"{1e3 * worst:.0f}",
+            name, *(f"{1e3 * quantile(every, q):.0f}" for q in (0.5, 0.95)),
+            *(f"{1e3 * quantile(all_behind, q):.0f}" for q in (0.5, 0.95, 0.99)), f"{1e3 * worst:.0f}",
             f"{min(events):.0%}", f"{start:.0f} → {end:.0f}", f"{cpu_seconds:.0f}",
         ]  # fmt: skip
         return f"| {' | '.join(cells)} |"
@@ -82,8 +88,8 @@ async def reader(port: int, run: Run, ready: asyncio.Event) -> None:
         if whole:
             await stream.read(-1)
             writer.close()
-    mine: list[float] = []
-    run.latencies.append(mine)
+    mine: list[tuple[int, float]] = []
+    run.read.append(mine)
     base = None
     while line := await stream.readline():
         if not line.startswith(b"data: "):
@@ -97,7 +103,7 @@ async def reader(port: int, run: Run, ready: asyncio.Event) -> None:
         number = round((angle - base) / STEP) % LINES
         # The latest line of this number that was written.
         last = len(run.sent) - 1
-        mine.append(time.monotonic() - run.sent[last - (last - number) % LINES])
+        mine.append((last - (last - number) % LINES, time.monotonic()))
 
 
 def stalled(port: int, path: str) -> socket.socket:
@@ -171,7 +177,8 @@ async def measured(args: Args, clients: int, idle: int, seconds: float, name: st
 
 def main(args: Args) -> None:
     """Print both rows."""
-    columns = ["run", "p50 [ms]", "p95", "p99", "worst client's p95", "fewest poses", "memory [MB]", "CPU [s]"]
+    latency = ["latency p50 [ms]", "p95", "behind the quickest p50 [ms]", "p95", "p99", "p95 of the slowest client"]
+    columns = ["run", *latency, "fewest poses", "memory [MB]", "CPU [s]"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for stall, seconds in ((0, args.seconds / 5), (args.stalled, args.seconds)):
         name = f"{args.clients} clients, {stall} stalled, {seconds:.0f} s"

@@ -40,7 +40,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.errors import UserError
     from geodiff4d.tracking.live import live_frames, track_live
     from geodiff4d.viewer.face_tracker import packed_tracker
-    from geodiff4d.viewer.live import Feed
+    from geodiff4d.viewer.live import Feed, newest
     from geodiff4d.viewer.live_renderer import LiveRenderer
     from geodiff4d.viewer.scene import obstacle
     from geodiff4d.viewer.server import Server
@@ -62,7 +62,7 @@ def run(args: Args) -> None:
             if args.driving is not None and camera:
                 source.follow(frame.params for frame in track_live(live_frames(args.driving), avatar.head))
             else:
-                source.follow(read_stream(sys.stdin, names, "standard input"))
+                source.follow(newest(read_stream(sys.stdin, names, "standard input")))
         except UserError as error:
             failures.append(error)
             server.shutdown()

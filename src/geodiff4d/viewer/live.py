@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from geodiff4d.avatar.drive import LiveDriver, Performance, held
 from geodiff4d.avatar.model import Avatar
@@ -12,8 +13,41 @@ from geodiff4d.heads.rig import HeadParams
 from geodiff4d.viewer.page import PageConfig, page
 from geodiff4d.viewer.scene import pose_rows
 
+Moment = TypeVar("Moment")
 DIGITS = 5
 """Decimals of the numbers that are sent: a hundredth of a millimetre or of a milliradian."""
+
+
+def newest(stream: Iterable[Moment]) -> Iterator[Moment]:
+    """Yield a stream's newest moment whenever one is asked for, and leave out those that came while nobody asked.
+
+    Whoever poses heads more slowly than lines come would fall behind further and further. What the stream raises is
+    raised here, after what came before it.
+    """
+    changed, waiting, ended, failures = threading.Condition(), [], threading.Event(), []
+
+    def read() -> None:
+        try:
+            for moment in stream:
+                with changed:
+                    waiting[:] = [moment]
+                    changed.notify_all()
+        except Exception as error:  # whatever it is, it is whoever asks who is told
+            failures.append(error)
+        with changed:
+            ended.set()
+            changed.notify_all()
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        with changed:
+            changed.wait_for(lambda: waiting or ended.is_set())
+            if not waiting:
+                break
+            moment = waiting.pop()
+        yield moment
+    if failures:
+        raise failures[0]
 
 
 def live_poses(avatar: Avatar, stream: Iterable[Line | HeadParams]) -> Iterator[HeadParams]:
