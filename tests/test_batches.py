@@ -11,7 +11,8 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import DecodedFrames, Footage, FrameKey, Take
 from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples
-from geodiff4d.video.batches import Batches, WeightConfig, encode_store
+from geodiff4d.video.batches import Batches, WeightConfig
+from geodiff4d.video.encode import encode_store
 from geodiff4d.video.model import load_video_model
 from geodiff4d.video.objective import Draws, Objective
 from geodiff4d.video.train import train_video_model

@@ -9,7 +9,7 @@ from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.evaluate.metrics import normal_deg
 from geodiff4d.presets import ablated, preset
-from geodiff4d.video.batches import encode_store
+from geodiff4d.video.encode import encode_store
 from tiny import TinyStore, tiny_codec
 
 

@@ -26,8 +26,9 @@ from geodiff4d.core.rundir import RunFolder
 from geodiff4d.core.stopping import Stopped
 from geodiff4d.data.footage.rendered import RenderedFootage, TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
-from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.batches import Batches
 from geodiff4d.video.curves import read_log, write_curves
+from geodiff4d.video.encode import encode_store
 from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_modules
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import load_video_model
@@ -105,7 +106,7 @@ def test_latents_are_encoded_once(codec, tmp_path):
 
 
 def test_encoding_goes_on_where_it_was_cut_off(codec, tmp_path, monkeypatch):
-    monkeypatch.setattr("geodiff4d.video.batches.KEPT_EVERY", 1)
+    monkeypatch.setattr("geodiff4d.video.encode.KEPT_EVERY", 1)
     footage, path = RenderedFootage(TinyTracks()), tmp_path / "latents.npy"
     encode_store(footage, codec, tmp_path / "whole.npy", chunk=6)
     whole = np.load(tmp_path / "whole.npy")

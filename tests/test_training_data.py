@@ -367,9 +367,9 @@ def test_wrong_options_are_one_line(tmp_path, args, says):
 def test_terabytes_are_not_rendered(tmp_path):
     p = preset("paper")
     with pytest.raises(UserError, match=r"2\.6 million rendered images in .* TB: expected at most 1 TB; give --data"):
-        _training.rendered_images(tmp_path, p, 1)
+        _training.rendered(tmp_path, p, 1)
     with pytest.raises(UserError, match=r"1\.0 million rendered images"):
-        _training.rendered_tracks(tmp_path, p, p.store, 1)
+        _training.rendered(tmp_path, p, 1, p.store)
     assert not list(tmp_path.iterdir())
 
 

@@ -9,8 +9,9 @@ import torch
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
 from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples
-from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.batches import Batches
 from geodiff4d.video.diffusion import DiffusionConfig
+from geodiff4d.video.encode import encode_store
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import (
     ConditionImages,

@@ -41,8 +41,9 @@ from geodiff4d.presets import ablated, preset
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import world_region
 from geodiff4d.tracking.embedded import EmbeddedDetector
-from geodiff4d.video.batches import Batches, encode_store
+from geodiff4d.video.batches import Batches
 from geodiff4d.video.conditions import condition_images, lifted
+from geodiff4d.video.encode import encode_store
 from geodiff4d.video.expression import ExpressionEncoder
 from geodiff4d.video.finish import surface_mask
 from geodiff4d.video.inputs import Portrait, driving_crop

@@ -17,7 +17,8 @@ def train(
 
     from geodiff4d.cli.progress import bar, record_lines
     from geodiff4d.core.errors import UserError
-    from geodiff4d.data.footage.clips import HELD_OUT, clips_below
+    from geodiff4d.data.footage.clips import clips_below
+    from geodiff4d.data.footage.take import HELD_OUT
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.tracking.portraits import track_portraits
     from geodiff4d.tracking.track import TrackingConfig

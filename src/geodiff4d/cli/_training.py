@@ -1,6 +1,5 @@
 """The `vae`, `image` and `video` stages of `geodiff4d train`: data, model and starting weights for the loops."""
 
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,19 +11,19 @@ from geodiff4d.cli.progress import bar, record_lines
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.rundir import lock_folder
 from geodiff4d.data.augment import AugmentConfig
-from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
+from geodiff4d.data.footage.clips import clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.render import build_store, build_tracks
 from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
-from geodiff4d.data.footage.take import Footage
+from geodiff4d.data.footage.take import HELD_OUT, Footage
 from geodiff4d.data.remote import remote_url
-from geodiff4d.data.sampling import ReadConfig, Samples, open_footage
-from geodiff4d.data.shards import NOTE, is_store, stores_below
+from geodiff4d.data.sampling import ReadConfig, Samples, held_out_footage, open_footage
+from geodiff4d.data.shards import is_store, stores_below
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
 from geodiff4d.tracking.relabel import render_tracked
-from geodiff4d.video.batches import Batches, encode_store
-from geodiff4d.video.encode import fits
+from geodiff4d.video.batches import Batches
+from geodiff4d.video.encode import encode_store, fits
 from geodiff4d.video.model import VideoModelConfig, load_video_model
 from geodiff4d.video.objective import trained_state
 from geodiff4d.video.recode import continued, start_from_stable_diffusion, starting_weights
@@ -44,7 +43,7 @@ def codec(args: Args) -> None:
     p = preset(args.preset)
     if args.preset == "paper":
         raise UserError("--preset paper uses Stable Diffusion's autoencoder: there is no codec to train")
-    stores = rendered_images(args.data[0] if args.data else args.out / "data", p, args.workers)
+    stores = rendered(args.data[0] if args.data else args.out / "data", p, args.workers)
     config = p.codec if args.steps is None else replace(p.codec, steps=args.steps)
     train_codec(args.out, stores["train"], replace(config, seed=args.seed), record_lines(config.steps), stores["val"])
     print(f"{args.out / 'vae'}: the codec")
@@ -90,11 +89,6 @@ def process_state() -> "PartialState":
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
-
-
-def _one_first() -> AbstractContextManager[None]:
-    """Let one of several processes (`accelerate launch`) make files that the others then find."""
-    return process_state().main_process_first()
 
 
 def training_config(args: Args, config: VideoTraining) -> VideoTraining:
@@ -157,7 +151,7 @@ def batches(
             --out.
     """
     encoded_pose = model.pose == "codec"
-    with _one_first():
+    with process_state().main_process_first():  # It makes files that the others then find.
         sources = footage(args, p, model, codec, config.pairs.clips)
         if process_state().is_main_process:
             lock_folder(args.out)
@@ -188,7 +182,7 @@ def batches(
 
 def is_footage(folder: Path) -> bool:
     """Say whether a folder is a store or holds clips, and not the place where `train` renders stores."""
-    if (folder / "store.json").exists() or (folder / "transforms.json").exists() or stores_below(folder, HELD_OUT):
+    if (folder / "store.json").exists() or (folder / "transforms.json").exists() or stores_below(folder):
         return True
     # Deeper than this no importer and no tracker writes.
     return folder.is_dir() and any(next(folder.glob(f"{depth}transforms.json"), None) for depth in ("*/", "*/*/"))
@@ -210,60 +204,42 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
     for a in folders:
         if any(b in a.parents and HELD_OUT in a.relative_to(b).parts for b in folders):
             raise UserError(f"--data: {a} is held out by a folder above it, and would be trained on: leave it out")
-    out: Sources = {"train": [], "val": []}
     if len(args.data) < 2 and not any(is_footage(folder) for folder in args.data):
+        like = replace(p.store, size=model.size, crop=model.expression.size, grid=model.size // codec.factor)
         place = args.data[0] if args.data else args.out / "data"
-        if clips:
-            like = replace(p.store, size=model.size, crop=model.expression.size, grid=model.size // codec.factor)
-            stores = rendered_tracks(place, p, like, args.workers)
-        else:
-            stores = rendered_images(place, p, args.workers)
+        stores = rendered(place, p, args.workers, like if clips else None)
         return {k: [RenderedFootage(store, estimated and k == "train")] for k, store in stores.items()}
+    out: Sources = {"train": [], "val": []}
     for folder in args.data:
-        for split in out:
+        for split, sources in out.items():
             # A folder that `train` rendered has a store for each stage.
-            rendered = [folder / f"{split}{end}" for end in (("_tracks", "") if clips else ("", "_tracks"))]
-            store = next((s for s in rendered if (s / "store.json").exists()), None)
-            if store is not None:
-                out[split].append(open_footage(store, head, estimated and split == "train"))
-            elif split == "train" and is_footage(folder):
-                out[split].append(open_footage(folder, head, estimated))
-            elif split == "val" and stores_below(folder, HELD_OUT):
-                beside = {f / HELD_OUT for f in (folder, *stores_below(folder, HELD_OUT))}
-                if held := sorted(f for f in beside if is_store(f)):
-                    out[split].append(EncodedFootage(held, head))
-            elif split == "val" and is_footage(folder) and clips_below(folder, held_out=True):
-                out[split].append(ClipFootage(folder, head, held_out=True))
+            made = [folder / f"{split}{end}" for end in (("_tracks", "") if clips else ("", "_tracks"))]
+            if store := next((s for s in made if (s / "store.json").exists()), None):
+                sources.append(open_footage(store, head, estimated and split == "train"))
+            elif is_footage(folder):
+                train = split == "train"
+                found = open_footage(folder, head, estimated) if train else held_out_footage(folder, head)
+                sources += [found] if found else []
     if len(out["train"]) < len(args.data):
         for folder in args.data:
-            if not folder.is_dir():
-                raise UserError(
-                    f"{folder} is not a folder: expected clips (from import, synth or track) or a rendered store"
-                )
+            clips_below(folder)  # Says so of what is no folder.
         raise UserError("--data: expected one folder for rendered stores, or only folders of clips and stores")
     return out
 
 
-def rendered_images(folder: Path, p: Preset, workers: int) -> dict[str, Store]:
-    """Render the preset's stores of single images below a folder, or open them.
+def rendered(folder: Path, p: Preset, workers: int, like: StoreConfig | None = None) -> dict[str, Store]:
+    """Render the preset's stores of single images below a folder, or of tracks in the sizes of `like`, or open them.
 
     Raises:
         UserError: they would fill terabytes.
     """
 
-    def built(name: str, config: StoreConfig) -> Store:
+    def images(name: str, config: StoreConfig) -> Store:
         render = render_tracked if config.parameters == "tracked" else None
         return build_store(folder / name, config, workers, bar, render)
 
-    return {"train": built("train", p.store), "val": built("val", p.val_store)}
-
-
-def rendered_tracks(folder: Path, p: Preset, like: StoreConfig, workers: int) -> dict[str, Store]:
-    """Render the preset's tracks below a folder, in the sizes that a model needs, or open them.
-
-    Raises:
-        UserError: they would fill terabytes.
-    """
+    if like is None:
+        return {"train": images("train", p.store), "val": images("val", p.val_store)}
     return {
         "train": build_tracks(folder / "train_tracks", p.tracks, replace(like, split="train"), workers, bar),
         "val": build_tracks(folder / "val_tracks", p.val_tracks, replace(like, split="val"), workers, bar),

@@ -43,7 +43,8 @@ def run(args: Args) -> None:
     from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import read_object
-    from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage, clips_below
+    from geodiff4d.data.footage.clips import ClipFootage, clips_below
+    from geodiff4d.data.footage.take import HELD_OUT
     from geodiff4d.data.shards import Shards
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.presets import preset

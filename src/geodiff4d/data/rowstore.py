@@ -4,12 +4,10 @@ A store is a folder with one `.npy` file an array, a JSON note of the configurat
 flag a person: those who are done are kept when an interrupted call is repeated.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_json, write_json
+from geodiff4d.core.files import read_config, write_json
 from geodiff4d.core.progress import Progress
 from geodiff4d.core.rundir import alone
 from geodiff4d.core.workers import in_workers
@@ -35,10 +33,7 @@ def create_rows(note: Path, config: Any, arrays: Arrays, constants: Mapping[str,
     """
     folder = note.parent
     if note.exists():
-        # What fields that are younger than the store were then.
-        default = asdict(type(config)()) | getattr(config, "BEFORE", {})
-        known = read_json(note)
-        if not isinstance(known, dict) or default | known != json.loads(json.dumps(asdict(config))):
+        if read_config(note, type(config)) != config:
             raise UserError(f"{folder} holds a store of another configuration: name another folder or remove it")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +79,44 @@ def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dic
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"{path} is missing or damaged ({reason}): remove {folder}, and it is made again") from None
     return out
+
+
+class RowStore:
+    """A finished store: its configuration, and arrays by attribute, mapped when they are first asked for."""
+
+    NOTE: ClassVar[str]
+    """Name of the configuration's file."""
+    CONFIG: ClassVar[type]
+    """Its type, whose method `arrays` says what there is."""
+    CONSTANTS: ClassVar[tuple[str, ...]] = ()
+    """Names of arrays beside those."""
+
+    def __init__(self, folder: Path, writable: bool = False):
+        """Open a store.
+
+        Raises:
+            UserError: there is none, it is another version's, or it was not finished (and is not to be written to).
+        """
+        self.folder, self.writable = Path(folder), writable
+        if not (self.folder / self.NOTE).exists():
+            raise UserError(f"{folder} is not a training store: expected {self.NOTE}; `geodiff4d train` builds one")
+        self.config = read_config(self.folder / self.NOTE, self.CONFIG)
+        try:
+            finished = writable or self.done.all()
+        except (TypeError, ValueError) as error:  # Sizes that are none.
+            raise UserError(f"{folder} is a store of another version ({error}): remove it and build it again") from None
+        if not finished:
+            raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name.startswith("_") or "config" not in vars(self) or name not in (*self.config.arrays(), *self.CONSTANTS):
+            raise AttributeError(name)
+        vars(self).update(open_rows(self.folder, [name], self.writable))
+        return vars(self)[name]
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        # Memory-mapped arrays would travel to workers as copies.
+        return type(self), (self.folder,)
 
 
 def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, progress: Progress) -> None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch.utils.data import Dataset
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig, augment_crops
-from geodiff4d.data.footage.clips import HELD_OUT, ClipFootage
+from geodiff4d.data.footage.clips import ClipFootage, clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.rendered import RenderedFootage, Store
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
@@ -53,13 +52,21 @@ def open_footage(folder: Path, head: str | None = None, estimated: bool = False)
     folder = Path(folder)
     if (folder / "store.json").exists():
         return RenderedFootage(Store(folder), estimated)
-    if stores := stores_below(folder, HELD_OUT):
+    if stores := stores_below(folder):
         encoded = EncodedFootage(stores, head)
         if encoded.estimated != estimated:
             wanted = "with" if estimated else "without"
             raise UserError(f"{folder} was encoded otherwise: `geodiff4d encode` the clips {wanted} --estimated")
         return encoded
     return ClipFootage(folder, head, estimated)
+
+
+def held_out_footage(folder: Path, head: str | None = None) -> Footage | None:
+    """Open what lies in folders `val` below clips, encoded or not; None if nothing does."""
+    if stores_below(folder):
+        held = stores_below(folder, held_out=True)
+        return EncodedFootage(held, head) if held else None
+    return ClipFootage(folder, head, held_out=True) if clips_below(folder, held_out=True) else None
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class Samples(Dataset):
         crops = torch.cat([footage.driving(k, self.read.crop) for footage, k in there])
         if self.read.augment is not None:
             crops = augment_crops(crops, self.read.augment, torch_generator("drivers", self.seed, index))
-        return crops, _joined([footage.motion(k) for footage, k in there])
+        return crops, HeadParams.cat([m for footage, k in there if (m := footage.motion(k)) is not None])
 
     def motion(self, most: int = 6000) -> HeadParams:
         """Return the motion of every instant that is known, or of so many spread evenly over them."""
@@ -266,20 +273,13 @@ class Samples(Dataset):
             for t in np.nonzero(take.present.any(1))[0]
         ]
         runs = groupby(known[:: -(-len(known) // most)], lambda pair: pair[0])
-        return _joined([source.motion([key for _, key in run]) for source, run in runs])
+        told = (source.motion([key for _, key in run]) for source, run in runs)
+        return HeadParams.cat([m for m in told if m is not None])
 
 
 def torch_generator(purpose: str, seed: int, index: int) -> torch.Generator:
     """Return a generator for one purpose of one sample: nothing else shares its stream."""
     return torch.Generator().manual_seed(int(generator(purpose, seed, index).integers(1 << 63)))
-
-
-def _joined(parts: Sequence[HeadParams | None]) -> HeadParams:
-    known = [p for p in parts if p is not None]
-    joined: dict[str, Any] = {
-        k: None if v is None else torch.cat([getattr(p, k) for p in known]) for k, v in vars(known[0]).items()
-    }
-    return HeadParams(**joined)
 
 
 def _pick_share(shares: np.ndarray, rng: np.random.Generator) -> int:

@@ -22,7 +22,7 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, read_config, read_tensors, save_tensors
-from geodiff4d.data.footage.take import Take
+from geodiff4d.data.footage.take import HELD_OUT, Take
 from geodiff4d.data.remote import RemoteFolder, remote_url
 from geodiff4d.data.rowstore import open_rows
 
@@ -276,14 +276,14 @@ def is_store(folder: Path) -> bool:
     return (folder / NOTE).exists() if url is None else RemoteFolder(url).has(NOTE)
 
 
-def stores_below(folder: Path, held_out: str) -> list[Path]:
-    """Return the stores of a folder, itself or those up to two below it (a fleet's); folders `held_out` are left out.
+def stores_below(folder: Path, held_out: bool = False) -> list[Path]:
+    """Return the stores of a folder, itself or those up to two below it (a fleet's); elsewhere it is one by itself.
 
-    Elsewhere a folder is a store by itself.
+    What lies in folders `val` is left out; with `held_out`, it is what is returned.
     """
     if is_store(folder):
-        return [folder]
-    if not folder.is_dir():
-        return []
-    notes = (note for depth in ("*", "*/*") for note in folder.glob(f"{depth}/{NOTE}"))
-    return sorted(p.parent for p in notes if p.parent.name != held_out)
+        found = [folder]
+    else:
+        notes = [note for depth in ("*", "*/*") for note in folder.glob(f"{depth}/{NOTE}")] if folder.is_dir() else []
+        found = sorted(p.parent for p in notes if p.parent.name != HELD_OUT)
+    return sorted(p for f in {folder, *found} if is_store(p := f / HELD_OUT)) if held_out else found

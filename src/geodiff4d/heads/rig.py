@@ -6,7 +6,7 @@ pose correctives where the file has them, then skinning; eyelids are added after
 (Pixel3DMM).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
@@ -81,10 +81,15 @@ class HeadParams:
     @staticmethod
     def stack(items: "list[HeadParams]") -> "HeadParams":
         """Stack single parameter sets into a batch; optional fields must be present in all or in none."""
+        return HeadParams.cat([p.map(lambda v: v[None]) for p in items])
+
+    @staticmethod
+    def cat(batches: "Sequence[HeadParams]") -> "HeadParams":
+        """Join batches along their first axis; optional fields must be present in all or in none."""
         out: dict[str, Any] = {}
         for x in fields(HeadParams):
-            values = [getattr(p, x.name) for p in items]
-            out[x.name] = None if values[0] is None else torch.stack(values)
+            values = [getattr(p, x.name) for p in batches]
+            out[x.name] = None if values[0] is None else torch.cat(values)
         return HeadParams(**out)
 
     def save(self, path: Path | IO[bytes]) -> None:
@@ -136,6 +141,10 @@ class PosedHead:
     faces: Int[Tensor, "faces 3"]
     T_world_joint: Float[Tensor, "*batch joints 4 4"]
     """Each joint's transform from the shaped rest pose to the world."""
+
+    def __getitem__(self, index: int) -> "PosedHead":
+        """Return one head of a batch."""
+        return replace(self, vertices=self.vertices[index], T_world_joint=self.T_world_joint[index])
 
     @property
     def normals(self) -> Float[Tensor, "*batch verts 3"]:

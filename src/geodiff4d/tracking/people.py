@@ -5,24 +5,24 @@ so that their length is the foreground: training puts other backgrounds behind (
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from geodiff4d.core.camera import Camera
-from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_config
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
-from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows, open_rows
+from geodiff4d.data.rowstore import RowStore, as_bytes, create_rows, fill_rows
 from geodiff4d.heads.rig import SKULL_JOINT, HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import openhead, orbit, world_region
 from geodiff4d.tracking.points import SurfacePoints, choose_points
 from geodiff4d.tracking.turn import apparent_turn
-from geodiff4d.world import SyntheticSubject, random_expression
+from geodiff4d.world.expressions import random_expression
 from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import SyntheticSubject
 
 SURROUND = 1.25
 """Side of the pictures over the side of the canonical crop: shoulders and hair are in it."""
@@ -52,36 +52,24 @@ class PeopleConfig:
         }  # fmt: skip
 
 
-class People:
-    """Memory-mapped rows; `len` of them."""
+class People(RowStore):
+    """Rendered people by image: `rgb` and `normal` [n, 3, size, size], on grey; `points` [n, points, 2] in pixels;
+    `turn` [n, 3, 3] of the skull, in `network.Look.rotation`'s convention; `shape` [n, 64]. `len` is n.
+    """
 
-    rgb: np.ndarray
-    """[n, 3, size, size], on grey."""
-    normal: np.ndarray
-    points: np.ndarray
-    """[n, points, 2] px."""
-    turn: np.ndarray
-    """[n, 3, 3] of the skull, in `network.Look.rotation`'s convention."""
-    shape: np.ndarray
+    NOTE, CONFIG = "people.json", PeopleConfig
+    CONSTANTS = "points_index", "points_position"
 
-    def __init__(self, folder: Path):
-        """Open a finished store.
+    def __getattr__(self, name: str) -> np.ndarray:
+        rows = super().__getattr__(name)
+        if name not in ("done", *self.CONSTANTS):
+            rows = vars(self)[name] = rows.reshape(-1, *rows.shape[2:])
+        return rows
 
-        Raises:
-            UserError: there is none, or it was not finished.
-        """
-        self.folder = Path(folder)
-        if not (self.folder / "people.json").exists():
-            raise UserError(
-                f"{folder} has no rendered people: expected people.json; `geodiff4d train perception` renders them"
-            )
-        names = ("rgb", "normal", "points", "turn", "shape")
-        rows = open_rows(self.folder, (*names, "done", "points_index", "points_position"))
-        if not rows["done"].all():
-            raise UserError(f"{folder} is unfinished: run the same `geodiff4d train perception` again to resume it")
-        for name in names:
-            setattr(self, name, rows[name].reshape(-1, *rows[name].shape[2:]))
-        self.markup = _markup(rows)
+    @cached_property
+    def markup(self) -> SurfacePoints:
+        """Where the points are on the head."""
+        return SurfacePoints(*(torch.from_numpy(np.array(getattr(self, name))) for name in self.CONSTANTS))
 
     def __len__(self) -> int:
         return len(self.points)
@@ -98,10 +86,6 @@ def build_people(folder: Path, config: PeopleConfig, workers: int = 2, progress:
     create_rows(Path(folder) / "people.json", config, config.arrays(), constants)
     fill_rows(Path(folder), _render_subject, workers, progress)
     return People(folder)
-
-
-def _markup(rows: dict[str, np.ndarray]) -> SurfacePoints:
-    return SurfacePoints(*(torch.from_numpy(np.array(rows[f"points_{k}"])) for k in ("index", "position")))
 
 
 def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
@@ -124,10 +108,8 @@ def draw_motion(config: PeopleConfig, s: int) -> tuple[HeadParams, Camera]:
 
 def _render_subject(folder: Path, s: int) -> None:
     torch.set_num_threads(1)
-    head = openhead()
-    config = read_config(folder / "people.json", PeopleConfig)
-    stored = open_rows(folder, (*config.arrays(), "points_index", "points_position"), writable=True)
-    markup = _markup(stored)
+    head, stored = openhead(), People(folder, writable=True)
+    config, own = stored.config, slice(s * stored.config.instants, (s + 1) * stored.config.instants)
     subject = SyntheticSubject(config.seed * 100_000 + s, config.split)
     motion, cameras = draw_motion(config, s)
     params = subject.params(motion.expr, motion.rotation, motion.neck_pose, motion.jaw_pose, motion.eyes_pose)
@@ -138,13 +120,9 @@ def _render_subject(folder: Path, s: int) -> None:
     cameras = Camera.stack([c.cropped(-grown, -grown, SURROUND * config.size, config.size) for c in crops])
     frames = subject.render(params, cameras, config.supersample)
     skull = subject.rig.pose(params.without_shape()).T_world_joint[:, SKULL_JOINT, :3, :3]
-    rows = {
-        "rgb": as_bytes(composite(frames.rgb, frames.mask)),
-        "normal": as_bytes(encode_normals(frames.normal, frames.mask)),
-        "points": cameras.project(markup.on(head).on(vertices, head.faces))[0].numpy(),
-        "turn": apparent_turn(skull, cameras.T_cam_world, vertices[:, world_region()].mean(1)).numpy(),
-        "shape": params.shape.numpy(),
-        "done": np.uint8(1),
-    }
-    for name, value in rows.items():
-        stored[name][s] = value
+    stored.rgb[own] = as_bytes(composite(frames.rgb, frames.mask))
+    stored.normal[own] = as_bytes(encode_normals(frames.normal, frames.mask))
+    stored.points[own] = cameras.project(stored.markup.on(head).on(vertices, head.faces))[0].numpy()
+    stored.turn[own] = apparent_turn(skull, cameras.T_cam_world, vertices[:, world_region()].mean(1)).numpy()
+    stored.shape[own] = params.shape.numpy()
+    stored.done[s] = 1

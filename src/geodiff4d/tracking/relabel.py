@@ -16,7 +16,7 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.data.footage.render import one_of, render_subject, write_conditions
+from geodiff4d.data.footage.render import render_subject, write_conditions
 from geodiff4d.data.footage.rendered import Store, foreground
 from geodiff4d.data.rowstore import take
 from geodiff4d.heads.rig import Head, HeadParams
@@ -94,7 +94,7 @@ def _write(
         if k < c.reference_views:
             params = common if found is None else found[0]
             here = replace(params, rotation=common.rotation, translation=common.translation)
-            posed.append(one_of(head.pose(here), 0))
+            posed.append(head.pose(here)[0])
     moved = head.pose(moved_as_tracked(common, motion, c.seed * 100_000 + s * 1000 + i)).vertices[0]
     mask = foreground(take(store.normal, (s, i), 255.0))
-    write_conditions(store, s, i, rgb, mask, posed, one_of(standing, 0), moved, Camera.stack(cameras))
+    write_conditions(store, s, i, rgb, mask, posed, standing[0], moved, Camera.stack(cameras))

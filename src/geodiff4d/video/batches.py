@@ -1,13 +1,10 @@
 """Training batches of the video model: ranges of consecutive samples, read, encoded by the codec and weighted."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -15,16 +12,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
-from geodiff4d.core.files import read_object, write_json
-from geodiff4d.core.fingerprint import fingerprint
-from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, on_grid
-from geodiff4d.data.rowstore import create_array
 from geodiff4d.data.sampling import Example, Samples
 from geodiff4d.video.vae import Codec
-
-KEPT_EVERY = 64
-"""Chunks of images encoded between notes of how far it got."""
 
 
 @dataclass(frozen=True)
@@ -172,58 +162,3 @@ def encode_planes(
     if not encoded_pose:
         parts.append(interpolate(pose * 2 - 1, size=z.shape[-2:], mode="area"))
     return torch.cat(parts, 1)
-
-
-def encode_store(
-    footage: RenderedFootage, codec: Codec, path: Path, encoded_pose: bool = True, chunk: int = 32
-) -> bool:
-    """Encode a store's frames once, `[subjects, instants, views, p, h, w]` fp16 at `path`, for `footage.cached`.
-
-    A finished file of the same store and codec is taken as it is; one that was cut off goes on. CUDA encodes where
-    there is CUDA. Returns whether the store fits the codec's grid; one that does not is encoded as it comes.
-    """
-    store, config = footage.store, footage.store.config
-    side = config.size // codec.factor
-    if side != config.grid:
-        return False
-    built = (store.folder / "store.json").stat().st_mtime_ns if hasattr(store, "folder") else 0
-    made_of = {"store": asdict(config), "built": built, "codec": codec_fingerprint(codec), "encoded pose": encoded_pose,
-               "normals": "as estimated" if footage.estimated else "exact"}  # fmt: skip
-    note = path.with_suffix(".json")
-    known = read_object(note) if path.exists() and note.exists() else {}
-    done = known.pop("encoded", None)
-    footage.cache = path
-    if known != json.loads(json.dumps(made_of)):
-        note.unlink(missing_ok=True)
-        planes = 3 * codec.channels if encoded_pose else 2 * codec.channels + 3
-        create_array(path, (*config.shape, planes, side, side), np.float16)
-        done = 0
-    elif done is None:
-        return True
-    out = np.lib.format.open_memmap(path, "r+")
-    flat = out.reshape(-1, *out.shape[3:])
-    home = next(chain(codec.parameters(), codec.buffers())).device
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    codec.to(device)
-    for i in range(done, len(flat), chunk):
-        subject, instant, view = np.unravel_index(np.arange(i, min(i + chunk, len(flat))), config.shape)
-        f = footage.frames_at((subject, instant, view), config.size)
-        images = (x.to(device) for x in (f.rgb, f.normal, f.pose))
-        with torch.no_grad():
-            flat[i : i + chunk] = encode_planes(codec, *images, encoded_pose=encoded_pose).half().cpu().numpy()
-        if (i // chunk + 1) % KEPT_EVERY == 0:
-            out.flush()
-            write_json(note, {**made_of, "encoded": min(i + chunk, len(flat))})
-    codec.to(home)
-    out.flush()
-    write_json(note, made_of)
-    return True
-
-
-def codec_fingerprint(codec: Codec) -> str:
-    """Tell codecs apart by what they make of an image."""
-    side = 8 * codec.factor
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        z = codec.encode(image.to(next(chain(codec.parameters(), codec.buffers())).device))
-    return fingerprint(z.half())

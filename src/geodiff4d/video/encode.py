@@ -1,9 +1,10 @@
-"""Encode clips into shards (`data.shards`), once, for all the steps that would encode their frames anew.
+"""Encode frames once, for all the steps that would encode them anew: clips into shards (`data.shards`), and stores.
 
 A shard is the unit of work: it is written whole by one process, or not at all, so an interrupted call goes on with the
 next one. Which recordings lie in which shard depends on the clips alone.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,26 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from geodiff4d.core import workers as processes
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_config, write_json
+from geodiff4d.core.files import fresh_file, read_config, read_object, write_json
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.core.rundir import lock_folder
 from geodiff4d.core.workers import in_workers
 from geodiff4d.data.footage.clips import ClipFootage, clip_head
 from geodiff4d.data.footage.encoded import packed, packed_width
+from geodiff4d.data.footage.rendered import RenderedFootage
 from geodiff4d.data.footage.take import FrameKey, on_grid
-from geodiff4d.data.rowstore import as_bytes
+from geodiff4d.data.rowstore import as_bytes, create_array
 from geodiff4d.data.shards import INDEX, NOTE, Index, RecordConfig, shard_name
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.video.batches import encode_planes
 from geodiff4d.video.model import VideoModelConfig
 from geodiff4d.video.vae import Codec, StableCodec, load_codec
 
-CHUNK = 32
-"""Frames that are decoded and encoded at once."""
+CHUNK, KEPT_EVERY = 32, 64
+"""Frames that are decoded and encoded at once, and chunks of a store between notes of how far it got."""
 PROBED = 64
 """Numbers by which a codec is known again."""
 PROBE_TOLERANCE = 0.05
@@ -102,11 +105,17 @@ def record_config(sources: Sequence[ClipFootage], codec: Codec, like: VideoModel
 
 def codec_probe(codec: Codec) -> tuple[float, ...]:
     """Return what a codec makes of an image that is always the same."""
+    return tuple(round(x, 5) for x in _probe(codec).flatten()[:PROBED].tolist())
+
+
+@torch.no_grad()
+def _probe(codec: Codec) -> Tensor:
     side = 8 * codec.factor
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        z = codec.encode(image.to(next(chain(codec.parameters(), codec.buffers())).device))
-    return tuple(round(x, 5) for x in z.flatten()[:PROBED].tolist())
+    return codec.encode(torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0)).to(_home(codec)))
+
+
+def _home(codec: Codec) -> torch.device:
+    return next(chain(codec.parameters(), codec.buffers())).device
 
 
 def fits(config: RecordConfig, codec: Codec, like: VideoModelConfig) -> str | None:
@@ -184,13 +193,12 @@ def _codec(folder: Path, device: str) -> Codec:
 def records(source: ClipFootage, r: Recording, config: RecordConfig, codec: Codec) -> Iterator[np.ndarray]:
     """Yield the records of a recording, some frames at a time."""
     here = np.nonzero(source.takes[r.take].present[:, r.view])[0].tolist()
-    home = next(chain(codec.parameters(), codec.buffers())).device
     places = [list(views(r.take)) for views in (source.reference_views, source.driving_views)]
     for i in range(0, len(here), CHUNK):
         instants = here[i : i + CHUNK]
         keys = [FrameKey(r.take, t, r.view) for t in instants]
         f, out = source.frames(keys, config.size), np.zeros(len(keys), config.record())
-        images = (x.to(home) for x in (f.rgb, f.normal, f.pose))
+        images = (x.to(_home(codec)) for x in (f.rgb, f.normal, f.pose))
         out["planes"] = encode_planes(codec, *images, encoded_pose=config.encoded_pose).half().cpu().numpy()
         cover, focus = on_grid(f.mask, f.focus, config.grid)
         out["cover"], out["focus"], out["has_normal"] = as_bytes(cover), as_bytes(focus), f.has_normal.numpy()
@@ -232,3 +240,45 @@ def _index(sources: Sequence[ClipFootage], out: Path, config: RecordConfig, shar
     first = np.concatenate([[0], np.cumsum([t.present.shape[1] for t in takes])])
     head = np.array([config.heads.index(name) for name in names], np.int64)
     return Index(takes, first, head, *(np.array(x, np.int64) for x in (shard, row, portrait, driver)))
+
+
+@torch.no_grad()
+def encode_store(
+    footage: RenderedFootage, codec: Codec, path: Path, encoded_pose: bool = True, chunk: int = CHUNK
+) -> bool:
+    """Encode a store's frames once, `[subjects, instants, views, p, h, w]` fp16 at `path`, for `footage.cached`.
+
+    A finished file of the same store and codec is taken as it is; one that was cut off goes on. CUDA encodes where
+    there is CUDA. Returns whether the store fits the codec's grid; one that does not is encoded as it comes.
+    """
+    store, config = footage.store, footage.store.config
+    side = config.size // codec.factor
+    if side != config.grid:
+        return False
+    built = (store.folder / store.NOTE).stat().st_mtime_ns if hasattr(store, "folder") else 0
+    made_of = fingerprint(config, built, _probe(codec).half(), encoded_pose, footage.estimated)
+    note, frames = path.with_suffix(".json"), math.prod(config.shape)
+    known = read_object(note) if path.exists() and note.exists() else {}
+    done = known.get("encoded", 0) if known.get("made_of") == made_of else 0
+    footage.cache = path
+    if not done:
+        note.unlink(missing_ok=True)
+        planes = 3 * codec.channels if encoded_pose else 2 * codec.channels + 3
+        create_array(path, (*config.shape, planes, side, side), np.float16)
+    if done == frames:
+        return True
+    out = np.lib.format.open_memmap(path, "r+")
+    flat, home = out.reshape(-1, *out.shape[3:]), _home(codec)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    codec.to(device)
+    for i in range(done, frames, chunk):
+        end = min(i + chunk, frames)
+        subject, instant, view = np.unravel_index(np.arange(i, end), config.shape)
+        f = footage.frames_at((subject, instant, view), config.size)
+        images = (x.to(device) for x in (f.rgb, f.normal, f.pose))
+        flat[i:end] = encode_planes(codec, *images, encoded_pose=encoded_pose).half().cpu().numpy()
+        if (i // chunk + 1) % KEPT_EVERY == 0 or end == frames:
+            out.flush()
+            write_json(note, {"made_of": made_of, "encoded": end})
+    codec.to(home)
+    return True

@@ -24,11 +24,10 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.data.clip import Clip, ClipFrame, not_a_clip, read_header
 from geodiff4d.data.estimated import as_estimated
-from geodiff4d.data.footage.take import FOCUS_REGIONS, CachedFrames, DecodedFrames, FrameKey, Take
+from geodiff4d.data.footage.take import HELD_OUT, CachedFrames, DecodedFrames, FrameKey, Take, of_mesh
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.heads.rig import SKULL_JOINT
 from geodiff4d.render.crops import canonical_crop_box, crop_image, face_crop_box, head_region
-from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 from geodiff4d.render.relief import lift_portrait, render_still
 from geodiff4d.world.seeds import generator
 from geodiff4d.world.tracker_error import disturbed, moved_as_tracked
@@ -42,8 +41,6 @@ BOX_INSTANTS = 9
 CROPPED = 0.15
 """A square picture whose canonical crop is this close to it (share of the side) counts as cropped already."""
 OPEN_CLIPS = 32
-HELD_OUT = "val"
-"""A folder of this name below one that is trained on is validated on, and never trained on."""
 
 
 @dataclass(frozen=True)
@@ -266,11 +263,9 @@ class ClipFootage:
         if self.estimated and (extra.get("params") == "truth" or extra.get("dataset") == "SynthHuman"):
             seeds = [int(generator("estimated", take, i, view).integers(1 << 31)) for i in instants]
             normal = torch.cat([as_estimated(n[None], seed) for n, seed in zip(normal, seeds, strict=True)])
-        still = head.pose(params.without_expression())
-        fragments = rasterize(still.vertices, still.faces, cameras)
-        pose = encode_normals(*render_normals(still, cameras, fragments))
-        focus = interpolate(fragments, head.faces, _focus(head)).clamp(0, 1)
-        return DecodedFrames(rgb, mask, normal, has_normal, pose, focus)
+        return DecodedFrames(
+            rgb, mask, normal, has_normal, *of_mesh(head, head.pose(params.without_expression()), cameras)
+        )
 
     def cached(self, keys: Sequence[FrameKey]) -> CachedFrames | None:
         return None
@@ -379,8 +374,3 @@ def clip_head(name: str, path: str | None) -> Head:
     if name not in ("flame", head.name):
         raise UserError(f"a clip was tracked with the head {name!r}, but {path} is {head.name!r}: give its file")
     return head
-
-
-def _focus(head: Head) -> Float[Tensor, "verts 1"]:
-    regions = [head.regions[r] for r in FOCUS_REGIONS if r in head.regions]
-    return torch.stack(regions).any(0).float()[:, None] if regions else torch.zeros_like(head.template[:, :1])

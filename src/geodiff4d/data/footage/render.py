@@ -19,12 +19,12 @@ from geodiff4d.core.files import read_json, write_json
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.footage.rendered import Store, StoreConfig, TrackStoreConfig
-from geodiff4d.data.footage.take import FOCUS_REGIONS, on_grid
+from geodiff4d.data.footage.take import of_mesh, on_grid
 from geodiff4d.data.rowstore import as_bytes, create_rows, fill_rows
 from geodiff4d.data.world_clips import random_motion, track_motion
 from geodiff4d.heads.rig import HeadParams, PosedHead
 from geodiff4d.render.crops import canonical_crop, crop_image, face_crop_box
-from geodiff4d.render.meshes import interpolate, rasterize, render_normals
+from geodiff4d.render.meshes import rasterize
 from geodiff4d.render.relief import lift
 from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.render.warp import complete
@@ -42,7 +42,7 @@ def build_store(
 ) -> Store:  # fmt: skip
     """Render a store, or finish one that was interrupted; subjects that are done are kept.
 
-    `render` fills a subject's rows of the store in a folder; the default draws independent instants.
+    `render` fills a subject's rows of the store in a folder, by default as the open world draws them.
 
     Raises:
         UserError: the folder holds a store of another configuration, or the store would fill terabytes.
@@ -72,50 +72,53 @@ def refuse_terabytes(folder: Path, config: StoreConfig) -> None:
 
 
 def build_tracks(
-    folder: Path, config: TrackStoreConfig, like: StoreConfig, workers: int = 2,
-    progress: Progress = silent,
-) -> Store:  # fmt: skip
+    folder: Path, config: TrackStoreConfig, like: StoreConfig, workers: int = 2, progress: Progress = silent
+) -> Store:
     """Render tracks in the sizes of another store, or finish what was interrupted.
 
     Raises:
         UserError: the folder holds something else, or the store would fill terabytes.
     """
-    folder = Path(folder)
+    folder, whole = Path(folder), config.store(like)
     note = folder / "track.json"
-    if note.exists() and read_json(note) != asdict(config):
-        raise UserError(f"{folder} holds tracks of another configuration: name another folder or remove it")
-    if (folder / "store.json").exists() and not note.exists():
-        raise UserError(f"{folder} holds single images: name another folder for tracks")
-    whole = config.store(like)
+    if (folder / "store.json").exists() and not (note.exists() and read_json(note) == asdict(config)):
+        raise UserError(
+            f"{folder} holds single images, or tracks of another configuration: name another folder or remove it"
+        )
     refuse_terabytes(folder, whole)
     write_json(note, config)
-    return build_store(folder, whole, workers, progress, render_track)
+    return build_store(folder, whole, workers, progress)
 
 
 def render_subject(folder: Path, s: int) -> None:
-    """Render one person's independent instants into the rows of a store."""
+    """Render one person into the rows of a store: the track, where it is a store of tracks, and single instants."""
     torch.set_num_threads(1)
     store = Store(folder, writable=True)
-    c = store.config
-    head = openhead()
-    subject = SyntheticSubject(c.seed * 100_000 + s, c.split)
-    m = random_motion(c.split, s, c.instants, c.seed)
+    c, tracks, who = store.config, store.tracks, store.config.seed * 100_000 + s
+    subject, head, n = SyntheticSubject(who, c.split), openhead(), tracks.frames if tracks else 0
+    m = random_motion(c.split, s, c.instants - n, c.seed + bool(tracks))
+    if tracks:
+        m = HeadParams.cat([track_motion(c.split, s, n, c.seed, tracks.fps), m])
     truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
-    # Independent instants: every one gets its own draw of the tracker's error.
-    tracked = HeadParams.stack([disturbed(truth[i : i + 1], seed=s * 1000 + i)[0] for i in range(c.instants)])
-    posed = head.pose(tracked)
-    moved = head.pose(moved_as_tracked(tracked, m, c.seed * 100_000 + s))
-    still = head.pose(tracked.without_expression())
+    # A tracker's error drifts along a track, and is drawn anew for every single instant.
+    found = [disturbed(truth[i : i + 1], seed=who * 1000 + i) for i in range(n, c.instants)]
+    if tracks:
+        drifting = disturbed(truth[:n], seed=who)
+        if not m.rotation[:n].any():  # A head that is held still is posed by us, not found by a tracker.
+            first = {k: getattr(drifting, k)[:1].expand(n, -1) for k in ("rotation", "translation")}
+            drifting = replace(drifting, **first)
+        found.insert(0, drifting)
+    tracked = HeadParams.cat(found)
+    posed, still = head.pose(tracked), head.pose(tracked.without_expression())
+    moved = head.pose(moved_as_tracked(tracked, m, who, temporal=n > 0)).vertices
     store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
+    bare = Store(folder, writable=True)
+    bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
+    standing = _cropped(c, who * 100, still.vertices[:n]) if n else None
     for i in range(c.instants):
-        cameras = _cropped(c, (c.seed * 100_000 + s) * 100 + i, still.vertices[i])
-        render_instant(store, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved.vertices[i], cameras)
+        rows, cameras = (bare, standing) if i < n else (store, _cropped(c, who * 100 + i, still.vertices[i]))
+        render_instant(rows, s, i, subject, truth[i], posed[i], still[i], moved[i], cameras)
     store.done[s] = 1
-
-
-def one_of(heads: PosedHead, i: int) -> PosedHead:
-    """Take one head out of a batch."""
-    return replace(heads, vertices=heads.vertices[i], T_world_joint=heads.T_world_joint[i])
 
 
 def render_instant(
@@ -142,19 +145,15 @@ def write_conditions(
         standing: the head without expression; all views see it where it is.
         moved: its vertices, moved as the driver's tracked expression would.
     """
-    head, c, still = openhead(), store.config, standing.vertices
-    v = c.views
+    head, c, v, still = openhead(), store.config, store.config.views, standing.vertices
     store.T_world_joint[s, i] = standing.T_world_joint[:2].numpy()
     store.T_cam_world[s, i], store.K[s, i] = cameras.T_cam_world.numpy(), cameras.K.numpy()
-    fragments = rasterize(still.expand(v, -1, -1), head.faces, cameras)
-    mesh = head.pose(head.neutral(v))
-    normals, shown = render_normals(
-        type(mesh)(still.expand(v, -1, -1), head.faces, mesh.T_world_joint), cameras, fragments
+    seen_by_all = replace(
+        standing, vertices=still.expand(v, -1, -1), T_world_joint=standing.T_world_joint.expand(v, -1, -1, -1)
     )
-    focus = torch.stack([head.regions[r] for r in FOCUS_REGIONS if r in head.regions]).any(0).float()[:, None]
-    focus = interpolate(fragments, head.faces, focus)
+    pose, focus = of_mesh(head, seen_by_all, cameras)
     points = head.landmarks68.on(still, head.faces)
-    store.pose[s, i] = as_bytes(encode_normals(normals, shown))
+    store.pose[s, i] = as_bytes(pose)
     for prefix, vertices in (("", still), ("moved_", moved)):
         small = rasterize(vertices.expand(v, -1, -1), head.faces, cameras.resized(c.size // 2, c.size // 2))
         getattr(store, f"{prefix}face")[s, i] = small.face_index.to(torch.int16).numpy()
@@ -170,38 +169,6 @@ def write_conditions(
         store.texture[s, i, k] = as_bytes(portrait.texture)
         sheet = lift(head, own, cameras[k], (mask[k] > 0.5).float())
         store.relief[s, i, k], store.follows[s, i, k] = sheet.points.half().numpy(), sheet.follows.half().numpy()
-
-
-def render_track(folder: Path, s: int) -> None:
-    """Render one person's track and portraits into the rows of a store."""
-    torch.set_num_threads(1)
-    store = Store(folder, writable=True)
-    assert store.tracks is not None
-    c, n = store.config, store.tracks.frames
-    who = c.seed * 100_000 + s
-    subject = SyntheticSubject(who, c.split)
-    track = track_motion(c.split, s, n, c.seed, store.tracks.fps)
-    portraits = random_motion(c.split, s, store.tracks.portraits, c.seed + 1)
-    m = HeadParams.stack([*(track[i] for i in range(n)), *(portraits[i] for i in range(store.tracks.portraits))])
-    truth = subject.params(m.expr, m.rotation, m.neck_pose, m.jaw_pose, m.eyes_pose, m.translation)
-    # A tracker's error drifts along the track, and is drawn anew for every portrait.
-    alone = [disturbed(truth[i : i + 1], seed=who * 1000 + i)[0] for i in range(n, c.instants)]
-    drifting = disturbed(truth[:n], seed=who)
-    if not track.rotation.any():  # A head that is held still is posed by us, not found by a tracker.
-        first = {k: getattr(drifting, k)[:1].expand(n, -1) for k in ("rotation", "translation")}
-        drifting = replace(drifting, **first)
-    tracked = HeadParams.stack([*(drifting[i] for i in range(n)), *alone])
-    head = openhead()
-    posed, still = head.pose(tracked), head.pose(tracked.without_expression())
-    moved = head.pose(moved_as_tracked(tracked, m, who, temporal=True)).vertices
-    store.expr[s], store.joints[s] = m.expr.numpy(), torch.cat([m.jaw_pose, m.eyes_pose.flatten(1)], 1).numpy()
-    standing = _cropped(c, who * 100, still.vertices[:n])
-    bare = Store(folder, writable=True)
-    bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
-    for i in range(c.instants):
-        rows, cameras = (bare, standing) if i < n else (store, _cropped(c, who * 100 + i, still.vertices[i]))
-        render_instant(rows, s, i, subject, truth[i], one_of(posed, i), one_of(still, i), moved[i], cameras)
-    store.done[s] = 1
 
 
 def _cropped(config: StoreConfig, seed: int, still: Float[Tensor, "*frames verts 3"]) -> Camera:

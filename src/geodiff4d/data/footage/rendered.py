@@ -3,14 +3,14 @@
 What a store holds of a frame: the image on plain grey, exact normals, the pose map and the mesh fragments of the
 *tracked* head (its parameters carry a tracker's error), where each of its vertices falls in the image, and the face
 crop. So its warped portraits cost no rasterisation and its motion is exact; its latents are encoded once
-(`video.batches.encode_store`). A store of tracks has the same arrays: instants 0 … frames − 1 follow each other before
+(`video.encode.encode_store`). A store of tracks has the same arrays: instants 0 … frames − 1 follow each other before
 cameras that stand still, those after them are portraits of the same person at other times. `render` makes both.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from torch.nn.functional import interpolate as resized
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_config, read_object
+from geodiff4d.core.files import read_config
 from geodiff4d.data.estimated import as_estimated
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, FrameKey, Take, at_size
-from geodiff4d.data.rowstore import Arrays, open_rows, take
+from geodiff4d.data.rowstore import Arrays, RowStore, take
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import Fragments
 from geodiff4d.render.relief import LiftedPortrait, Relief, cells
@@ -62,14 +62,11 @@ class StoreConfig:
     parameters: Literal["disturbed", "tracked"] = "disturbed"
     """Head parameters: the truth with a tracker's error, or what our tracker sees (`tracking/relabel.py`)."""
 
-    BEFORE: ClassVar[dict[str, Any]] = {"warps": 1}
-    """What fields were in stores that are older than they."""
-
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.subjects, self.instants, self.views
 
-    def arrays(self, verts: int) -> Arrays:
+    def arrays(self, verts: int = 0) -> Arrays:
         """Return shape and type of every array, by name.
 
         `face` and `bary` are fragments of the head at zero expression, `moved_face` and `moved_bary` as its
@@ -111,45 +108,20 @@ class TrackStoreConfig:
         return replace(like, subjects=self.subjects, instants=instants, views=self.views, reference_views=1)
 
 
-TOPOLOGY = ("faces", "uv", "uv_faces")
-"""Arrays of the mesh that fragments and carried vertices refer to."""
+class Store(RowStore):
+    """Rendered people; `StoreConfig.arrays` says what there is of each."""
 
-
-class Store:
-    """Memory-mapped arrays by attribute, opened when first asked for; `StoreConfig.arrays` says what they hold."""
+    NOTE, CONFIG = "store.json", StoreConfig
+    CONSTANTS = "faces", "uv", "uv_faces"
+    """The mesh that fragments and carried vertices refer to."""
 
     def __init__(self, folder: Path, writable: bool = False):
-        """Open a store.
-
-        Raises:
-            UserError: there is none, it is another version's, or it was not finished.
-        """
-        self.folder, self.writable = Path(folder), writable
-        if not (self.folder / "store.json").exists():
-            raise UserError(f"{folder} is not a training store: expected store.json; `geodiff4d train` builds one")
-        saved = read_object(self.folder / "store.json")
-        try:
-            self.config = StoreConfig(**StoreConfig.BEFORE | saved)
-            if self.config.warps != StoreConfig.warps:
-                raise TypeError(f"warps {self.config.warps} and not {StoreConfig.warps}")
-            done = self.done.all()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{folder} is a store of another version ({error}): remove it and build it again") from None
+        super().__init__(folder, writable)
+        if self.config.warps != StoreConfig.warps:
+            raise UserError(f"{folder} is a store of another version: remove it and build it again")
         note = self.folder / "track.json"
         self.tracks = read_config(note, TrackStoreConfig) if note.exists() else None
         """Set if its first instants follow each other."""
-        if not writable and not done:
-            raise UserError(f"{folder} is unfinished: run the same `geodiff4d train` command again to resume it")
-
-    def __getattr__(self, name: str) -> np.ndarray:
-        if name.startswith("_") or "config" not in vars(self) or name not in (*self.config.arrays(0), *TOPOLOGY):
-            raise AttributeError(name)
-        vars(self).update(open_rows(self.folder, [name], self.writable))
-        return vars(self)[name]
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        # Memory-mapped arrays would travel to workers as copies.
-        return type(self), (self.folder,)
 
     def motion(self, subject: np.ndarray, instant: np.ndarray) -> HeadParams:
         """Return expression, jaw and gaze of instants; the rest is zero."""
@@ -168,7 +140,7 @@ class RenderedFootage:
         self.store, self.estimated = store, estimated
         self.name = str(getattr(store, "folder", "rendered"))
         self.cache: Path | None = None
-        """Where its latents are, once `video.batches` has encoded them."""
+        """Where its latents are, once `video.encode` has encoded them."""
         self._planes: np.ndarray | None = None
         self._head: Head | None = None
         (subjects, instants, views), tracks = store.config.shape, store.tracks
@@ -191,7 +163,7 @@ class RenderedFootage:
     def head(self) -> Head:
         """The head whose mesh the store refers to, which outlives a new version of OpenHead."""
         if self._head is None:
-            mesh = {k: torch.from_numpy(np.array(getattr(self.store, k))) for k in TOPOLOGY}
+            mesh = {k: torch.from_numpy(np.array(getattr(self.store, k))) for k in Store.CONSTANTS}
             head = openhead()
             # Another mesh's vertices have no names here.
             regions = head.regions if self.store.carried.shape[-2] == len(head.template) else {}

@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, max_pool2d
 from torch.nn.functional import interpolate as resized
 
-from geodiff4d.heads.rig import HeadParams
+from geodiff4d.core.camera import Camera
+from geodiff4d.core.images import encode_normals
+from geodiff4d.heads.rig import Head, HeadParams, PosedHead
+from geodiff4d.render.meshes import interpolate, rasterize, render_normals
 
 Kind = Literal["multi-view", "video", "images"]
 FOCUS_REGIONS = ("lips", "mouth", "teeth", "tongue", "lids", "eyes", "brows")
+
+HELD_OUT = "val"
+"""A folder of this name below one that is trained on is validated on, and never trained on."""
 
 
 class FrameKey(NamedTuple):
@@ -129,6 +136,17 @@ def kind_of(footage: Footage) -> Kind:
     if any(t.present.shape[1] > 1 for t in footage.takes):
         return "multi-view"
     return "video" if any(t.temporal for t in footage.takes) else "images"
+
+
+def of_mesh(
+    head: Head, still: PosedHead, cameras: Camera
+) -> tuple[Float[Tensor, "n 3 height width"], Float[Tensor, "n 1 height width"]]:
+    """Return what heads without expression say of their frames: pose maps (Sec. 3.2), and where the focus is."""
+    fragments = rasterize(still.vertices, still.faces, cameras)
+    regions = [head.regions[r] for r in FOCUS_REGIONS if r in head.regions]
+    focus = torch.stack(regions).any(0).float()[:, None] if regions else torch.zeros_like(head.template[:, :1])
+    pose = encode_normals(*render_normals(still, cameras, fragments))
+    return pose, interpolate(fragments, head.faces, focus).clamp(0, 1)
 
 
 def on_grid(
