@@ -91,7 +91,7 @@ def no_credentials_of_the_users(tmp_path_factory):
 @pytest.fixture(scope="session")
 def subject():
     """One person of the open world for every test that only looks: painting someone takes half a second."""
-    from geodiff4d.world import SyntheticSubject
+    from geodiff4d.world.subject import SyntheticSubject
 
     return SyntheticSubject(3, "val")
 

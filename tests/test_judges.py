@@ -30,8 +30,7 @@ from geodiff4d.render.viewpoints import orbit, world_region
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.video.generate import GenerationRequest, WarpGenerator
 from geodiff4d.video.inputs import Driving, Portrait
-from geodiff4d.world import SyntheticSubject
-from geodiff4d.world.subject import plain_seed
+from geodiff4d.world.subject import SyntheticSubject, plain_seed
 from geodiff4d.world.tracker_error import disturbed
 
 

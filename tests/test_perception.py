@@ -24,8 +24,8 @@ from geodiff4d.tracking.network import (
 )
 from geodiff4d.tracking.people import People, PeopleConfig, build_people
 from geodiff4d.tracking.points import OWN, SurfacePoints, choose_points, closest, known_points
-from geodiff4d.tracking.scenes import FINDER_SIZE, Scenes, head_box
-from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct
+from geodiff4d.tracking.scenes import FINDER_SIZE, Scenes
+from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, head_box
 from geodiff4d.tracking.turn import apparent_turn, ray_rotation
 
 TINY = PerceptionConfig(

@@ -14,14 +14,14 @@ from geodiff4d.data.world_clips import is_complete, write_world
 from geodiff4d.heads import load_head
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import capture_cameras, world_region
-from geodiff4d.world import SyntheticSubject, random_cameras, random_expression
-from geodiff4d.world.expressions import ACTIONS, TRACK_KINDS, expression_track, head_track
+from geodiff4d.world.cameras import random_cameras
+from geodiff4d.world.expressions import ACTIONS, TRACK_KINDS, expression_track, head_track, random_expression
 from geodiff4d.world.glasses import build as build_glasses
 from geodiff4d.world.growth import BEARD_SHELL, grow_beard
 from geodiff4d.world.hair import KINDS, draw_style
 from geodiff4d.world.mesh import assemble
 from geodiff4d.world.seeds import generator
-from geodiff4d.world.subject import WORLD_VERSION, plain_seed
+from geodiff4d.world.subject import WORLD_VERSION, SyntheticSubject, plain_seed
 from geodiff4d.world.tracker_error import disturbed
 from geodiff4d.world.traits import draw_traits
 

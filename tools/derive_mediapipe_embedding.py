@@ -25,7 +25,7 @@ from geodiff4d.render.meshes import Fragments, rasterize, render_normals
 from geodiff4d.render.viewpoints import FRONT_CAMERA, capture_cameras
 from geodiff4d.tracking.detect import Detection, MediaPipeDetector
 from geodiff4d.tracking.points import CONTOUR
-from geodiff4d.world import SyntheticSubject
+from geodiff4d.world.subject import SyntheticSubject
 
 SIZE, FINER = 512, 2
 MAX_SPREAD_M = 0.005

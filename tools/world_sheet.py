@@ -19,7 +19,8 @@ from geodiff4d.heads import HeadParams
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import orbit, world_region
 from geodiff4d.tracking.detect import MediaPipeDetector
-from geodiff4d.world import SyntheticSubject, random_expression
+from geodiff4d.world.expressions import random_expression
+from geodiff4d.world.subject import SyntheticSubject
 
 VIEWS_DEG = (0.0, -30.0, 25.0, 45.0)
 CALM = 0.1

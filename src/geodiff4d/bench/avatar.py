@@ -19,7 +19,7 @@ from geodiff4d.data.clip import Clip
 from geodiff4d.data.world_clips import write_clip
 from geodiff4d.heads import load_head
 from geodiff4d.presets import Preset
-from geodiff4d.world import SyntheticSubject
+from geodiff4d.world.subject import SyntheticSubject
 
 FRAMES, VIEWS = 3, 2
 PARTS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from geodiff4d.world import SyntheticSubject, random_cameras, random_expression
+from geodiff4d.world.cameras import random_cameras
 from geodiff4d.world.draw import Backend
+from geodiff4d.world.expressions import random_expression
+from geodiff4d.world.subject import SyntheticSubject
 
 TIMEOUT_SECONDS = 600.0
 

@@ -29,8 +29,9 @@ from geodiff4d.render.crops import canonical_crop, canonical_crop_box, head_regi
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.tracking.detect import Detection, Detector
 from geodiff4d.tracking.track import Cut, Tracked, TrackingConfig, overlay, track_frames
-from geodiff4d.world import SyntheticSubject, random_expression
+from geodiff4d.world.expressions import random_expression
 from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import SyntheticSubject
 
 YAW_BINS = (0.0, 15.0, 30.0, 45.0, 75.0)
 CHUNK, SHOWN = 20, 24

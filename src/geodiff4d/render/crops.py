@@ -77,16 +77,22 @@ def crop_image(
         torch.Size([3, 16, 16])
     """
     left, top, side = box
-    rows = _resampling(image.shape[1], top, side, size, clamp=fill is None).to(image)
-    columns = _resampling(image.shape[2], left, side, size, clamp=fill is None).to(image)
-    out = torch.einsum("yh,chw,xw->cyx", rows, image, columns)
+    (y, rows), (x, columns) = (
+        _resampling(length, start, side, size, clamp=fill is None)
+        for length, start in ((image.shape[1], top), (image.shape[2], left))
+    )
+    rows, columns = rows.to(image), columns.to(image)
+    out = torch.einsum("yh,chw,xw->cyx", rows, image[:, y, x], columns)
     if fill is not None:
         out = out + fill * (1 - rows.sum(1)[:, None] * columns.sum(1))
     return out
 
 
-def _resampling(length: int, start: float, side: float, size: int, clamp: bool) -> Float[Tensor, "size length"]:
-    """Weights of a tent filter as wide as the larger of source and target pixels; rows sum to one where `clamp`."""
+def _resampling(
+    length: int, start: float, side: float, size: int, clamp: bool
+) -> tuple[slice, Float[Tensor, "size some"]]:
+    """Return which source pixels are looked at, and their weights: of a tent filter as wide as the larger of source and
+    target pixels; rows sum to one where `clamp`."""
     step = side / size
     centres = start + (torch.arange(size, dtype=torch.float64) + 0.5) * step
     radius = max(step, 1.0)
@@ -97,5 +103,7 @@ def _resampling(length: int, start: float, side: float, size: int, clamp: bool) 
     inside = (taps >= 0) & (taps < length)
     if not clamp:
         weights = weights * inside
-    out = torch.zeros(size, length, dtype=torch.float64)
-    return out.scatter_add_(1, taps.clamp(0, length - 1), weights)
+    taps = taps.clamp(0, length - 1)
+    low, high = int(taps.min()), int(taps.max()) + 1
+    out = torch.zeros(size, high - low, dtype=torch.float64)
+    return slice(low, high), out.scatter_add_(1, taps - low, weights)

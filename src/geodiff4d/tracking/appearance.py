@@ -162,7 +162,7 @@ class AppearanceLevel:
     def __init__(self, film: Appearance, blur: float, x: Unknowns):
         """Look at a film with a blur of so many pixels; `x` is what was found so far."""
         self.film = film
-        self.images = relative_brightness(film.images, blur, film.config.around)
+        self.images = _with_slopes(relative_brightness(film.images, blur, film.config.around))
         rest = film.resting(x)
         self.wanted = [self._appearance(x, surface, rest) for surface in film.surfaces]
         most = film.surfaces[0].facing.sum(1)[film.seen].mean().clamp(min=1e-6)
@@ -171,11 +171,8 @@ class AppearanceLevel:
     def _look(self, xy: Float[Tensor, "frames points 2"], first: int) -> Float[Tensor, "frames points 3"]:
         """Return brightness and its derivatives in x and y [1 / px of the uncut image] at points."""
         crop, box = self.images[first : first + len(xy)], self.film.boxes[first : first + len(xy), None]
-        across = pad(crop, (1, 1, 0, 0), mode="replicate")
-        down = pad(crop, (0, 0, 1, 1), mode="replicate")
-        three = torch.cat([crop, across[..., 2:] - across[..., :-2], down[..., 2:, :] - down[..., :-2, :]], 1)
         at = ((xy - box[..., :2]) / box[..., 2:] * 2 - 1).float()
-        values = grid_sample(three, at[:, None], align_corners=False, padding_mode="border")[:, :, 0].mT
+        values = grid_sample(crop, at[:, None], align_corners=False, padding_mode="border")[:, :, 0].mT
         scale = 0.5 * crop.shape[-1] / box[..., 2:].float()
         return torch.cat([values[..., :1], values[..., 1:] * scale], -1)
 
@@ -254,6 +251,12 @@ def relative_brightness(
         mean, spread = (interpolate(v, x.shape[-2:], mode="bilinear", align_corners=False) for v in (mean, spread))
         out.append((x - mean) / (spread + 0.02))
     return torch.cat(out)
+
+
+def _with_slopes(x: Float[Tensor, "n 1 side side"]) -> Float[Tensor, "n 3 side side"]:
+    """Return images with twice their derivatives in x and y."""
+    across, down = pad(x, (1, 1, 0, 0), mode="replicate"), pad(x, (0, 0, 1, 1), mode="replicate")
+    return torch.cat([x, across[..., 2:] - across[..., :-2], down[..., 2:, :] - down[..., :-2, :]], 1)
 
 
 def _blurred(x: Float[Tensor, "n 1 h w"], sigma: float) -> Float[Tensor, "n 1 h w"]:

@@ -15,10 +15,9 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate, normalize
 
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import shows_features
-from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, load_perception
+from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, shipped_perception
 from geodiff4d.tracking.reader import FaceReader, face_crop, shipped_reader
-from geodiff4d.tracking.scenes import head_box
-from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, plane_turn
+from geodiff4d.tracking.squares import HeadSquare, cut_square, distinct, head_box, plane_turn
 
 FINDER_SIDES = (192, 384, 768)
 """Longer sides of the images that the finder runs on [px]; the last only where the others show no face."""
@@ -45,7 +44,7 @@ class EmbeddedDetector:
         torch.Size([192, 2])
     """
 
-    model: Perception = field(default_factory=load_perception)
+    model: Perception = field(default_factory=shipped_perception)
     threshold: float = FACE_LOGIT
     """Logit above which a crop shows a face (`FACE_LOGIT`)."""
     doubt: float = DOUBT

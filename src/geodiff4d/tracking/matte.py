@@ -9,14 +9,7 @@ tracked head is no foreground. All lengths are shares of the head's size, so tha
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from scipy.ndimage import (
-    binary_erosion,
-    binary_fill_holes,
-    distance_transform_edt,
-    gaussian_filter,
-    label,
-    uniform_filter,
-)
+from scipy.ndimage import binary_erosion, distance_transform_edt, gaussian_filter, label, uniform_filter
 from torch import Tensor
 
 from geodiff4d.tracking.background import corrected
@@ -141,9 +134,14 @@ def _without_islands(mask: np.ndarray) -> np.ndarray:
         others = (parts > 0) & (parts != largest)
         near: np.ndarray = np.less(_distance_to(others), 3)
         mask = np.where(near & (parts != largest), 0.0, mask)
-    filled = np.asarray(binary_fill_holes(mask > 0.5), dtype=bool)
-    holes = filled & (mask <= 0.5)
-    return np.where(holes, 1.0, mask)
+    # Holes are what of the background does not reach the image's border.
+    around = np.empty(mask.shape, np.int32)
+    label(mask <= 0.5, output=around)
+    hole = np.ones(around.max() + 1, bool)
+    hole[0] = False
+    for border in (around[0], around[-1], around[:, 0], around[:, -1]):
+        hole[border] = False
+    return np.where(hole[around], 1.0, mask)
 
 
 def smooth_over_time(masks: Float[Tensor, "frames 1 size size"]) -> Float[Tensor, "frames 1 size size"]:

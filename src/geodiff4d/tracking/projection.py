@@ -64,6 +64,15 @@ class Projection:
         params = self.layout.params(frame, shape.expand(len(frame), -1))
         return self.head.pose(params).vertices[:, : self.count]
 
+    def _nudged(self, frame: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the points in the world, and how they move with each of `angles` [angles, frames, points, 3]."""
+        nudged = frame.repeat(1 + len(self.angles), 1, 1)
+        for row, i in enumerate(self.angles, 1):
+            nudged[row, :, i] += DIFFERENCE
+        # Posed all at once: for a few hundred points, calling costs more than computing.
+        world, *moved = self._place(nudged.flatten(0, 1), shape).unflatten(0, (-1, len(frame)))
+        return world, torch.stack([(m - world) / DIFFERENCE for m in moved]).float() if moved else world.new_zeros(0)
+
     def _through_camera(self, world: Tensor, log_zoom: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [frames, points, 2] and their derivative in the world's points [frames, points, 2, 3]."""
         cam = world @ self.front.T + self.offset
@@ -84,14 +93,12 @@ class Projection:
         Linear bases are differentiated by hand (through skinning and the joints that they move), and so is the head's
         rotation, the few other angles by differences in double precision. What the stage holds fixed is left at zero.
         """
-        world = self._place(frame, shared[:-1])
+        world, by_angles = self._nudged(frame, shared[:-1])
         xy, camera = self._through_camera(world, shared[-1])
         n, where = self.layout.size, self.layout.slices
         moved_by = torch.zeros(*world.shape, n + len(shared))
-        for i in self.angles:
-            moved = frame.clone()
-            moved[:, i] += DIFFERENCE
-            moved_by[..., i] = ((self._place(moved, shared[:-1]) - world) / DIFFERENCE).float()
+        for i, by_angle in zip(self.angles, by_angles, strict=True):
+            moved_by[..., i] = by_angle
         if self.rotates:
             turned = torch.einsum("fiab,fpb->fpai", *self._turned(frame, world, shared[:-1]))
             moved_by[..., where["rotation"]] = turned
@@ -113,14 +120,12 @@ class Projection:
         `slope` gives that number's derivative in the point's place [1 / px], for points at given pixels. It is the row
         of `jacobian` along that slope, without its two rows in memory.
         """
-        world = self._place(frame, shared[:-1])
+        world, by_angles = self._nudged(frame, shared[:-1])
         xy, camera = self._through_camera(world, shared[-1])
         pull = (slope(xy)[..., None, :] @ camera.float())[..., 0, :]
         out = torch.zeros(*xy.shape[:2], self.layout.size)
-        for i in self.angles:
-            moved = frame.clone()
-            moved[:, i] += DIFFERENCE
-            out[..., i] = (((self._place(moved, shared[:-1]) - world) / DIFFERENCE).float() * pull).sum(-1)
+        for i, by_angle in zip(self.angles, by_angles, strict=True):
+            out[..., i] = (by_angle * pull).sum(-1)
         if self.rotates:
             spin, arm = self._turned(frame, world, shared[:-1])
             out[..., self.layout.slices["rotation"]] = torch.einsum("fpa,fiab,fpb->fpi", pull, spin, arm)

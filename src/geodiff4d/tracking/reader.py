@@ -24,7 +24,7 @@ from geodiff4d.core.packing import packed
 from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import face_square
-from geodiff4d.tracking.network import gram_schmidt
+from geodiff4d.tracking.network import folded, gram_schmidt
 from geodiff4d.tracking.reading import Reading
 from geodiff4d.tracking.squares import cut_square
 from geodiff4d.world.expressions import ACTIONS
@@ -218,7 +218,7 @@ def read_faces(
 @cache
 def shipped_reader() -> FaceReader | None:
     """Load the reader that ships with the package, or return None where an installation has none."""
-    return load_reader() if SHIPPED.exists() else None
+    return folded(load_reader()) if SHIPPED.exists() else None
 
 
 @cache

@@ -31,8 +31,8 @@ from geodiff4d.tracking.reader_instants import (
     follow_gaze,
 )
 from geodiff4d.tracking.turn import apparent_turn
-from geodiff4d.world import SyntheticSubject
 from geodiff4d.world.seeds import Split, generator
+from geodiff4d.world.subject import SyntheticSubject
 
 MARGIN = 1.35
 """Side of the stored pictures over the side of the square that the reader looks at: room to cut sloppily."""

@@ -12,6 +12,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 from geodiff4d.tracking.degrade import backgrounds, chance, hands, photographed, relight, shapes, uniform
 from geodiff4d.tracking.network import FINDER_STRIDE
 from geodiff4d.tracking.people import People
+from geodiff4d.tracking.squares import head_box
 
 HEAD_SCALE = (1.2, 1.9)
 """Side of the wide crops, which are what the finder's squares look like, over the side of the points' box."""
@@ -51,12 +52,6 @@ class Pictures:
     """As `Finder.forward`, with 1 for the logit at the cells of a head's centre."""
     ignored: Bool[Tensor, "b rows columns"]
     """Cells beside a centre, where either answer is fine."""
-
-
-def head_box(points: Float[Tensor, "*batch points 2"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
-    """Return centre and longer side of the points' box."""
-    low, high = points.amin(-2), points.amax(-2)
-    return (low + high) / 2, (high - low).amax(-1)
 
 
 class Scenes:

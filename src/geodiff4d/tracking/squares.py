@@ -32,6 +32,12 @@ class HeadSquare:
         return (points - 0.5) @ plane_turn(self.roll).mT * self.side + torch.tensor([self.x, self.y])
 
 
+def head_box(points: Float[Tensor, "*batch points 2"]) -> tuple[Float[Tensor, "*batch 2"], Float[Tensor, "*batch"]]:
+    """Return centre and longer side of the points' box."""
+    low, high = points.amin(-2), points.amax(-2)
+    return (low + high) / 2, (high - low).amax(-1)
+
+
 def distinct(squares: list[HeadSquare]) -> list[HeadSquare]:
     """Return the squares sorted by score, without those that overlap a better one."""
     kept: list[HeadSquare] = []

@@ -125,6 +125,8 @@ class Cut:
     image: Float[Tensor, "3 size size"]
     mask: Float[Tensor, "1 size size"]
     normal: Float[Tensor, "3 size size"] | None
+    fragments: Fragments | None = None
+    """Where the tracked head is in it, if that is known."""
 
 
 def track_frames(
@@ -281,14 +283,15 @@ def cut_frames(
     frames: FrameStream, located: Located, size: int, mask: Float[Tensor, "1 _height _width"] | None = None
 ) -> Iterator[Cut]:
     """Yield every frame's crop with its foreground, smoothed over time, and its normals; `mask` is the user's own."""
-    waiting: list[Tensor] = []
+    waiting: list[tuple[Tensor, Fragments]] = []
     masks: list[Tensor] = []
     work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
     for t, (image, detection, vertices) in enumerate(work):
         crop = crop_image(image, located.box, size, fill=0.5)
-        waiting.append(crop)
+        fragments = rasterize(vertices, located.mesh.faces, located.camera)
+        waiting.append((crop, fragments))
         if mask is None:
-            masks.append(_matte(crop, detection, image.shape[2], vertices, located))
+            masks.append(_matte(crop, detection, image.shape[2], fragments, located))
         else:
             masks.append(crop_image(mask, located.box, size, fill=0.0).clamp(0, 1))
         if t:
@@ -296,13 +299,13 @@ def cut_frames(
     yield _finished(waiting, masks, len(masks) - 1, located)
 
 
-def _finished(crops: list[Tensor], masks: list[Tensor], t: int, located: Located) -> Cut:
+def _finished(waiting: list[tuple[Tensor, Fragments]], masks: list[Tensor], t: int, located: Located) -> Cut:
     around = torch.stack([masks[max(t - 1, 0)], masks[t], masks[min(t + 1, len(masks) - 1)]])
     mask = smooth_over_time(around)[1] if len(masks) > 2 else masks[t]
-    crop, crops[t] = crops[t], crops[t][:, :0]
+    crop, fragments = waiting.pop(0)
     if t > 1:
         masks[t - 2] = masks[t - 2][:, :0]
-    return Cut(crop, mask, _normal(located.detections[t], mask, located.box))
+    return Cut(crop, mask, _normal(located.detections[t], mask, located.box), fragments)
 
 
 def notes(source: Path, located: Located) -> list[str]:
@@ -335,13 +338,11 @@ def _listed(frames: Sequence[int], most: int = 8) -> str:
     return ", ".join(map(str, frames[:most])) + (" …" if len(frames) > most else "")
 
 
-def _matte(crop: Tensor, detection: Detection | None, width: int, vertices: Tensor, located: Located) -> Tensor:
+def _matte(crop: Tensor, detection: Detection | None, width: int, fragments: Fragments, located: Located) -> Tensor:
     person = None
     if detection is not None and detection.mask is not None:
         person = _spanned(detection.mask, detection.extent, width, located.box, len(crop[0])).clamp(0, 1)
-    mesh = located.mesh
-    fragments = rasterize(vertices, mesh.faces, located.camera)
-    part = interpolate(fragments, mesh.faces, located.region.float()[:, None])[0] > 0.5
+    part = interpolate(fragments, located.mesh.faces, located.region.float()[:, None])[0] > 0.5
     return matte(crop, person, fragments.mask, part)
 
 
@@ -366,9 +367,7 @@ def overlay(cut: Cut, located: Located, t: int) -> Float[Tensor, "3 height width
     from PIL import Image, ImageDraw
 
     camera, crop, detection = located.camera, cut.image, located.detections[t]
-    mesh = PosedHead(located.mesh.vertices[t], located.mesh.faces, located.mesh.T_world_joint[t])
-    fragments: Fragments = rasterize(mesh.vertices, mesh.faces, camera)
-    normals, seen = render_normals(mesh, camera, fragments)
+    normals, seen = render_normals(located.mesh[t], camera, cut.fragments)
     shaded = torch.where(seen > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen), crop)
     image = Image.fromarray(to_uint8(crop))
     draw, scale = ImageDraw.Draw(image), camera.width / located.box[2]

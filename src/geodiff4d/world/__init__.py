@@ -1,7 +1,5 @@
-"""The open world (docs/WORLD.md): synthetic people, motions and cameras, a pure function of (seed, split)."""
+"""The open world (docs/WORLD.md): synthetic people, motions and cameras, a pure function of (seed, split).
 
-from geodiff4d.world.cameras import random_cameras
-from geodiff4d.world.expressions import random_expression
-from geodiff4d.world.subject import SyntheticSubject
-
-__all__ = ["SyntheticSubject", "random_cameras", "random_expression"]
+People are in `subject`, motions in `expressions`, cameras in `cameras`. Nothing is imported here: the tracker needs the
+names of expressions, and not the painters of people.
+"""
