@@ -28,7 +28,7 @@ demo: $(VENV)/.stamp-demo
 	$(BIN)/geodiff4d demo --out runs/demo
 
 test: $(VENV)/.stamp-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 check: lint types test
 

@@ -4,14 +4,17 @@ Numba kernels are left out: the hook wraps every function, and `njit` cannot com
 whose modules load torch, and their annotations' names, only when a command runs.
 """
 
+import dataclasses
 import os
-from functools import partial
+from functools import partial, wraps
+from inspect import isgeneratorfunction
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import jaxtyping
 import pytest
+from beartype import BeartypeConf, beartype
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     # A core and a thread each, before anything counts cores: threads that wait for each other spin, and workers that
@@ -53,31 +56,73 @@ KERNELS = {"deferred", "lattice"}
 CHECKED += [f"world.{path.stem}" for path in WORLD.glob("*.py") if path.stem not in KERNELS | {"__init__"}]
 
 
-def checked(fn: Any = None, *, typechecker: Any = None, _checked=jaxtyping.jaxtyped):
-    """Check what a function is called with and what it returns, as cheaply as its annotations allow.
+# The numeric tower lets an int stand in for a float, as PEP 484 says it may.
+beartyped = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError))
+SHAPES = jaxtyping.jaxtyped("context")
+"""Where annotations of one call are compared: a name stands for one size in all of them."""
 
-    Checking is woven into a function where it is defined, which takes a millisecond: functions inside functions, which
-    are defined at every call, are left alone. Jaxtyping compares shapes between arguments, at several times the cost of
-    beartype alone; where no array is annotated there is none to compare. Names in quotes may exist for type checkers
-    only, which jaxtyping forgives.
+
+def checked(fn: Any = None, *, typechecker: Any = None):
+    """Check what a function or a dataclass is called with and what it returns, as cheaply as its annotations allow.
+
+    Checking is woven into a function, which takes milliseconds, when it is first called: a worker calls half of them.
+    Functions inside functions, which are defined at every call, are left alone.
     """
     if fn is None:
         return partial(checked, typechecker=typechecker)
-    if "<locals>" in getattr(fn, "__qualname__", ""):
-        return fn
     if isinstance(fn, FunctionType):
-        annotations = fn.__annotations__.values()
-        if "jaxtyping" not in repr(annotations) and not any(isinstance(a, str) for a in annotations):
-            return typechecker(fn)
-    return _checked(fn, typechecker=typechecker)
+        return fn if "<locals>" in fn.__qualname__ else woven_when_called(fn, typechecker)
+    if isinstance(fn, type):
+        own = vars(fn).get("__init__")
+        if dataclasses.is_dataclass(fn) and isinstance(own, FunctionType) and not hasattr(own, "__wrapped__"):
+            fn.__init__ = woven_when_called(own, typechecker)
+        return fn
+    return woven(fn, typechecker=typechecker)
 
 
+def woven_when_called(fn: FunctionType, typechecker: Any):
+    """Return a function that checks its calls by beartype alone, arrays against each other too where there are any.
+
+    Jaxtyping would check arguments twice and bind them besides. It stays where it is needed: for generators, sizes in
+    braces, and names in quotes, which may exist for type checkers only and are forgiven.
+    """
+    check: Any = None
+    annotations = list(fn.__annotations__.values())
+    compares = "jaxtyping" in repr(annotations)
+    whole = any(isinstance(a, str) for a in annotations) or "{" in repr(annotations) or isgeneratorfunction(fn)
+
+    @wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal check
+        if check is None:
+            check = woven(fn, typechecker=typechecker) if whole else beartyped(fn)
+        if not compares or whole:
+            return check(*args, **kwargs)
+        with SHAPES:
+            return check(*args, **kwargs)
+
+    return call
+
+
+woven = jaxtyping.jaxtyped
 jaxtyping.jaxtyped = checked
 jaxtyping.install_import_hook(
     [f"geodiff4d.{name}" for name in CHECKED],
-    # The numeric tower lets an int stand in for a float, as PEP 484 says it may.
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
+
+
+LONGEST = (
+    "avatar", "protocols", "training", "pretended_cuda", "tracking", "training_data", "batches", "decoder", "samples",
+    "appearance", "docs", "bench", "image_training", "unet", "world", "perception", "reader", "studio", "pipeline",
+)  # fmt: skip
+"""Files that take longest: they begin first, so that no worker is left with one of them at the end. The first two need
+different kernels, which a fresh clone compiles."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

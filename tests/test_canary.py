@@ -5,6 +5,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 from geodiff4d.core import geometry
+from geodiff4d.core.camera import Camera
 
 
 def test_a_wrong_shape_raises():
@@ -20,3 +21,8 @@ def test_a_wrong_dtype_raises():
 def test_shapes_are_checked_against_each_other():
     with pytest.raises(TypeCheckError):
         geometry.transform(torch.eye(4).expand(2, 4, 4), torch.zeros(3, 5, 3))
+
+
+def test_a_dataclass_is_checked():
+    with pytest.raises(TypeCheckError):
+        Camera(torch.eye(4), torch.eye(4), 8, 8)

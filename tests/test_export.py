@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trimesh
 from PIL import Image
 from scipy.spatial import KDTree
 from torch.nn.functional import normalize
@@ -135,6 +134,8 @@ def test_a_palette_of_harmonics_has_rows_that_are_alike():
 
 def test_ply_is_the_standard_layout_to_others(avatar, tmp_path):
     """trimesh, which knows nothing of us, reads positions and columns; the axes are the documented ones."""
+    import trimesh  # takes a second, and only this file's worker needs it
+
     export_ply(avatar, own_performance(avatar), tmp_path / "a.ply", 1)
     cloud: Any = trimesh.load(tmp_path / "a.ply", process=False)
     table = cloud.metadata["_ply_raw"]["vertex"]["data"]

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-import trimesh
 from embreex.mesh_construction import TriangleMesh
 from embreex.rtcore_scene import EmbreeScene
 from torch.testing import assert_close
@@ -25,10 +24,17 @@ def cameras(*yaw: float, size: int = SIZE, focal: float = 3.6) -> Camera:
     return Camera(T, pinhole(size * focal, size, size).expand(len(yaw), 3, 3), size, size)
 
 
+def icosphere(subdivisions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sphere of radius 1: vertices and faces."""
+    import trimesh  # takes a second, and only this file's worker needs it
+
+    sphere = trimesh.creation.icosphere(subdivisions)
+    return torch.tensor(sphere.vertices).float(), torch.tensor(sphere.faces).long()
+
+
 def blob(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """A bumpy closed surface of 1,280 faces about as large as a head; it hides parts of itself."""
-    sphere = trimesh.creation.icosphere(subdivisions=3)
-    v, faces = torch.tensor(sphere.vertices).float(), torch.tensor(sphere.faces).long()
+    v, faces = icosphere(3)
     generator = torch.Generator().manual_seed(seed)
     directions = torch.nn.functional.normalize(torch.randn(12, 3, generator=generator), dim=-1)
     bumps = (8 * (v @ directions.T - 0.8)).sigmoid().sum(-1, keepdim=True)
@@ -77,8 +83,8 @@ def test_agrees_with_ray_casts(yaw):
 
 
 def test_closed_surface_has_no_holes():
-    sphere = trimesh.creation.icosphere(subdivisions=4)
-    vertices, faces = torch.tensor(sphere.vertices).float() * 0.1, torch.tensor(sphere.faces).long()
+    vertices, faces = icosphere(4)
+    vertices = vertices * 0.1
     camera = cameras(0.3, size=128)[0]
     y, x = torch.meshgrid(torch.arange(128) - 63.5, torch.arange(128) - 63.5, indexing="ij")
     assert rasterize(vertices, faces, camera).mask[(x.hypot(y) < 44)].all()
@@ -179,8 +185,8 @@ def posed(vertices: torch.Tensor, faces: torch.Tensor) -> PosedHead:
 
 
 def test_normals_are_camera_space_x_right_y_up_z_toward():
-    sphere = trimesh.creation.icosphere(subdivisions=3)
-    vertices, faces = torch.tensor(sphere.vertices).float() * 0.1, torch.tensor(sphere.faces).long()
+    vertices, faces = icosphere(3)
+    vertices = vertices * 0.1
     for yaw in (0.0, 2.0):
         normals, mask = render_normals(posed(vertices, faces), cameras(yaw)[0])
         c = SIZE // 2
