@@ -201,6 +201,7 @@ def _serve(reading: int, writing: int, memory: bool) -> None:
     """Be the fork: never returns."""
     try:
         os.setsid()
+        _keep_niceness()
         sys.stdin = open(os.devnull)  # noqa: SIM115, PTH123
         if memory:
             mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -211,6 +212,14 @@ def _serve(reading: int, writing: int, memory: bool) -> None:
             os.write(writing, json.dumps(_do(words, folder, log, allowed, before, watch)).encode()[: 1 << 16])
     finally:
         leave(70)
+
+
+def _keep_niceness() -> None:
+    """Let a new session be as nice as its processes: Linux shares the processor out among sessions first."""
+    try:
+        Path("/proc/self/autogroup").write_text(str(os.nice(0)))
+    except OSError:  # a kernel without such groups
+        return
 
 
 def _do(words, folder: Path, log: Path, allowed, before, watch: "Watch") -> dict:
