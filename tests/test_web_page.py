@@ -187,6 +187,17 @@ def test_the_address_and_a_wrong_one(browser, file):
     assert "“nose”" in browser.run("document.getElementById('word').textContent")
 
 
+def test_all_controls_are_there_at_phone_width(browser):
+    """The row of movements scrolls sideways: a column must not let it shrink to nothing."""
+    browser.resize(390, 844, mobile=True)
+    heights = browser.run(
+        "[...document.querySelectorAll('aside button')].map((b) => b.checkVisibility() && b.offsetHeight)"
+    )
+    row = browser.run("document.getElementById('motions').offsetHeight")
+    assert row >= 30 and all(h is False or h >= 30 for h in heights)
+    browser.resize(1280, 800)
+
+
 def test_messages_of_other_pages(browser, avatar, tmp_path):
     """A page on another origin is refused, unless it was named; one on the same origin is answered."""
 
