@@ -18,7 +18,7 @@ from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
 from geodiff4d.data.footage.take import HELD_OUT, Footage
 from geodiff4d.data.remote import remote_url
 from geodiff4d.data.sampling import ReadConfig, Samples, held_out_footage, open_footage
-from geodiff4d.data.shards import is_store, stores_below
+from geodiff4d.data.shards import NOTE, is_store, stores_below
 from geodiff4d.pipeline import SHIPPED_MODEL
 from geodiff4d.presets import Preset, ablated, preset, with_temporal_modules
 from geodiff4d.tracking.relabel import render_tracked
