@@ -23,8 +23,9 @@ from geodiff4d.render.relief import lift_portrait
 from geodiff4d.render.viewpoints import orbit
 from geodiff4d.tracking.choose import chosen_frames
 from geodiff4d.tracking.detect import Detection
+from geodiff4d.tracking.fit import fit
 from geodiff4d.tracking.projection import FRONT
-from geodiff4d.tracking.together import Photo, fit_together, photo, strangers
+from geodiff4d.tracking.together import Photo, fit_together, identity_doubt, photo, strangers
 from geodiff4d.tracking.track import TrackingConfig
 from geodiff4d.video.conditions import lifted
 from geodiff4d.video.inputs import Portrait, load_portrait
@@ -181,11 +182,21 @@ def test_one_identity_is_fitted_to_photographs_of_other_cameras(head, photos):
         assert (f.camera.width, f.camera.height) == (own.image.shape[2], own.image.shape[1])
         assert not f.params.translation.any()
     assert abs(float(fits[1].params.rotation[0, 1]) - 0.5) < 0.06
-    assert strangers(head, photos, 64) == []
+    assert strangers(head, photos) == []
+
+
+def test_who_laughs_says_less_of_an_identity(head, photos):
+    doubt = identity_doubt([photos[0], pictured(head, 1, 0.2, 1.0)])
+    assert doubt[0] == 1 and doubt[1] > 2
+    kept = photos[0].located.fit.params.shape[0]
+    camera = photos[1].located.fit.camera
+    again = fit(head, [photos[1].detection], camera.width, camera.height, float(camera.K[0, 0]), shape=kept)
+    assert_close(again.params.shape[0], kept)
+    assert not torch.equal(again.params.shape, photos[1].located.fit.params.shape)
 
 
 def test_somebody_else_is_found_out(head, photos):
-    assert strangers(head, [photos[0], pictured(head, 2, 0.1, 0.0)], 64) == [1]
+    assert strangers(head, [photos[0], pictured(head, 2, 0.1, 0.0)]) == [1]
 
 
 def test_frames_of_a_video_show_other_sides_and_a_sharp_frontal_one_leads(head):

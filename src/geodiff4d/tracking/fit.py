@@ -62,11 +62,12 @@ class HeadFit:
 def fit(
     head: Head, detections: Sequence[Detection | None], width: int, height: int,
     focal_px: float | None = None, config: HeadFitConfig = HeadFitConfig(), frames: Frames | None = None,
+    shape: Float[Tensor, " shapes"] | None = None,
 ) -> HeadFit:  # fmt: skip
     """Fit the head to one detection per frame (None where the face was not seen).
 
     With the frames of a film, from their start each time it is called, they are aligned pixel by pixel as well
-    (`appearance.py`).
+    (`appearance.py`). A `shape` that is given is kept.
 
     Raises:
         UserError: no frame has a face, or the head has no MediaPipe landmarks.
@@ -86,6 +87,9 @@ def fit(
     pose = layout.fill(0.0, rotation=1.0, translation=1.0)
     pose_only = replace(everything, free_frame=pose, free_shared=torch.zeros_like(everything.free_shared))
     x = weak_perspective(small, layout, seen, K)
+    if shape is not None:
+        everything = replace(everything, free_shared=torch.zeros_like(everything.free_shared))
+        x = replace(x, shared=torch.cat([shape[: layout.shapes].double(), x.shared[-1:]]))
     # Where a reader says what faces do, heads are placed with that expression and not at rest.
     expected = frame_priors(layout, seen, config)[0]
     x = replace(x, frame=torch.where(expected != 0, expected, x.frame))

@@ -31,6 +31,8 @@ from geodiff4d.tracking.track import Located, TrackingConfig, cut_frames, defaul
 STRANGE_SHAPE, STRANGE_ERROR = 1.9, 1.06
 """A photograph is of somebody else where its own identity is this far from the first one's [standard deviations, over
 all coefficients], and landmarks meet a common identity this many times worse."""
+AT_REST = 0.5
+"""Expression (root of the sum of its squared coefficients) at which landmarks are doubted twice as much."""
 VIDEO_FRAMES = 240
 """Of a longer video only every second, third … frame is looked at."""
 
@@ -69,14 +71,36 @@ def fit_together(
 ) -> list[Photo]:  # fmt: skip
     """Fit one identity to photographs of one person; returns them located anew, in crops of `size` pixels.
 
-    Cameras are each photograph's own; what the fit says of the head's place is in them, so that `translation` is zero.
+    A laugh bends the shape that is fitted to it. So the identity is fitted first, where a photograph's landmarks are
+    doubted the more the face moves in it, and then kept while each photograph gets its pose and expression. Cameras are
+    each photograph's own; what the fit says of the head's place is in them, so that `translation` is zero.
     """
+    shape = None
+    if len(photos) > 1 and all(p.detection.sigma is not None for p in photos):
+        shape = _common_fit(head, photos, config, identity_doubt(photos)).params.shape[0]
+    together = _common_fit(head, photos, config, shape=shape)
+    return [_relocated(head, p, together, k, size) for k, p in enumerate(photos)]
+
+
+def identity_doubt(photos: Sequence[Photo]) -> Float[Tensor, " photos"]:
+    """Return by how much each photograph's landmarks are doubted when the identity is fitted, 1 for the one most at
+    rest."""
+    moved = torch.stack([p.located.fit.params.expr[0].clamp(0, 1).square().sum() for p in photos])
+    doubt = 1 + moved / AT_REST**2
+    return doubt / doubt.min()
+
+
+def _common_fit(
+    head: Head, photos: Sequence[Photo], config: HeadFitConfig, doubt: Float[Tensor, " photos"] | None = None,
+    shape: Float[Tensor, " shapes"] | None = None,
+) -> HeadFit:  # fmt: skip
+    """Fit photographs before the first one's camera: landmarks' σ times `doubt`, and to a `shape` if it is given."""
     first = photos[0].located.fit.camera
     seen = [_before(p, first) for p in photos]
-    together = fit(
-        head, seen, first.width, first.height, float(first.K[0, 0]), replace(config, consecutive=False)
-    )  # fmt: skip
-    return [_relocated(head, p, together, k, size) for k, p in enumerate(photos)]
+    if doubt is not None:
+        seen = [d if d.sigma is None else replace(d, sigma=d.sigma * s) for d, s in zip(seen, doubt, strict=True)]
+    still = replace(config, consecutive=False)
+    return fit(head, seen, first.width, first.height, float(first.K[0, 0]), still, shape=shape)
 
 
 def _enlargement(photo: Photo, camera: Camera) -> float:
@@ -112,7 +136,7 @@ def _relocated(head: Head, photo: Photo, together: HeadFit, k: int, size: int) -
     return replace(photo, located=located)
 
 
-def strangers(head: Head, photos: Sequence[Photo], size: int, config: HeadFitConfig = HeadFitConfig()) -> list[int]:
+def strangers(head: Head, photos: Sequence[Photo], config: HeadFitConfig = HeadFitConfig()) -> list[int]:
     """Return which of the photographs after the first show somebody else, as far as their landmarks tell."""
     first, found = photos[0], []
     for k, other in enumerate(photos[1:], 1):
@@ -120,8 +144,9 @@ def strangers(head: Head, photos: Sequence[Photo], size: int, config: HeadFitCon
         apart = float((alone[0].params.shape[0] - alone[1].params.shape[0]).norm())
         if apart < STRANGE_SHAPE:
             continue
-        shared = [p.located.fit for p in fit_together(head, [first, other], size, config)]
-        worse = max(float(b.error_px[0] / a.error_px[0]) for a, b in zip(alone, shared, strict=True))
+        shared = _common_fit(head, [first, other], config).error_px
+        scale = torch.tensor([1.0, _enlargement(other, alone[0].camera)])
+        worse = max(float(b / (a.error_px[0] * s)) for a, b, s in zip(alone, shared, scale, strict=True))
         if worse > STRANGE_ERROR:
             found.append(k)
     return found
@@ -199,7 +224,7 @@ def write_portraits(
     Args:
         digests: SHA-256 of the files that they come from, for the clip's notes.
     """
-    strange = strangers(head, photos, config.size, config.fit)
+    strange = strangers(head, photos, config.fit)
     said = [note for p in photos for note in notes(Path(p.name), p.located)]
     said += [
         f"{photos[k].name} shows another person than {photos[0].name}, by its landmarks: it was left out"
