@@ -65,7 +65,7 @@ def test_folders_are_told_apart(tmp_path):
 
 
 def arguments(tmp_path: Path, *data: Path, **options) -> Args:
-    return Args("image", tmp_path / "out", "debug", data, **options)
+    return Args("image", tmp_path / "out", "debug", data=data, **options)
 
 
 def batches(args: Args) -> tuple[Batches, Batches | None]:
