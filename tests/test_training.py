@@ -399,7 +399,7 @@ def test_shares_of_the_optimiser_take_the_same_steps(tmp_path):
         found = load_file(tmp_path / name / "checkpoint.safetensors")
         assert found.keys() == expected.keys()
         for k, v in expected.items():
-            assert (found[k] - v).norm() <= 1e-5 * max(v.norm(), 1e-6), (name, k)
+            assert (found[k] - v).norm() <= 1e-5 * v.norm() + 1e-8, (name, k)
         assert load_video_model(tmp_path / name / "model").config == EMBEDDED
     shares = [json.loads((tmp_path / f"share{rank}.json").read_text()) for rank in range(2)]
     assert abs(shares[0] - shares[1]) < 0.1 * sum(shares), "moments are shared out evenly"
