@@ -28,8 +28,12 @@ Groups = Sequence[tuple[float, Sequence[str]]]
 class Parallel(Protocol):
     """One process's part in a training."""
 
-    objective: nn.Module
     optimiser: AdamW
+
+    @property
+    def objective(self) -> nn.Module:
+        """What turns a batch into losses."""
+        ...
 
     def begin(self) -> None:
         """Exchange gradients from now on."""
@@ -159,7 +163,7 @@ class Sharded:
         self.owner = shared_out(costs, self.ranks)
         self.optimiser = adamw(model, [(f, [n for n in names if self.owns(n)]) for f, names in groups], *options)
         self._filling: list[list[tuple[str, Tensor]]] = [[] for _ in range(self.ranks)]
-        self._flying: deque[tuple[Any, Tensor, list[tuple[str, Tensor]]]] = deque()
+        self._flying: deque[tuple[Any, Tensor, list[tuple[str, nn.Parameter]]]] = deque()
         self._gradients: dict[str, Tensor] = {}
         self._buckets = self._in_buckets()
 
@@ -228,7 +232,7 @@ class Sharded:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self._gradients.clear()
-        under_way: deque[tuple[Any, Tensor, list[Tensor]]] = deque()
+        under_way: deque[tuple[Any, Tensor, list[nn.Parameter]]] = deque()
         for number, (owner, bucket) in enumerate(self._buckets, 1):
             weights = [self._trained[n] for n in bucket]
             flat = torch.cat([w.flatten() for w in weights])

@@ -116,7 +116,11 @@ def render_subject(folder: Path, s: int) -> None:
     bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
     standing = _cropped(c, who * 100, still.vertices[:n]) if n else None
     for i in range(c.instants):
-        rows, cameras = (bare, standing) if i < n else (store, _cropped(c, who * 100 + i, still.vertices[i]))
+        rows, cameras = (
+            (bare, standing)
+            if standing is not None and i < n
+            else (store, _cropped(c, who * 100 + i, still.vertices[i]))
+        )
         render_instant(rows, s, i, subject, truth[i], posed[i], still[i], moved[i], cameras)
     store.done[s] = 1
 
