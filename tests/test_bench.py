@@ -47,12 +47,12 @@ def test_memory_is_what_is_alive_at_once():
 
 
 def test_gradients_that_are_let_go_take_no_memory():
-    """Four layers of 4 kB: all their gradients, or the one that is being made."""
+    """Four layers of 4 kB: all their gradients, or the one that is being made, and activations of 128 bytes."""
     layers = torch.nn.Sequential(*(torch.nn.Linear(32, 32, bias=False) for _ in range(4))).to("meta")
     whole, peak = training_peaks(
         lambda: layers(torch.empty(1, 32, device="meta")).sum().backward(), layers.parameters()
     )
-    assert 3 * 4096 <= whole - peak <= 4 * 4096 and peak >= 4096
+    assert 3 * 4096 - 8 * 128 <= whole - peak <= 4 * 4096 and peak >= 4096
 
 
 @pytest.mark.slow

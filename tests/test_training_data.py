@@ -109,8 +109,8 @@ def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path
 
     monkeypatch.setattr("geodiff4d.video.train.warm_start", noted)
     args = Args(
-        "image", tmp_path / "out", "debug", (tmp_path / "world", tmp_path / "clips"), vae=vae, ablate=("synthetic",),
-        workers=0, steps=2,
+        "image", tmp_path / "out", "debug", data=(tmp_path / "world", tmp_path / "clips"), vae=vae,
+        ablate=("synthetic",), workers=0, steps=2,
     )  # fmt: skip
     _training.image(args)
     assert warmed == [2 * 2 + 3], "every instant of the store and of the clip"

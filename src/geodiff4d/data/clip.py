@@ -347,7 +347,7 @@ class ClipWriter:
     ) -> None:  # fmt: skip
         """Store a frame: image and mask in [0, 1], camera-space unit normals."""
         write_frame(self.path, timestep, camera_index, image, mask, normal)
-        self._note(timestep, camera_index, camera, mask is not None, normal is not None)
+        self._list(timestep, camera_index, camera, mask is not None, normal is not None)
 
     def take_written(self, folder: Path, frames: Iterable[tuple[int, int, Camera]]) -> None:
         """Store frames (timestep, camera index, camera) whose image, mask and normals `write_frame` left in a folder.
@@ -361,9 +361,9 @@ class ClipWriter:
                     os.link(folder / name, self.path / name)
                 except OSError:
                     shutil.copyfile(folder / name, self.path / name)
-            self._note(timestep, camera_index, camera, True, True)
+            self._list(timestep, camera_index, camera, True, True)
 
-    def _note(self, timestep: int, camera_index: int, camera: Camera, mask: bool, normal: bool) -> None:
+    def _list(self, timestep: int, camera_index: int, camera: Camera, mask: bool, normal: bool) -> None:
         stem = f"{timestep:05d}_{camera_index:02d}.png"
         K, c2w = camera.K.double(), invert(camera.T_cam_world.double()) @ OPENGL_FROM_OPENCV.double()
         frame = {
