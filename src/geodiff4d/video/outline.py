@@ -16,7 +16,7 @@ from geodiff4d.video.frames import WarpedFrames
 
 SHOWN = (0.2, 0.5)
 """Masks that count as nothing, and as all, where the portrait shows the place."""
-HIDDEN = (0.35, 0.55)
+HIDDEN = (0.25, 0.45)
 """The same where it shows nothing."""
 SURE = 1.7
 """Where the mask's logit is more, and near by too, a place has a colour of its own."""
