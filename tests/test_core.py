@@ -24,7 +24,7 @@ from geodiff4d.core import camera as cameras
 from geodiff4d.core import files, films, geometry, images, packing, stills, topology, video
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.progress import advancing, silent
+from geodiff4d.core.progress import advancing, in_passes, passed_on, silent
 from geodiff4d.core.rundir import RunFolder
 from geodiff4d.core.stopping import stop_requests
 
@@ -831,3 +831,12 @@ def test_advancing_finishes_items_several_at_a_time():
     assert finished == [0, 1, 2]
     with advancing(silent, "people", 1) as advance:
         advance(5)
+
+
+def test_work_in_several_passes_counts_every_item_once():
+    """Sampling and decoding seven frames is fourteen steps and seven frames."""
+    told: list[int] = []
+    step = in_passes(told.append, 2)
+    assert list(passed_on(step)(range(7))) == list(range(7)) and sum(told) == 3
+    step(7)
+    assert sum(told) == 7

@@ -422,7 +422,10 @@ RECIPES = [
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),
     bad("fit empty --preset debug", says="no frames"),
-    bad("encode runs/all/data/people --preset debug --vae runs/all/vae/out/vae --workers 1", says="has nothing to train on"),
+    bad(
+        "encode runs/all/data/people --preset debug --vae runs/all/vae/out/vae --workers 1",
+        says="has nothing to train on",
+    ),
     bad("train video --preset debug", says="needs a stage-1 model"),
     bad("train all --preset paper", says="--preset paper has no recipe"),
     bad("train video --preset debug --start nowhere", says="nowhere is not a video model"),

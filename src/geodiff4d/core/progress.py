@@ -52,3 +52,27 @@ def advancing(progress: Progress, description: Description, total: int) -> Itera
             next(shown, None)
 
     yield advance
+
+
+def in_passes(advance: Callable[[int], None], passes: int) -> Callable[[int], None]:
+    """Return an `advance` for work that goes over all its items several times: so many steps are an item."""
+    done = 0
+
+    def step(n: int) -> None:
+        nonlocal done
+        before = done // passes
+        done += n
+        advance(done // passes - before)
+
+    return step
+
+
+def passed_on(advance: Callable[[int], None]) -> Progress:
+    """Return a progress whose finished items advance another's."""
+
+    def shown(items: Iterable[Item], description: Description = "", total: int | None = None) -> Iterable[Item]:
+        for item in items:
+            yield item
+            advance(1)
+
+    return shown

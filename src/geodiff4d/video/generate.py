@@ -16,7 +16,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import composite, decode_normals, encode_normals
-from geodiff4d.core.progress import Progress, advancing, silent
+from geodiff4d.core.progress import Progress, advancing, in_passes, passed_on, silent
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import render_lifted
 from geodiff4d.video.conditions import Targets, condition_images, lifted, warped_frames
@@ -152,15 +152,15 @@ class DiffusionGenerator:
         tokens are read from the crops alone (Sec. 3.1, 3.2).
         """
         require_frame_size(cameras.width, self.model.config.size, self.model.decoder)
-        frames = self.sampled(request, cameras, progress)
         made = []
-        with (
-            alone(self.model, "codec", "decoder", offload=self.sample.offload),
-            advancing(progress, "decoding", frames.latents.shape[3]) as advance,
-        ):
-            for part, here in frames.targets.chunks(self.sample.chunk):
-                made.append(self._finished(frames.latents[:, :, :, part], here, frames.portrait))
-                advance(len(made[-1][0]))
+        # Frames are sampled, and then decoded, which at 512 px takes longer.
+        with advancing(progress, "generating", request.driving.params.batch[0]) as advance:
+            pass_over = in_passes(advance, 2)
+            frames = self.sampled(request, cameras, passed_on(pass_over))
+            with alone(self.model, "codec", "decoder", offload=self.sample.offload):
+                for part, here in frames.targets.chunks(self.sample.chunk):
+                    made.append(self._finished(frames.latents[:, :, :, part], here, frames.portrait))
+                    pass_over(len(made[-1][0]))
         rgb, normal, mask = (torch.cat(x) for x in zip(*made, strict=True))
         return Generated(rgb, normal, mask, frames.tokens)
 

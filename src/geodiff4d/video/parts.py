@@ -4,7 +4,7 @@ clip.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
@@ -16,7 +16,7 @@ from torch import Tensor
 from geodiff4d.core import workers as processes
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.files import fresh_file, read_object, read_tensors, save_tensors, write_json
-from geodiff4d.core.progress import Description, Item, Progress, advancing, silent
+from geodiff4d.core.progress import Progress, advancing, passed_on, silent
 from geodiff4d.core.rundir import alone
 from geodiff4d.core.workers import in_workers
 from geodiff4d.data.clip import write_frame
@@ -100,7 +100,7 @@ def write_parts(
         jobs = [k for k, there in enumerate(done) if not there]
         if devices is None:
             for k in jobs:
-                _write(shown.part(parts[k]), generator, folder, k, _passed_on(advance))
+                _write(shown.part(parts[k]), generator, folder, k, passed_on(advance))
         else:
             given = ((devices.make, shown.part(parts[k]), folder, k) for k in jobs)
             for frames in in_workers(_write_elsewhere, given, min(devices.count, len(jobs))):
@@ -141,17 +141,6 @@ def _write_elsewhere(make: Callable[[int], Generator], shown: Shown, folder: Pat
 def _loaded(make: Callable[[int], Generator]) -> Generator:
     """Load this process's generator, once."""
     return make(processes.number)
-
-
-def _passed_on(advance: Callable[[int], None]) -> Progress:
-    """Return a progress that adds to another's."""
-
-    def shown(items: Iterable[Item], description: Description = "", total: int | None = None) -> Iterable[Item]:
-        for item in items:
-            yield item
-            advance(1)
-
-    return shown
 
 
 def views_of(names: Sequence[tuple[int, int]]) -> list[int]:
