@@ -291,7 +291,9 @@ def cut_frames(
         fragments = rasterize(vertices, located.mesh.faces, located.camera)
         waiting.append((crop, fragments))
         if mask is None:
-            masks.append(_matte(crop, detection, image.shape[2], fragments, located))
+            # A body goes on below an image, but what is shown there is grey.
+            shown = crop_image(torch.ones_like(image[:1]), located.box, size, fill=0.0).clamp(0, 1)
+            masks.append(_matte(crop, detection, image.shape[2], fragments, located) * shown)
         else:
             masks.append(crop_image(mask, located.box, size, fill=0.0).clamp(0, 1))
         if t:
