@@ -190,6 +190,12 @@ def test_photo_to_clip(head, tmp_path):
     frame = clip.frame(0)
     assert frame.image.shape == (3, 64, 64) and (clip.folder / "overlay.png").exists()
     assert clip.extra["focal_source"].startswith("assumed") and "2 faces" in clip.extra["notes"][0]
+    # Everything is told to be the person, and is where the crop shows the image.
+    _, top, side = clip.extra["crop"]
+    above, below = (y * 64 / side for y in (-top, HEIGHT - top))
+    assert above > 2 or below < 62, "the crop leaves the image"
+    rows = frame.mask[0, :, 28:36].amax(1)
+    assert rows[: max(int(above) - 1, 0)].sum() == rows[int(below) + 2 :].sum() == 0 and rows[24:40].min() > 0.9
     # The canonical crop: the head's box takes 1/1.6 of the side and is centred.
     xy, _ = frame.camera.project(head.pose(frame.params).vertices[head_region(head)])
     low, high = xy.amin(0), xy.amax(0)
