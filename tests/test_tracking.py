@@ -179,12 +179,13 @@ def test_photo_to_clip(head, tmp_path):
     truth = motion(head, 1)
     [d] = detections(head, truth)
     write_image(tmp_path / "me.png", torch.rand(3, HEIGHT, WIDTH))
-    mask = torch.ones(1, HEIGHT // 2, WIDTH // 2).half()
+    # A square around the image, as the embedded detector looks at it.
+    mask, around = torch.ones(1, 32, 32).half(), (-WIDTH / 2, -WIDTH / 2, 2.0 * WIDTH)
     clip = track(
         tmp_path / "me.png",
         tmp_path / "clip",
         head,
-        FakeDetector([replace(d, mask=mask, faces=2)]),
+        FakeDetector([replace(d, mask=mask, extent=around, faces=2)]),
         TrackingConfig(size=64),
     )
     frame = clip.frame(0)
