@@ -20,11 +20,14 @@ class Args(SigningArgs):
     pairs: int | None = None
     """Score so many pairs instead of the preset's."""
     seed: int = 0
+    workers: int | None = None
+    """Processes that score pairs; by default one per core, and one with --preset debug."""
 
 
 def run(args: Args) -> None:
     from dataclasses import replace
 
+    from geodiff4d.cli.evaluate import workers_for
     from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.evaluate.demo import DEBUG, DemoConfig, run_demo
@@ -36,7 +39,8 @@ def run(args: Args) -> None:
             raise UserError(f"--pairs is {args.pairs}: expected 2 to 100 (the shuffled control needs two)")
         config = replace(config, pairs=args.pairs)
     signer = sealer(args)
-    metrics = run_demo(args.out, config, args.model, bar)
+    asked = 1 if args.preset == "debug" and args.workers is None else args.workers
+    metrics = run_demo(args.out, config, args.model, bar, workers_for(asked, ("cpu",)))
     # Nobody is asked: the portrait is a made-up person's.
     for stage in ("clip", "avatar"):
         signer.seal_stage(args.out / stage, Statement())

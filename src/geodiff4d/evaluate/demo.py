@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.images import encode_normals, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
+from geodiff4d.core.workers import in_order
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.demo_report import Scored, write_overview, write_report
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
@@ -30,7 +32,7 @@ from geodiff4d.pipeline import load_model, plan_clip, synthesize
 from geodiff4d.presets import PRESETS, Preset
 from geodiff4d.render.meshes import pose_map
 from geodiff4d.video.generate import DiffusionGenerator, GenerationRequest, WarpGenerator
-from geodiff4d.video.inputs import Portrait, with_identity_of
+from geodiff4d.video.inputs import with_identity_of
 from geodiff4d.video.model import VideoModel
 from geodiff4d.video.sample import SampleConfig
 from geodiff4d.world.subject import WORLD_VERSION
@@ -77,27 +79,56 @@ class Stopwatch:
         return {**self.seconds, "total": round(time.monotonic() - self.begun, 2)}
 
 
+@dataclass(frozen=True)
+class Demo:
+    """Which demo it is: from this a process that scores some of its pairs loads a model of its own, once."""
+
+    out: Path
+    config: DemoConfig
+    model_folder: Path | None
+
+    @cached_property
+    def head(self) -> Head:
+        return load_head()
+
+    @cached_property
+    def generator(self) -> DiffusionGenerator:
+        sample = replace(self.config.sample or self.config.preset.sample, seed=self.config.seed)
+        return DiffusionGenerator(load_model(self.model_folder), sample)
+
+    def pair(self, i: int, progress: Progress = silent) -> Pair:
+        """Make and track a pair, or read it if it was tracked before."""
+        config, read = self.config, self.generator.model.config
+        frames, folder = config.preset.frames if i == 0 else config.driver_frames, self.out / "pairs" / f"{i}"
+        if config.tracking == "truth":
+            return make_pair(folder, self.head, i, frames, read.size, read.expression.size)
+        return track_pair(folder, self.head, i, frames, read.size, read.expression.size, progress=progress)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _demo, (self.out, self.config, self.model_folder)
+
+
+@cache
+def _demo(out: Path, config: DemoConfig, model_folder: Path | None) -> Demo:
+    """Return the same demo for all pairs that a process scores."""
+    return Demo(out, config, model_folder)
+
+
 def run_demo(
-    out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Progress = silent
-) -> dict[str, Any]:
+    out: Path, config: DemoConfig = DemoConfig(), model_folder: Path | None = None, progress: Progress = silent,
+    workers: int = 1,
+) -> dict[str, Any]:  # fmt: skip
     """Run everything; write a page, overview.png, metrics.json, generated.mp4, avatar.mp4, clip/, avatar/, frames/.
 
-    Finished stages of the same configuration and weights are kept, so an interrupted demo goes on where it was.
+    Finished stages of the same configuration and weights are kept, so an interrupted demo goes on where it was. So many
+    `workers` score pairs, each a process with one thread.
     """
     out = Path(out)
-    p, head, model, watch = config.preset, load_head(), load_model(model_folder), Stopwatch()
-    generator = DiffusionGenerator(model, replace(config.sample or p.sample, seed=config.seed))
+    demo, p, watch = Demo(out, config, model_folder), config.preset, Stopwatch()
+    head, generator = demo.head, demo.generator
     forget_others(out, fingerprint(WORLD_VERSION, config, generator.fingerprint()))
-    size, crop = model.config.size, model.config.expression.size
-
-    def make(i: int) -> Pair:
-        frames, folder = p.frames if i == 0 else config.driver_frames, out / "pairs" / f"{i}"
-        if config.tracking == "truth":
-            return make_pair(folder, head, i, frames, size, crop)
-        return track_pair(folder, head, i, frames, size, crop, progress=progress if i == 0 else silent)
-
     with watch.stage("track"):
-        first = make(0)
+        first = demo.pair(0, progress)
     with watch.stage("synthesize"):
         clip = _clip(out / "clip", first, p, head, generator, progress)
     with watch.stage("fit"):
@@ -108,14 +139,15 @@ def run_demo(
     avatar = Avatar.load(out / "avatar")
     with watch.stage("render"):
         _videos(out, first, avatar, clip, config, progress)
-    scores, kept = PairScores(config.pairs), []
+    scores = PairScores(config.pairs)
     with watch.stage("score"):
-        portraits = {0: first}
-        for i in progress(range(config.pairs), "scoring pairs"):
-            portraits.setdefault(i, make(i))
-            portraits.setdefault((i + 1) % config.pairs, make((i + 1) % config.pairs))
-            other = portraits[(i + 1) % config.pairs].portrait
-            kept.append(_score_pair(scores, i, portraits[i], other, p, config, head, generator))
+        if config.tracking == "pixels":
+            in_order([(_track_pair, demo, i) for i in range(1, config.pairs)], workers, progress, "tracking pairs")
+        found = in_order([(_score_pair, demo, i) for i in range(config.pairs)], workers, progress, "scoring pairs")
+        kept = [scored for scored, _ in found]
+        for i, (_, rows) in enumerate(found):
+            for method, row in rows.items():
+                scores.add(i, method, row)
         _write_frames(out / "frames", kept)
         avatar_scores = _score_avatar(kept[0], avatar, head, config, p.views, fitted)
     metrics = {
@@ -156,30 +188,33 @@ def _clip(folder: Path, pair: Pair, p: Preset, head: Head, generator: DiffusionG
     return synthesize(plan_clip(request, p.views, p.frames), generator, folder, progress)
 
 
-def _score_pair(
-    scores: PairScores, i: int, pair: Pair, other: Portrait, p: Preset, config: DemoConfig, head: Head,
-    generator: DiffusionGenerator,
-) -> Scored:  # fmt: skip
-    """Generate a pair's frames, score them and every control (see the keys in docs/CONVENTIONS.md)."""
+def _track_pair(demo: Demo, i: int) -> None:
+    demo.pair(i)
+
+
+def _score_pair(demo: Demo, i: int) -> tuple[Scored, dict[str, dict[str, float]]]:
+    """Generate a pair's frames, score them and every control (see the keys in docs/CONVENTIONS.md), by method."""
+    config, head, generator = demo.config, demo.head, demo.generator
+    pair, other = demo.pair(i), demo.pair((i + 1) % config.pairs).portrait
     size = generator.model.config.size
-    shots, truth_params, cameras = scored_shots(pair, head, p.views, config.frames_per_pair, size)
+    shots, truth_params, cameras = scored_shots(pair, head, config.preset.views, config.frames_per_pair, size)
     shots = replace(shots, params=with_identity_of(pair.portrait, shots.params))
     truth = truth_frames(pair, head, truth_params, cameras)
     request = GenerationRequest(pair.portrait, shots, head)
-    made = generator.generate(request, cameras)
-    scores.add(i, "generated", score(truth, made.rgb, made.normal))
-    warp = WarpGenerator().generate(request, cameras)
-    scores.add(i, "mesh_warp", score(truth, warp.rgb, warp.normal))
-    scores.add(i, "copy_reference", score(truth, pair.portrait.on_grey.expand_as(truth.rgb)))
+    made, warp = generator.generate(request, cameras), WarpGenerator().generate(request, cameras)
     posed, mask = pose_map(head, shots.params, cameras)
-    scores.add(i, "pose_map", score(truth, normal=(posed * 2 - 1) * mask))
-    scores.add(i, "vae", _codec_ceiling(truth, generator.model))
     # Another person's portrait, the pose maps unchanged: a model that ignores the portrait scores the same.
     shuffled = generator.generate(replace(request, portrait=other), cameras)
-    scores.add(i, "shuffled_reference", score(truth, shuffled.rgb, shuffled.normal))
     dropped = generator.without_expression().generate(request, cameras)
-    scores.add(i, "dropped_expression", score(truth, dropped.rgb, dropped.normal))
-    return Scored(pair, shots, truth, made, warp)
+    return Scored(pair, shots, truth, made, warp), {
+        "generated": score(truth, made.rgb, made.normal),
+        "mesh_warp": score(truth, warp.rgb, warp.normal),
+        "copy_reference": score(truth, pair.portrait.on_grey.expand_as(truth.rgb)),
+        "pose_map": score(truth, normal=(posed * 2 - 1) * mask),
+        "vae": _codec_ceiling(truth, generator.model),
+        "shuffled_reference": score(truth, shuffled.rgb, shuffled.normal),
+        "dropped_expression": score(truth, dropped.rgb, dropped.normal),
+    }
 
 
 @torch.no_grad()
