@@ -297,20 +297,21 @@ class RayNodes:
         self.folder, self.port, self.nodes = folder, port, []
 
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
+        """Start a node and wait until it says that it runs."""
         given = ["start", "--block", "--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats", *words]
-        with (self.folder / "nodes.log").open("ab") as log:
+        number, until = len(self.nodes), time.monotonic() + 300
+        with (self.folder / f"node{number}.log").open("xb") as log:
             node = subprocess.Popen([sys.executable, "-m", "ray.scripts.scripts", *given], stdout=log, stderr=log,
                                     env=os.environ | PATIENT,
                                     start_new_session=True)  # fmt: skip
         self.nodes.append(node)
+        while "Ray runtime started" not in (said := (self.folder / f"node{number}.log").read_text()):
+            assert node.poll() is None and time.monotonic() < until, said[-2000:]
+            time.sleep(0.2)
         return node
 
     def head(self) -> "subprocess.Popen[bytes]":
-        node = self.start("--head", f"--port={self.port}", "--include-dashboard=false")
-        until, log = time.monotonic() + 300, self.folder / "nodes.log"
-        while log.read_text().count("Ray runtime started") < len(self.nodes) and time.monotonic() < until:
-            time.sleep(0.2)
-        return node
+        return self.start("--head", f"--port={self.port}", "--include-dashboard=false")
 
     def worker(self) -> "subprocess.Popen[bytes]":
         return self.start(f"--address=127.0.0.1:{self.port}")

@@ -4,8 +4,12 @@ import errno
 import io
 import os
 import struct
+import subprocess
+import sys
 import zipfile
+import zlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from geodiff4d.data.importing import Choice, Report
 from geodiff4d.data.rowstore import create_rows, fill_rows, open_rows
 from geodiff4d.data.sheet import fits, sizes
 from geodiff4d.heads import load_head
+from geodiff4d.launch.jobs import read_jobs
 from geodiff4d.tracking.reader_data import FacesConfig
 
 
@@ -68,6 +73,17 @@ def test_archives_with_wrong_offsets_are_refused(folder, tmp_path):
             path.write_bytes(spoilt)
             with pytest.raises(UserError):
                 read(path)
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
+    deep = b"[" * 100_000
+    with zipfile.ZipFile(tmp_path / "a.g4d", "w") as archive:
+        archive.writestr("compact.json", deep)
+    (tmp_path / "a.json").write_bytes(deep)
+    (tmp_path / "jobs.jsonl").write_bytes(deep)
+    for read, name in ((open_avatar, "a.g4d"), (read_json, "a.json"), (partial(read_jobs, commands=()), "jobs.jsonl")):
+        with pytest.raises(UserError, match="nested too deeply"):
+            read(tmp_path / name)
 
 
 def test_weights_with_a_damaged_header_are_refused(tmp_path):
@@ -120,6 +136,19 @@ def test_offsets_of_another_head_are_refused():
         head.pose(params)
 
 
+def test_an_image_whose_animation_is_damaged_is_read_without_a_word(tmp_path):
+    image = io.BytesIO()
+    Image.new("RGB", (8, 6), (9, 99, 199)).save(image, "PNG")
+    head, rest = image.getvalue()[:33], image.getvalue()[33:]
+    control = b"acTL" + struct.pack(">II", 0, 0)
+    (tmp_path / "a.png").write_bytes(
+        head + struct.pack(">I", 8) + control + struct.pack(">I", zlib.crc32(control)) + rest
+    )
+    code = f"from geodiff4d.core.stills import read_still; print(read_still({str(tmp_path / 'a.png')!r}).shape)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("(6, 8, 3)\n", "")
+
+
 def test_damaged_notes_and_rows_of_a_store_are_refused(tmp_path):
     config = FacesConfig(subjects=1, instants=1, size=96, supersample=1)
     create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
@@ -135,6 +164,10 @@ def test_damaged_notes_and_rows_of_a_store_are_refused(tmp_path):
         (tmp_path / "done.npy").write_bytes(spoilt)
         with pytest.raises(UserError, match=r"done\.npy"):
             open_rows(tmp_path, ["done"])
+    for other in (np.zeros(2, "u1"), np.zeros((1, 1), "u1"), np.zeros(1, "f4")):
+        np.save(tmp_path / "done.npy", other)
+        with pytest.raises(UserError, match=r"done\.npy is .* expected uint8 \[1\]"):
+            open_rows(tmp_path, ["done"], arrays={"done": ((1,), "u1")})
 
 
 def test_a_store_takes_all_its_space_at_once_or_none(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from torch import Tensor, from_numpy
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import ZIP_ERRORS, fresh_file, fresh_folder, read_arrays, read_tensors, save_tensors
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.core.packing import SMALLEST, packed, unpacked
 
 FORMAT, VERSION = "geodiff4d compact avatar", 1
@@ -68,7 +69,7 @@ def unpack(path: Path, out: Path) -> None:
     """
     members = _members(path)
     try:
-        about = json.loads(members["compact.json"])
+        about = parse_json(members["compact.json"])
         if about["format"] != FORMAT:
             raise KeyError("format")
         if about["version"] > VERSION:

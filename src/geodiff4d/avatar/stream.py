@@ -11,7 +11,6 @@ object with `names` and `frames`, a list of such objects, as LAM's web avatars t
 """
 
 import difflib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.jsontext import parse_json
 
 IGNORED = {"time", "timecode", "frame", "rotation", "translation"}
 """Keys that are skipped; head poses of capture apps are in axes of their own."""
@@ -61,8 +61,8 @@ class Reader:
             UserError: not one JSON object, an unknown name, or a weight that is not a number from 0 to 1.
         """
         try:
-            value = json.loads(text.removeprefix("\ufeff"))
-        except (ValueError, RecursionError) as error:
+            value = parse_json(text.removeprefix("\ufeff"))
+        except ValueError as error:
             raise self._bad(number, f"is not JSON ({error}): expected one object a line") from None
         return self.record(value, number)
 
@@ -172,7 +172,7 @@ def read_stream_file(path: Path, names: tuple[str, ...]) -> list[Line]:
 def _whole(text: str) -> dict[str, Any] | None:
     """Return the object of a file that is one object with a list of frames, or None."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         return None
     return value if isinstance(value, dict) and isinstance(value.get("frames"), list) else None

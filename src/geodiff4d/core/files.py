@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.core.packing import unpacked
 
 Config = TypeVar("Config")
@@ -80,10 +81,10 @@ def read_json(path: Path) -> Any:
         UserError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return parse_json(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and deep nesting
+    except ValueError as error:  # also numbers of thousands of digits, and deep nesting
         raise UserError(f"{path} is not valid JSON ({error})") from None
 
 

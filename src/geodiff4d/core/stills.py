@@ -1,6 +1,7 @@
 """Image files to arrays of bytes: upright, in sRGB, without transparency. Without torch, which decoding needs not."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 """What is opened, whatever a file's name is: for others, such as EPS, Pillow would start programs of the system."""
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+# Pillow reads on after a damaged animation, EXIF tag or colour profile, in words that no user can act upon.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def is_heif(path: Path) -> bool:

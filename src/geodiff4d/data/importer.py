@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import write_image
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.rundir import alone
 from geodiff4d.data.clip import Clip, ClipWriter, check_params
@@ -217,7 +218,7 @@ class GrowingClip(ClipWriter):
         raw = journal.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
+            lines = [parse_json(line) for line in whole.splitlines()]
             if lines and lines[0]["import"] != self.identity:
                 old, new = lines[0]["import"], self.identity
                 differ = [k for k in new if old.get(k) != new[k]]

@@ -82,9 +82,16 @@ class SmcFile:
         return node
 
     def keys(self, name: str) -> list[str]:
-        """Return the names below a group, none if it is missing."""
+        """Return the names below a group, none if it is missing.
+
+        Raises:
+            UserError: as `get`.
+        """
         node = self.get(name)
-        return list(node.keys()) if isinstance(node, self._h5py.Group) else []
+        try:
+            return list(node.keys()) if isinstance(node, self._h5py.Group) else []
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"{self.path}: {name} is damaged ({error}): download the file again") from None
 
     def array(self, name: str) -> np.ndarray | None:
         """Read a data set, None if it is missing.

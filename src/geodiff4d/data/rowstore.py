@@ -65,11 +65,16 @@ def create_array(path: Path, shape: tuple[int, ...], kind: DTypeLike) -> None:
             raise
 
 
-def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dict[str, np.ndarray]:
+def open_rows(
+    folder: Path, names: Iterable[str], writable: bool = False, arrays: Arrays | None = None
+) -> dict[str, np.ndarray]:
     """Map a store's arrays into memory, by name; nothing is read before it is indexed.
 
+    Args:
+        arrays: shapes and types that they must have, as far as they are known: an axis of 0 may be of any length.
+
     Raises:
-        UserError: one is missing or damaged.
+        UserError: one is missing, damaged, or of another shape or type.
     """
     out = {}
     for path in (folder / f"{name}.npy" for name in names):
@@ -78,6 +83,14 @@ def open_rows(folder: Path, names: Iterable[str], writable: bool = False) -> dic
         except (ValueError, OSError, EOFError, SyntaxError, TypeError, MemoryError, OverflowError) as error:
             reason = " ".join(str(error).split())[:100]
             raise UserError(f"{path} is missing or damaged ({reason}): remove {folder}, and it is made again") from None
+        found = out[path.stem]
+        shape, kind = (arrays or {}).get(path.stem, (found.shape, found.dtype))
+        alike = len(shape) == found.ndim and all(n in (0, m) for n, m in zip(shape, found.shape, strict=True))
+        if not alike or found.dtype != kind:
+            raise UserError(
+                f"{path} is {found.dtype} {list(found.shape)}, expected {np.dtype(kind)} {list(shape)}: remove "
+                f"{folder}, and it is made again"
+            )
     return out
 
 
@@ -111,7 +124,7 @@ class RowStore:
     def __getattr__(self, name: str) -> np.ndarray:
         if name.startswith("_") or "config" not in vars(self) or name not in (*self.config.arrays(), *self.CONSTANTS):
             raise AttributeError(name)
-        vars(self).update(open_rows(self.folder, [name], self.writable))
+        vars(self).update(open_rows(self.folder, [name], self.writable, self.config.arrays()))
         return vars(self)[name]
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

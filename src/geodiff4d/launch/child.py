@@ -14,12 +14,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.core.sandbox import VARIABLE
 
 
 def main(given: str) -> int:
     """Run the command and return its exit code."""
-    job = json.loads(given)
+    job = parse_json(given)
     threading.Thread(target=_end_with_input, daemon=True).start()
     # What a fleet is given may come from anybody.
     os.environ.setdefault(VARIABLE, "1")
@@ -43,7 +44,7 @@ def main(given: str) -> int:
 def _job_of(done: Path) -> str | None:
     """Return which job a folder's note says was done, None where there is no such note."""
     try:
-        return json.loads(done.read_text())["job"]
+        return parse_json(done.read_text())["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.fingerprint import fingerprint
+from geodiff4d.core.jsontext import parse_json
 
 DONE = "job.json"
 OUT = "{out}"
@@ -43,7 +44,7 @@ class Job:
     def done(self, folder: Path) -> bool:
         """Say whether this very command has been carried out below `folder`."""
         try:
-            return json.loads((folder / self.name / DONE).read_text())["job"] == fingerprint(self)
+            return parse_json((folder / self.name / DONE).read_text())["job"] == fingerprint(self)
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return False
 
@@ -84,7 +85,7 @@ def read_jobs(path: Path, commands: Sequence[str]) -> list[Job]:
             continue
         where = f"{path}, line {number}"
         try:
-            given = json.loads(line)
+            given = parse_json(line)
             name, run = given["name"], given["run"]
             words = shlex.split(run) if isinstance(run, str) else [str(word) for word in run]
         except (ValueError, KeyError, TypeError) as error:

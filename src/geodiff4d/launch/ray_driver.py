@@ -7,6 +7,7 @@ it, and starts it again once there is a head.
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Any
 
 from geodiff4d.launch.jobs import Job, run_job
 
+REACH_S = 120.0
+"""A head that has not answered for so long is not there."""
 LOOK_S = 2.0
 """Between two looks at the cluster."""
 LOST_S = 60.0
@@ -26,14 +29,27 @@ LOST_S = 60.0
 def main(address: str, folder: str, cores: int) -> None:
     """Hand the jobs of the input to the cluster, until the input ends."""
     say = _Lines()
+    if reason := _refused(address):
+        say({"error": reason})
+        return
     import ray
 
+    def give_up() -> None:
+        say({"error": f"no answer in {REACH_S:.0f} s"})
+        os._exit(1)
+
+    # Ray tries for minutes to reach a head that takes connections and says nothing.
+    timer = threading.Timer(REACH_S, give_up)
+    timer.daemon = True
+    timer.start()
     known = {k: os.environ[k] for k in ("PYTHONPATH",) if k in os.environ}
     try:
         ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": known} if known else None)
     except (ConnectionError, ValueError, RuntimeError) as error:
         say({"error": " ".join(str(error).split())[:200]})
         return
+    finally:
+        timer.cancel()
     has = ray.cluster_resources()
     gpus = int(has.get("GPU", 0))
     threads = {"OMP_NUM_THREADS": str(cores), "NUMBA_NUM_THREADS": str(cores)}
@@ -47,6 +63,18 @@ def main(address: str, folder: str, cores: int) -> None:
         future.add_done_callback(lambda done, ticket=ticket: say({"ticket": ticket, **_came_of(done)}))
     # What still runs ends with its driver; nobody waits for it.
     os._exit(0)
+
+
+def _refused(address: str) -> str | None:
+    """Return why nothing listens at `host:port`, or None: something does, or the address is of another form."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return None
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        return str(error)
+    return None
 
 
 def _end_when_cut_off() -> None:

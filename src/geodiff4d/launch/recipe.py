@@ -16,7 +16,6 @@ It is a TOML file, those of the presets in `assets/recipes`, with a table for ea
 rendered, for all. `weights` says which of the folders in `{out}` ships as what.
 """
 
-import json
 import re
 import shlex
 import shutil
@@ -29,6 +28,7 @@ from typing import Any, Literal
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_folder, load_model, read_object, save_model, write_json
 from geodiff4d.core.fingerprint import fingerprint
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.core.packing import packed
 from geodiff4d.core.weights import VARIABLE
 from geodiff4d.launch.jobs import OUT, Job, Outcome
@@ -240,7 +240,7 @@ def last_figures(log: Path, keys: Sequence[str]) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in log.read_text().splitlines() if log.exists() else ():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             continue  # cut by a kill
         found |= {k: record[k] for k in keys if isinstance(record.get(k), int | float)}

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from geodiff4d.core.digest import sha256_of
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.provenance.credentials import Credentials, scheme
 from geodiff4d.provenance.statement import GENERATOR, Statement, read_statement
 from geodiff4d.provenance.verdict import State, Verdict, named
@@ -124,7 +125,7 @@ def read_signed(place: Path) -> Signed:
 
     try:
         with place.open("rb") as file:
-            known = json.loads(file.read(MAX_BYTES))
+            known = parse_json(file.read(MAX_BYTES))
         claim, files = known["claim"], known["claim"]["files"]
         if known["format"] != FORMAT or known["version"] != VERSION or not isinstance(files, dict):
             raise ValueError(f"no {FORMAT} of version {VERSION}")
@@ -134,7 +135,7 @@ def read_signed(place: Path) -> Signed:
         key.verify(signature, _canonical(claim), *scheme(key)[1])
     except InvalidSignature:
         raise ValueError(f"{place.name} is not what was signed") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{place.name} is damaged ({' '.join(str(error).split())[:80]})") from None
     return Signed(statement, files, chain)
 

@@ -1,6 +1,5 @@
 """The statement that everything made here carries: by what it was made, out of whose portrait, with what consent."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 from geodiff4d import __version__
 from geodiff4d.core.digest import sha256_of
+from geodiff4d.core.jsontext import parse_json
 
 GENERATOR = "geodiff4d"
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -73,7 +73,7 @@ def hash_portraits(paths: Iterable[Path]) -> tuple[str, ...]:
 
 def _tracked_from(folder: Path) -> list[str]:
     try:
-        extra = json.loads((folder / "transforms.json").read_text())["geodiff4d"]["extra"]
+        extra = parse_json((folder / "transforms.json").read_text())["geodiff4d"]["extra"]
         return [str(one) for one in extra["source_sha256"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.studio.lanes import Lane
 from geodiff4d.studio.projects import (
     CANCELLED,
@@ -176,7 +177,7 @@ class StudioHandler(LocalHandler):
                 raise Refused("expected JSON", 415)
             if not length.isdigit() or int(length) > MAX_BODY:
                 raise Refused("expected a short request", 413)
-            asked = json.loads(self.rfile.read(int(length)) or b"{}")
+            asked = parse_json(self.rfile.read(int(length)) or b"{}")
             if not isinstance(asked, dict):
                 raise Refused("expected an object", 400)
             self.close_connection = False
@@ -189,7 +190,7 @@ class StudioHandler(LocalHandler):
                 raise Refused("there is no such request", 404)
         except Refused as error:
             self.refuse(error)
-        except (ValueError, RecursionError):
+        except ValueError:
             self.refuse(Refused("expected JSON", 400))
 
     def _act(self, name: str, what: str, asked: dict[str, Any]) -> None:
@@ -258,7 +259,7 @@ class StudioHandler(LocalHandler):
 def _notes(place: Path) -> list[str]:
     """Return what the tracker noted about the portraits."""
     try:
-        clip = json.loads((place / "portrait" / "out" / "transforms.json").read_text())
+        clip = parse_json((place / "portrait" / "out" / "transforms.json").read_text())
         return [str(note) for note in clip["geodiff4d"]["extra"]["notes"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []

@@ -87,7 +87,7 @@ class Faces:
                 f"{folder} has no rendered faces: expected faces.json; `geodiff4d train reader` renders them"
             )
         self.config = read_config(self.folder / "faces.json", FacesConfig)
-        stored = open_rows(self.folder, (*ROWS, "done"))
+        stored = open_rows(self.folder, (*ROWS, "done"), arrays=self.config.arrays())
         self._done = stored["done"]
         if not unfinished and not self._done.all():
             raise UserError(f"{folder} is unfinished: run the same `geodiff4d train reader` again to resume it")

@@ -1,12 +1,12 @@
 """Curves of a run's log as one image, for those without TensorBoard."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from geodiff4d.core.files import fresh_file
+from geodiff4d.core.jsontext import parse_json
 
 PANELS = {
     "training loss": ("loss", "loss_rgb", "loss_normal"),
@@ -23,8 +23,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text().splitlines():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            records.append(parse_json(line))
+        except ValueError:
             continue
     return records
 

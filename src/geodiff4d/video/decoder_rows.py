@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_config, read_object
+from geodiff4d.core.files import read_config
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
@@ -131,11 +131,10 @@ class DecoderRows:
             raise UserError(
                 f"{folder} has no rows for a decoder: expected rows.json; `geodiff4d train decoder` makes them"
             )
-        note = read_object(self.folder / "rows.json", "source")
-        self.exact = note["source"] == "world"
-        self._arrays = open_rows(
-            self.folder, ("rgb", "normals", "pose", "warp", "known", "truth", "mask", "truth_normals", "filled")
-        )
+        config = read_config(self.folder / "rows.json", DecoderRowsConfig)
+        self.exact = config.source == "world"
+        names = [name for name in config.arrays() if name != "done"]
+        self._arrays = open_rows(self.folder, names, arrays=config.arrays())
 
     @property
     def index(self) -> np.ndarray:

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from geodiff4d.core.jsontext import parse_json
 from geodiff4d.viewer.live import Feed
 from geodiff4d.viewer.live_renderer import MAX_PITCH_DEG, ZOOM, LiveRenderer, View
 from geodiff4d.viewer.local_server import LocalHandler, LocalServer
@@ -106,8 +107,8 @@ class RendererHandler(Handler):
             self.send_error(413)
         else:
             try:
-                self.renderer.show(view_from(json.loads(self.rfile.read(int(length))), self.renderer))
-            except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+                self.renderer.show(view_from(parse_json(self.rfile.read(int(length))), self.renderer))
+            except (ValueError, TypeError, AttributeError, OverflowError) as error:
                 self.send_error(400, " ".join(str(error).split())[:100])
             else:
                 self.send_response(204)
