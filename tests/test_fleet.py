@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -317,8 +318,11 @@ class RayNodes:
         return self.start(f"--address=127.0.0.1:{self.port}")
 
     def kill(self, node: "subprocess.Popen[bytes]") -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(node.pid, signal.SIGKILL)
+        """Kill a node with all that it started, some of which left its process group."""
+        with suppress(psutil.NoSuchProcess):
+            for process in (*psutil.Process(node.pid).children(recursive=True), node):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
         node.wait()
 
     def close(self) -> None:

@@ -173,6 +173,8 @@ def test_a_number_that_is_none_costs_its_frame_and_is_named(data, tmp_path):
     ({"fx": np.float32([[0.0], [1.0]])}, "focal"),
     ({"rot": np.full((STEPS, 3), np.inf)}, "infinite numbers at every timestep"),
     ({"rot": np.zeros((STEPS, 4))}, "do not fit"),
+    ({"extr": np.float32(1)}, "do not fit"),
+    ({"camera_order": np.array("cam0")}, "camera_order"),
     ({"expr": np.zeros((STEPS, 120))}, "expected at most"),
     ({"shape": np.zeros(400)}, "expected at most"),
     ({"shape": None}, "lacks shape"),

@@ -197,6 +197,12 @@ def test_damaged_folders_are_refused(codec, tmp_path):
     with pytest.raises(UserError, match="parts of different models"):
         load_video_model(folder)
     fresh()
+    config = json.loads((folder / "unet/config.json").read_text())
+    config["video_model"]["unet"]["widths"] = [[16], 16]
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"damaged ones|does not fit this version"):
+        load_video_model(folder)
+    fresh()
     (folder / "unet/config.json").write_text("{}")
     with pytest.raises(UserError, match="does not fit this version"):
         load_video_model(folder)

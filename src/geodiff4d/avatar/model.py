@@ -164,7 +164,7 @@ class Avatar:
             local = LocalGaussians(**{k: v for k, v in tensors.items() if "." not in k})
             avatar = Avatar(head, local, shape, sequence, camera, float(config["fps"]), parts, tokens)
             check_avatar(avatar, str(folder))
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError, OverflowError) as error:
+        except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             reason = " ".join(str(error).split())[:200]

@@ -100,7 +100,7 @@ def decode_still(source: Path | io.BytesIO, name: str, mode: str) -> np.ndarray:
         raise UserError(f"{name} is too large to decode safely: at most {MAX_PIXELS:,} pixels are read") from None
     except PermissionError:
         raise UserError(f"{name} cannot be read (permission denied): change its permissions or copy it") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name} is truncated or damaged ({error}): export it again as PNG or JPEG") from None

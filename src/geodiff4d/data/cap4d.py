@@ -122,8 +122,8 @@ def _fit(path: Path, report: Report) -> _Fit:
                if k not in values]  # fmt: skip
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: expected CAP4D's fit of pictures")
-    n, steps = len(values["extr"]), len(values["expr"])
-    names = [str(x) for x in values.get("camera_order", [f"cam{i}" for i in range(n)])]
+    n, steps = (len(np.atleast_1d(values[k])) for k in ("extr", "expr"))
+    names = [str(x) for x in np.atleast_1d(values.get("camera_order", [f"cam{i}" for i in range(n)]))]
     shapes = {"extr": (n, 4, 4), "resolutions": (n, 2), "rot": (steps, 3), "tra": (steps, 3)}
     shapes |= {k: (steps, 3) for k in ("eye_rot", "jaw_rot", "neck_rot") if k in values}
     shapes |= {"valid_mask": (n, steps)} if "valid_mask" in values else {}

@@ -318,8 +318,11 @@ def load_video_model(folder: Path, compact: bool = False) -> VideoModel:
     try:
         with deferred() as draws:
             model = VideoModel(config, codec, eyes, finish)
-    except ValueError as error:
-        raise UserError(f"{folder} holds parts of different models ({error}): copy the folder again") from None
+    except (ValueError, TypeError, RuntimeError, IndexError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(
+            f"{folder} holds parts of different models, or damaged ones ({reason}): copy the folder again"
+        ) from None
     for name, network in model.networks().items():
         _, state = load_model(folder / name)
         half = compact and name != "expression" and isinstance(codec, StableCodec)
