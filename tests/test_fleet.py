@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -295,7 +297,9 @@ class RayNodes:
     """Node processes of a Ray cluster on this machine, each with all that it starts in a process group of its own."""
 
     def __init__(self, folder: Path, port: int):
-        self.folder, self.port, self.nodes = folder, port, []
+        self.folder, self.port = folder, port
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.folders: list[str] = []
 
     def start(self, *words: str) -> "subprocess.Popen[bytes]":
         """Start a node and wait until it says that it runs."""
@@ -312,7 +316,10 @@ class RayNodes:
         return node
 
     def head(self) -> "subprocess.Popen[bytes]":
-        return self.start("--head", f"--port={self.port}", "--include-dashboard=false")
+        # A folder of its own (paths in it must be short): Ray believes the last head that a folder knows to be running.
+        self.folders.append(tempfile.mkdtemp(prefix="ray"))
+        words = "--head", f"--port={self.port}", f"--temp-dir={self.folders[-1]}", "--include-dashboard=false"
+        return self.start(*words)
 
     def worker(self) -> "subprocess.Popen[bytes]":
         return self.start(f"--address=127.0.0.1:{self.port}")
@@ -328,6 +335,8 @@ class RayNodes:
     def close(self) -> None:
         for node in self.nodes:
             self.kill(node)
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

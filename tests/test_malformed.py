@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from avatars import painted_avatar, talking, with_networks
 from geodiff4d.avatar.compact import open_avatar, write_compact
+from geodiff4d.avatar.deformation import DeformationConfig
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import explain, main
 from geodiff4d.core import films, sandbox, stills
@@ -73,6 +74,17 @@ def test_archives_with_wrong_offsets_are_refused(folder, tmp_path):
             path.write_bytes(spoilt)
             with pytest.raises(UserError):
                 read(path)
+
+
+def test_arrays_of_complex_numbers_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros(3, "c16"))
+    with pytest.raises(UserError, match=r"a\.npz: x is complex128, expected real numbers"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_networks_of_absurd_depth_are_refused_at_once():
+    with pytest.raises(ValueError, match="multiple of"):
+        DeformationConfig(levels=10**30)
 
 
 def test_json_that_is_nested_too_deeply_is_refused(tmp_path):

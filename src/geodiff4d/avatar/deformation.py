@@ -44,7 +44,7 @@ class DeformationConfig:
     """Weight of the mean square difference between neighbouring texels [1/cm²]."""
 
     def __post_init__(self) -> None:
-        if self.size % 2**self.levels or min(self.size, self.channels, self.levels) < 1:
+        if not 1 <= self.levels <= 16 or self.size % 2**self.levels or min(self.size, self.channels) < 1:
             raise ValueError(f"size must be a multiple of 2^levels, got {self.size} and {self.levels}")
 
 

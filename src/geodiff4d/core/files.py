@@ -132,7 +132,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
                 raise UserError(f"{path} unpacks to {size:,} bytes: at most {MAX_ARRAYS_BYTES:,} are read")
             file.seek(0)
             with np.load(file, allow_pickle=False) as data:
-                return {k: data[k] for k in data.files}
+                arrays = {k: data[k] for k in data.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: expected an .npz file") from None
     except ZIP_ERRORS as error:
@@ -140,6 +140,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             raise
         reason = " ".join(str(error).split())[:100]
         raise UserError(f"{path} is damaged or holds more than plain arrays ({reason})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufSU":
+            raise UserError(f"{path}: {name} is {array.dtype}, expected real numbers or text")
+    return arrays
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
