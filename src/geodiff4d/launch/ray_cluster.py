@@ -75,6 +75,7 @@ class RayCrew:
         """Leave the cluster, which ends what still runs."""
         if self._driver is not None:
             assert self._driver.stdin is not None
+            assert self._driver.stdout is not None
             with suppress(OSError):
                 self._driver.stdin.close()
             try:
@@ -82,6 +83,7 @@ class RayCrew:
             except subprocess.TimeoutExpired:  # it is still looking for a cluster
                 self._driver.kill()
                 self._driver.wait()
+            self._driver.stdout.close()
             self._driver = None
 
     def _reach(self) -> str | None:
