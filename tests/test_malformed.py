@@ -31,6 +31,7 @@ from geodiff4d.core.progress import silent
 from geodiff4d.core.rundir import RunFolder, alone, restore_optimiser
 from geodiff4d.core.video import read_video, write_video
 from geodiff4d.data import synthhuman
+from geodiff4d.data.clip import check_params
 from geodiff4d.data.importing import Choice, Report
 from geodiff4d.data.rowstore import create_rows, fill_rows, open_rows
 from geodiff4d.data.sheet import fits, sizes
@@ -74,6 +75,15 @@ def test_archives_with_wrong_offsets_are_refused(folder, tmp_path):
             path.write_bytes(spoilt)
             with pytest.raises(UserError):
                 read(path)
+
+
+def test_parameters_with_axes_too_many_are_refused():
+    check_params(load_head().neutral(), "a clip")
+    for name in ("shape", "expr", "jaw_pose"):
+        params = load_head().neutral()
+        object.__setattr__(params, name, getattr(params, name)[None])
+        with pytest.raises(UserError, match=rf"a clip: {name} has the shape \[1, .* expected \["):
+            check_params(params, "a clip")
 
 
 def test_arrays_of_complex_numbers_are_refused(tmp_path):

@@ -267,10 +267,14 @@ def check_params(params: HeadParams, where: str) -> None:
             raise UserError(
                 f"{where}: {name} has NaN or numbers beyond ±{MAX_PARAM:g}: expected head parameters; track it again"
             )
-        if value is not None and name in SIZES and value.shape != (SIZES[name],):
-            raise UserError(
-                f"{where}: {name} has the shape {list(value.shape)}, expected [{SIZES[name]}]; track it again"
-            )
+        if value is None:
+            continue
+        rows = ("vertices", 3) if name == "static_offset" else (SIZES.get(name, "any"),)
+        if value.dim() != len(rows) or any(
+            isinstance(n, int) and n != m for n, m in zip(rows, value.shape, strict=True)
+        ):
+            expected = ", ".join(map(str, rows))
+            raise UserError(f"{where}: {name} has the shape {list(value.shape)}, expected [{expected}]; track it again")
 
 
 def read_params(path: Path) -> HeadParams:
