@@ -76,11 +76,12 @@ def binding_loss(
     """
     k = face_scale[local.face_index]
     away = relu(local.means.norm(dim=-1) * k - tolerance[local.face_index] - 0.5 * k).mean() * 1000
-    tangent = local.log_scales[:, [i for i in range(3) if i != NORMAL_AXIS]]
-    large, small = tangent.amax(-1), tangent.amin(-1)
+    along = list(local.log_scales.unbind(-1))
+    normal = along.pop(NORMAL_AXIS)
+    large, small = torch.maximum(*along), torch.minimum(*along)
     oversize = relu(large.exp() * k - config.max_size_m).mean() * 1000
     needle = relu(large - small - torch.tensor(config.max_aspect).log().to(large)).mean()
-    thick = relu(local.log_scales[:, NORMAL_AXIS] - small + 1).mean()
+    thick = relu(normal - small + 1).mean()
     return config.position * away + config.size * oversize + config.needle * needle + config.flat * thick
 
 

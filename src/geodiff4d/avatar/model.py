@@ -233,7 +233,9 @@ def render_splats(
     image, alpha = rasterize(gaussians, camera, torch.cat([colors, splat_normals(gaussians, camera)], -1))
     if isinstance(background, Tensor):
         background = background[:, None, None]
-    return AvatarFrame(image[:3] + (1 - alpha) * background, image[3:], alpha)
+    # Slices would cost a whole image of zeros each on the way back.
+    rgb, normal = image.split(3)
+    return AvatarFrame(rgb + (1 - alpha) * background, normal, alpha)
 
 
 def splat_normals(gaussians: Gaussians, camera: Camera) -> Float[Tensor, "n 3"]:
