@@ -258,7 +258,7 @@ def _main(words: list[str]) -> tuple[int, str]:
     """Call the command line as `geodiff4d` does, and keep the traceback of what it would call a defect."""
     from geodiff4d.cli import explain, main
 
-    warnings.resetwarnings()
+    warnings.simplefilter("always", append=True)
     try:
         return main([*words, "--debug"]), ""
     except KeyboardInterrupt:
