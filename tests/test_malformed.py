@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import struct
 import subprocess
@@ -25,7 +26,7 @@ from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import explain, main
 from geodiff4d.core import films, sandbox, stills
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import read_arrays, read_config, read_json, read_tensors, write_json
+from geodiff4d.core.files import load_model, read_arrays, read_config, read_json, read_tensors, write_json
 from geodiff4d.core.images import write_image
 from geodiff4d.core.progress import silent
 from geodiff4d.core.rundir import RunFolder, alone, restore_optimiser
@@ -106,6 +107,22 @@ def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
     for read, name in ((open_avatar, "a.g4d"), (read_json, "a.json"), (partial(read_jobs, commands=()), "jobs.jsonl")):
         with pytest.raises(UserError, match="nested too deeply"):
             read(tmp_path / name)
+
+
+def test_notes_that_are_lists_are_refused(folder, tmp_path):
+    write_compact(folder, tmp_path / "a.g4d")
+    with zipfile.ZipFile(tmp_path / "a.g4d") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    about = json.loads(members["compact.json"]) | {"tensors": []}
+    with zipfile.ZipFile(tmp_path / "b.g4d", "w") as archive:
+        for name, data in (members | {"compact.json": json.dumps(about)}).items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match=r"b\.g4d is not a compact avatar, or is damaged"):
+        open_avatar(tmp_path / "b.g4d")
+    (tmp_path / "config.json").write_text("[]")
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"config\.json is damaged: expected an object"):
+        load_model(tmp_path)
 
 
 def test_weights_with_a_damaged_header_are_refused(tmp_path):

@@ -84,7 +84,7 @@ def unpack(path: Path, out: Path) -> None:
             for file, values in _files(about["arrays"], members).items():
                 arrays: dict[str, Any] = dict(values)
                 np.savez(folder / file, **arrays)
-    except (KeyError, TypeError, ValueError, IndexError, SafetensorError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not a compact avatar, or is damaged ({error}): export it again") from None

@@ -317,7 +317,7 @@ def load_model(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a model folder: expected config.json and model*.safetensors")
-    config = read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} has no weights: expected model.safetensors beside config.json")
