@@ -15,6 +15,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import decode_normals, encode_normals, read_image, write_image
 from geodiff4d.core.video import write_video
 from geodiff4d.evaluate import metrics
+from geodiff4d.evaluate.demo import DEBUG, run_demo
 from geodiff4d.evaluate.metrics import Estimate, PairScores, Truth
 from geodiff4d.evaluate.report import (
     Grid,
@@ -310,3 +311,11 @@ def test_a_report_with_a_missing_part_is_not_written(tmp_path):
         with pytest.raises(UserError, match=message):
             build_report(tmp_path / "report.html", Report("t", "l", [Section("s", "", [block])]))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_demo_scores_alike_by_one_process_and_by_two(tmp_path):
+    one, two = (run_demo(tmp_path / str(n), DEBUG, workers=n) for n in (1, 2))
+    for found in (one, two):
+        del found["seconds"], found["avatar"]["iterations_per_second"]
+    assert one == two
