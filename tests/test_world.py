@@ -12,6 +12,8 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.world_clips import is_complete, write_world
 from geodiff4d.heads import load_head
+from geodiff4d.provenance.seal import verify
+from geodiff4d.provenance.verdict import State
 from geodiff4d.render.crops import canonical_crop
 from geodiff4d.render.viewpoints import capture_cameras, world_region
 from geodiff4d.world.cameras import random_cameras
@@ -178,6 +180,10 @@ def test_synth_writes_clips_and_resumes(tmp_path, capsys):
     assert torch.allclose(frame.params.shape, truth.tracked_shape, atol=1e-5)
     again = truth.render(frame.params, frame.camera)
     assert (again.rgb - frame.image).abs().max() < 0.01 and frame.normal is not None
+    for made in ("val_0", "val_sheet.png"):
+        [verdict] = verify([tmp_path / "world" / made])
+        assert verdict.state is State.UNTOUCHED and verdict.statement is not None
+        assert verdict.statement.source == "algorithmicMedia", "nobody was photographed, and no model was trained"
     before = (tmp_path / "world/val_0/transforms.json").stat().st_mtime_ns
     synth.run(args)
     assert (tmp_path / "world/val_0/transforms.json").stat().st_mtime_ns == before

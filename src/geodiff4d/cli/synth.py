@@ -6,11 +6,13 @@ from typing import Annotated, Literal
 
 import tyro
 
+from geodiff4d.cli._signing import SigningArgs, sealer
+
 SHEET_COLUMNS, SHEET_MAX = 8, 64
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(SigningArgs):
     """Options of `geodiff4d synth`."""
 
     out: Annotated[Path, tyro.conf.Positional]
@@ -41,6 +43,7 @@ def run(args: Args) -> None:
     from geodiff4d.core.images import read_image, write_image
     from geodiff4d.data.world_clips import is_complete, write_world
     from geodiff4d.presets import preset
+    from geodiff4d.provenance.statement import Statement
     from geodiff4d.render.viewpoints import capture_views
 
     size = args.size or preset(args.preset).model.size
@@ -56,15 +59,20 @@ def run(args: Args) -> None:
     capture_views(args.views)
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"{args.out} is a file: expected a folder to write clips to, or a new name")
+    signer = sealer(args)
     seeds = range(args.seed, args.seed + args.subjects)
     folders = {seed: args.out / f"{args.split}_{seed}" for seed in seeds}
     todo = [seed for seed in seeds if not is_complete(folders[seed], args.frames, args.views, size)]
     writing = write_world(args.out, args.split, todo, args.frames, args.views, size, args.workers)
     written = sum(1 for _ in progress.bar(writing, "people", len(todo)))
+    for folder in folders.values():
+        signer.seal_stage(folder, Statement(source="algorithmicMedia"))
     fronts = [read_image(folders[seed] / "reference.png") for seed in seeds[:SHEET_MAX]]
     fronts += [torch.ones_like(fronts[0])] * (-len(fronts) % min(SHEET_COLUMNS, len(fronts)))
     columns = min(SHEET_COLUMNS, len(fronts))
     rows = [torch.cat(fronts[i : i + columns], 2) for i in range(0, len(fronts), columns)]
-    write_image(args.out / f"{args.split}_sheet.png", torch.cat(rows, 1))
+    sheet = args.out / f"{args.split}_sheet.png"
+    write_image(sheet, torch.cat(rows, 1))
+    signer.seal(sheet, Statement(source="algorithmicMedia"))
     kept = f", {args.subjects - written} were there" if written < args.subjects else ""
     print(f"{args.out}: {args.subjects} people, {args.frames} frames × {args.views} views at {size} px{kept}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.provenance.credentials import Credentials
-from geodiff4d.provenance.statement import GENERATOR, SOURCE_TYPE, Statement, read_statement
+from geodiff4d.provenance.statement import GENERATOR, Statement, read_statement
 from geodiff4d.provenance.verdict import State, Verdict
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def embed(path: Path, statement: Statement, credentials: Credentials) -> None:
 
     agent = {"name": GENERATOR, "version": statement.version}
     created = {
-        "action": "c2pa.created", "digitalSourceType": SOURCE_TYPE, "when": statement.made, "softwareAgent": agent,
+        "action": "c2pa.created", "digitalSourceType": statement.source_type, "when": statement.made,
+        "softwareAgent": agent,
     }  # fmt: skip
     manifest = {
         "claim_generator_info": [agent],

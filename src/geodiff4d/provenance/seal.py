@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from geodiff4d.core.errors import UserError, install_extra
@@ -77,9 +77,14 @@ def chosen(own: tuple[Path, Path] | None) -> Sealer:
 
 
 def origin(path: Path) -> Statement:
-    """Return what is said of a clip or an avatar, for what is made of it; an empty statement where nothing holds."""
+    """Return what is said of a clip or an avatar, for what is made of it; an empty statement where nothing holds.
+
+    What is made of people that were drawn is no drawing: it was fitted.
+    """
     verdict = read_beside(path) if available() else None
-    return verdict.statement if verdict and verdict.state is State.UNTOUCHED and verdict.statement else Statement()
+    if verdict is None or verdict.state is not State.UNTOUCHED or verdict.statement is None:
+        return Statement()
+    return replace(verdict.statement, source="trainedAlgorithmicMedia")
 
 
 def is_media(path: Path) -> bool:

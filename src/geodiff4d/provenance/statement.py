@@ -11,8 +11,10 @@ from geodiff4d.core.digest import sha256_of
 from geodiff4d.core.jsontext import parse_json
 
 GENERATOR = "geodiff4d"
-SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-"""IPTC's term for media that a trained model made, which readers of content credentials look for."""
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+"""IPTC's terms for how media were made, which readers of content credentials look for."""
+Source = Literal["trainedAlgorithmicMedia", "algorithmicMedia"]
+"""By a trained model, or by a program that no one was photographed for."""
 Consent = Literal["self", "permitted", "not stated"]
 CONSENTS: dict[Consent, str] = {
     "self": "the portrait shows whoever made this",
@@ -34,6 +36,13 @@ class Statement:
     """Time of making, ISO 8601 in UTC."""
     version: str = __version__
     """Version of geodiff4d."""
+    source: Source = "trainedAlgorithmicMedia"
+    """How it was made."""
+
+    @property
+    def source_type(self) -> str:
+        """Return IPTC's term for how it was made."""
+        return SOURCE_TYPES + self.source
 
     def now(self) -> "Statement":
         """Return the same statement for something that this version makes at this moment."""
@@ -42,7 +51,7 @@ class Statement:
     def described(self) -> dict[str, Any]:
         """Return the statement as it is written, for JSON."""
         return {
-            "generator": GENERATOR, "version": self.version, "digitalSourceType": SOURCE_TYPE,
+            "generator": GENERATOR, "version": self.version, "digitalSourceType": self.source_type,
             "portrait_sha256": list(self.portrait_sha256), "model": self.model, "consent": self.consent,
             "made": self.made,
         }  # fmt: skip
@@ -60,7 +69,9 @@ def read_statement(value: Mapping[str, Any]) -> Statement:
         raise ValueError("a statement's fields are texts")
     if consent not in CONSENTS:
         raise ValueError(f"consent is {str(consent)[:40]!r}")
-    return Statement(tuple(hashes), texts[0], consent, texts[1], texts[2])
+    drawn = value.get("digitalSourceType") == SOURCE_TYPES + "algorithmicMedia"
+    source: Source = "algorithmicMedia" if drawn else "trainedAlgorithmicMedia"
+    return Statement(tuple(hashes), texts[0], consent, texts[1], texts[2], source)
 
 
 def hash_portraits(paths: Iterable[Path]) -> tuple[str, ...]:
