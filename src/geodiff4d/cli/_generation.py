@@ -227,11 +227,13 @@ def prepare(
         side = setup.frame_size
         clip = tracked_portrait(args.portrait, setup.head, side, tracked_to or Path(name) / "portrait", progress)
         _tell("portrait", clip)
-        if side > setup.size and (shown := clip.extra.get("crop", (0, 0, side))[2]) < 0.75 * side:
+        shown, kept = clip.extra.get("crop", (0, 0, side))[2], clip.records[0].camera.width
+        if side > setup.size and min(shown, kept) < 0.75 * side:
+            of = f"its head spans {shown:.0f} px of the image"
+            if kept < shown:
+                of = f"it was tracked at {kept} px (`track --size {side}` keeps more)"
             print(
-                f"note: portrait: its head spans {shown:.0f} px of the image: frames of {side} px will not be sharper "
-                f"than of {setup.size}",
-                file=sys.stderr,
+                f"note: portrait: {of}: frames of {side} px will not be sharper than of {setup.size}", file=sys.stderr
             )
         portrait = load_portrait(clip, side)
         if portrait.others:

@@ -213,8 +213,9 @@ class StudioHandler(LocalHandler):
             project = store.change(name, gone_back)
             forget(store.place(name), look=project.stage == "portrait")
         elif what == "delete":
-            self.server.cancel(name)
+            # In this order, or its next step is begun once it has been stopped.
             store.delete(name)
+            self.server.cancel(name)
         else:
             raise Refused("there is no such request", 404)
 

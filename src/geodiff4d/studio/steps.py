@@ -46,12 +46,16 @@ class Step:
     """Whether a run that was interrupted left something to go on with."""
 
 
-def looking(project: Project, place: Path) -> list[Step]:
+def _sized(config: StudioConfig) -> tuple[str, ...]:
+    return () if config.size is None else ("--size", str(config.size))
+
+
+def looking(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     """Return the steps that find the face in the portraits."""
     files = [str(place / "uploads" / "portraits" / name) for name in project.portraits]
-    job = Job("portrait", ("track", *files, "--portrait", "--out", OUT))
-    if len(files) == 1 and not files[0].lower().endswith((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v")):
-        job = Job("portrait", ("track", *files, "--out", OUT))
+    one = len(files) == 1 and not files[0].lower().endswith((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v"))
+    how = (*(() if one else ("--portrait",)), *_sized(config))
+    job = Job("portrait", ("track", *files, *how, "--out", OUT))
     return [Step(job, "Looking for the face", 12, limit_s=900)]
 
 
@@ -66,7 +70,7 @@ def making(project: Project, place: Path, config: StudioConfig) -> list[Step]:
         steps.append(Step(Job("driver", words), "Watching who drives", 60, limit_s=3600))
         drives = shows = ("--driving", driver)
     preset = ("--preset", config.preset)
-    how = (*preset, "--generator", config.generator, *(() if config.size is None else ("--size", str(config.size))))
+    how = (*preset, "--generator", config.generator, *_sized(config))
     # Without networks, which the page cannot run.
     plain = ("--ablate", "remesh", "deformation", "dynamics") if config.preset == "debug" else ()
     said = ("--consent", str(project.consent))
@@ -86,7 +90,7 @@ def making(project: Project, place: Path, config: StudioConfig) -> list[Step]:
 
 def steps_of(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     """Return what is to be done at a project's stage."""
-    return making(project, place, config) if project.stage == "make" else looking(project, place)
+    return making(project, place, config) if project.stage == "make" else looking(project, place, config)
 
 
 def forget(place: Path, look: bool) -> None:
