@@ -36,6 +36,14 @@ def test_own_clip_changes_nothing(head, avatar):
     assert len(again) == 12 and again.fps == 30
 
 
+def test_the_avatars_own_offset_stays(head, avatar):
+    """Trackers such as VHAP fit an offset of each vertex: the Gaussians lie on the surface with it."""
+    offset = torch.full((len(avatar.sequence.expr), len(head.template), 3), 0.01)
+    wearing = replace(avatar, sequence=replace(avatar.sequence, static_offset=offset))
+    params = performed(wearing, talking(head, 3, seed=1)).params
+    assert params.static_offset is not None and torch.equal(params.static_offset, offset[:3])
+
+
 def test_another_persons_rest_does_not_leak_in(head, avatar):
     """The same acting by somebody who always frowns, smiles and lets the jaw hang moves the avatar the same way."""
     acting = talking(head, 40, seed=5)

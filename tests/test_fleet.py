@@ -85,6 +85,7 @@ def test_what_fails_is_tried_again_and_then_told(tmp_path):
         ('{"name": "../a", "run": "track a --out {out}"}', "no name for a folder"),
         ('{"name": "a", "run": "dance {out}"}', "no command of a fleet"),
         ('{"name": "a", "run": "track a --out b"}', "does not write to"),
+        ('{"name": "failed.json", "run": "track a --out {out}"}', "a file of the fleet's own"),
         ('{"name": "x", "run": "track a --out {out}"}', "stands twice"),
         ("", "no jobs"),
     ],

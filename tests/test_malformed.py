@@ -229,11 +229,12 @@ def test_a_store_is_made_by_one_process(tmp_path):
     with alone(tmp_path), pytest.raises(UserError, match="another process is writing to"):
         create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
     create_rows(tmp_path / "faces.json", config, {"done": ((1,), "u1")}, {})
-    with alone(tmp_path):
-        with pytest.raises(UserError, match="another process is writing to"):
-            fill_rows(tmp_path, lambda folder, s: None, 1, silent)
-        open_rows(tmp_path, ["done"], writable=True)["done"][:] = 1
-        fill_rows(tmp_path, lambda folder, s: None, 1, silent)  # there is nothing to do
+    with alone(tmp_path), pytest.raises(UserError, match="another process is writing to"):
+        fill_rows(tmp_path, lambda folder, s: None, 1, silent)
+    rendered: list[int] = []
+    for _ in range(2):
+        fill_rows(tmp_path, lambda folder, s: rendered.append(s), 1, silent)
+    assert rendered == [0], "whoever fills rows does not say so before they are whole"
 
 
 def test_a_video_of_an_unknown_codec_is_refused(tmp_path):
@@ -320,6 +321,13 @@ def test_bombs_end_a_limited_process_alone(tmp_path, monkeypatch, limited):
             patch.setattr(sandbox, name, value)
             with pytest.raises(UserError, match=r"a\.png cannot be decoded"):
                 sandbox.decode(stills.read_still, tmp_path / "a.png")
+
+
+def test_the_header_of_what_is_no_video_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a video")
+    for look in (films.about, films.described):
+        with pytest.raises(UserError, match=r"notes\.txt cannot be decoded as video"):
+            look(tmp_path / "notes.txt")
 
 
 def test_playlists_are_no_videos(tmp_path):

@@ -1,5 +1,6 @@
 """Content credentials: untouched, altered, re-encoded and forged files are told apart, with other people's keys too."""
 
+import base64
 import hashlib
 import io
 import json
@@ -163,6 +164,22 @@ def test_damaged_statements_are_no_crash(tmp_path, text):
     (tmp_path / "page.html").write_text("hello")
     (tmp_path / f"page.html.{NAME}").write_text(text)
     assert verify([tmp_path / "page.html"])[0].state is State.ALTERED
+
+
+def test_a_key_of_an_unknown_kind_is_damage(tmp_path, mine):
+    (tmp_path / "a.html").write_text("a page")
+    mine[-1].seal(tmp_path / "a.html", SAID)
+    place = place_of(tmp_path / "a.html")
+    said = json.loads(place.read_text())
+    first, rest = said["certificates"].split("-----END CERTIFICATE-----", 1)
+    der = base64.b64decode(first.replace("-----BEGIN CERTIFICATE-----", ""))
+    kind = bytes.fromhex("06072a8648ce3d0201")
+    assert kind in der, "an elliptic curve's key"
+    other = base64.encodebytes(der.replace(kind, kind[:-1] + b"\x7f")).decode()
+    said["certificates"] = f"-----BEGIN CERTIFICATE-----\n{other}-----END CERTIFICATE-----{rest}"
+    place.write_text(json.dumps(said))
+    (verdict,) = verify([tmp_path / "a.html"])
+    assert verdict.state is State.ALTERED and "damaged" in verdict.why
 
 
 def test_files_of_a_folder_and_names_outside_of_it(tmp_path, mine):

@@ -151,7 +151,9 @@ def _decode(about: dict[str, Any], data: bytes) -> np.ndarray:
         shares = (_merge(data, np.dtype(np.uint8), shape).astype(np.float32) + 0.5) / SHARES
         return np.log(shares / (1 - shares))
     columns = int(about["columns"])
-    low, step = np.frombuffer(data[: 8 * columns], np.float32).reshape(2, columns)
+    low, step = ends = np.frombuffer(data[: 8 * columns], np.float32).reshape(2, columns)
+    if not np.isfinite(ends).all():
+        raise ValueError("a range has NaN or infinite numbers")
     return (low + _merge(data[8 * columns :], np.dtype("<u2"), (shape[0], columns)) * step).reshape(shape)
 
 

@@ -255,9 +255,10 @@ def _sequence(arrays: dict[str, np.ndarray], path: Path, ours: dict[str, np.ndar
             raise UserError(f"{path} is not GaussianAvatars': expected finite {name} of shape {shape}, got {got}")
     tensors = {k: torch.from_numpy(arrays[k].astype(np.float32)) for k in wanted}
     if ours:
-        tensors["shape"], tensors["expr"] = (
-            tensors["shape"][: int(ours["shapes"])], tensors["expr"][:, : int(ours["exprs"])]
-        )  # fmt: skip
+        shapes, exprs = int(ours["shapes"]), int(ours["exprs"])
+        if not (0 <= shapes <= SHAPES and 0 <= exprs <= EXPRS):
+            raise UserError(f"{path}: the note beside it says {shapes} shapes and {exprs} expressions of another head")
+        tensors["shape"], tensors["expr"] = tensors["shape"][:shapes], tensors["expr"][:, :exprs]
     offset = None
     for name, rows in (("static_offset", 1), ("dynamic_offset", frames)):
         if name in arrays and (arrays[name].any() or (name == "static_offset" and ours and bool(ours["static"]))):

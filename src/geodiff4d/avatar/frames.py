@@ -68,8 +68,10 @@ class _Stored:
         image = (_halved(self.image.float() * self.mask) / mask.clamp(min=1e-3)).round().to(torch.uint8)
         half = torch.tensor([[0.5], [0.5], [1.0]]).to(self.camera.K)
         camera = replace(self.camera, K=half * self.camera.K, width=mask.shape[-1], height=mask.shape[-2])
+        inside = _halved((self.mask > 0).float()).clamp(min=0.25)
         normal, clip_normal = (
-            None if n is None else _halved(n.float()).round().to(torch.int8) for n in (self.normal, self.clip_normal)
+            None if n is None else (_halved(n.float()) / inside).round().to(torch.int8)
+            for n in (self.normal, self.clip_normal)
         )
         rows, columns = (slice(s.start // 2, -(-s.stop // 2)) for s in self.box)
         normal = clip_normal if self.normal is self.clip_normal else normal

@@ -5,6 +5,7 @@ differences: distances are metres with a tolerance per region (skin 3 mm, hair a
 an eyelid and one of the scalp differ in size a hundredfold; and needles cost, since they stick out in unseen views.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,7 +81,7 @@ def binding_loss(
     normal = along.pop(NORMAL_AXIS)
     large, small = torch.maximum(*along), torch.minimum(*along)
     oversize = relu(large.exp() * k - config.max_size_m).mean() * 1000
-    needle = relu(large - small - torch.tensor(config.max_aspect).log().to(large)).mean()
+    needle = relu(large - small - math.log(config.max_aspect)).mean()
     thick = relu(normal - small + 1).mean()
     return config.position * away + config.size * oversize + config.needle * needle + config.flat * thick
 

@@ -47,6 +47,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("geodiff4d.cli.bench", "measure a hot path: one row with the figure, the hardware and a baseline"),
     "doctor": ("geodiff4d.cli.doctor", "say what is installed, what is missing and what to do"),
 }
+ENDLESS = ("studio", "view", "live")
+"""Those that end when they are told to: no jobs of a fleet or a recipe."""
 
 USAGE = "usage: geodiff4d [-h] [--version] [--debug] COMMAND …"
 SPACE, RIGHTS = "free some space or choose another --out", "choose another --out or check its permissions"

@@ -33,7 +33,7 @@ class Args:
 
 
 def run(args: Args) -> None:
-    from geodiff4d.cli import COMMANDS
+    from geodiff4d.cli import COMMANDS, ENDLESS
     from geodiff4d.cli.progress import bar
     from geodiff4d.core.errors import UserError
     from geodiff4d.launch.fleet import LocalCrew, run_fleet
@@ -47,7 +47,7 @@ def run(args: Args) -> None:
         raise UserError("--workers is for this machine alone: leave it out, or leave --ray out")
     if not 0 <= args.patience < float("inf"):
         raise UserError(f"--patience is {args.patience}: expected minutes, 0 or more")
-    jobs = read_jobs(args.jobs, [name for name in COMMANDS if name not in ("fleet", "view", "live")])
+    jobs = read_jobs(args.jobs, [name for name in COMMANDS if name not in ("fleet", *ENDLESS)])
     out = args.out.resolve()
     if args.ray is None:
         crew = LocalCrew(out, args.workers)

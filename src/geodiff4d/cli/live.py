@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from geodiff4d.avatar.model import Avatar
+    from geodiff4d.core.stopping import StopRequest
     from geodiff4d.heads import Head
     from geodiff4d.heads.rig import HeadParams
     from geodiff4d.tracking.live import LiveFrame
@@ -39,12 +40,14 @@ class Args(SigningArgs):
 
 
 def run(args: Args) -> None:
+    import signal
     import time
     from itertools import chain
 
     from geodiff4d.avatar.model import Avatar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import fresh_file
+    from geodiff4d.core.stopping import stop_requests
     from geodiff4d.core.video import write_video
     from geodiff4d.heads import load_head
     from geodiff4d.heads.rig import HeadParams
@@ -60,13 +63,17 @@ def run(args: Args) -> None:
     head = load_head(args.head) if avatar is None else avatar.head
     tracked: list[HeadParams] = []
     began = time.monotonic()
-    frames = _until_interrupted(track_live(live_frames(args.source), head), args.frames)
-    # Nothing is written before there is a face.
-    if (first := next(frames, None)) is None:
-        raise UserError(f"{args.source} ended without a face: expected one, large and for {LiveConfig().warmup} frames")
-    args.out.mkdir(parents=True, exist_ok=True)
-    panels = _panels(chain([first], frames), head, avatar, args.size, tracked)
-    write_video(args.out / "live.mp4", panels, args.fps)
+    # A request, wherever Ctrl-C comes: what was seen so far is written. A second one ends everything.
+    with stop_requests(signal.SIGINT) as request:
+        frames = _until_asked(track_live(live_frames(args.source), head), request, args.frames)
+        # Nothing is written before there is a face.
+        if (first := next(frames, None)) is None:
+            raise UserError(
+                f"{args.source} ended without a face: expected one, large and for {LiveConfig().warmup} frames"
+            )
+        args.out.mkdir(parents=True, exist_ok=True)
+        panels = _panels(chain([first], frames), head, avatar, args.size, tracked)
+        write_video(args.out / "live.mp4", panels, args.fps)
     with fresh_file(args.out / "params.npz") as file, file.open("wb") as whole:
         HeadParams.stack(tracked).save(whole)
     if args.avatar is not None:
@@ -75,15 +82,12 @@ def run(args: Args) -> None:
     print(f"\n{args.out / 'live.mp4'}: {len(tracked)} frames in {seconds:.1f} s; params.npz beside it")
 
 
-def _until_interrupted(frames: "Iterator[LiveFrame]", limit: int | None) -> "Iterator[LiveFrame]":
+def _until_asked(frames: "Iterator[LiveFrame]", request: "StopRequest", limit: int | None) -> "Iterator[LiveFrame]":
     """Yield the frames; Ctrl-C and the limit end the video as the end of its source does."""
-    try:
-        for i, frame in enumerate(frames):
-            yield frame
-            if limit is not None and i + 1 >= limit:
-                return
-    except KeyboardInterrupt:
-        return
+    for i, frame in enumerate(frames):
+        yield frame
+        if request.asked or (limit is not None and i + 1 >= limit):
+            return
 
 
 def _panels(

@@ -45,7 +45,9 @@ def run(args: Args) -> None:
         if args.browser:
             threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
         if args.seconds is not None:
-            threading.Timer(args.seconds, server.shutdown).start()
+            timer = threading.Timer(args.seconds, server.shutdown)
+            timer.daemon = True
+            timer.start()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.shutdown).start())
         try:

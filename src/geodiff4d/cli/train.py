@@ -45,9 +45,9 @@ def run(args: Args) -> None:
     if args.stage in ("vae", "decoder", "perception", "reader") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
     if args.stage == "all":
-        from geodiff4d.cli import COMMANDS, _recipe
+        from geodiff4d.cli import COMMANDS, ENDLESS, _recipe
 
-        _recipe.run_all(args, [name for name in COMMANDS if name not in ("fleet", "live", "studio", "view")])
+        _recipe.run_all(args, [name for name in COMMANDS if name not in ("fleet", *ENDLESS)])
     elif args.stage in ("decoder", "perception", "reader", "identity"):
         _small_network(args)
     else:

@@ -77,7 +77,9 @@ def run(args: Args) -> None:
         if lines or camera:
             threading.Thread(target=follow, daemon=True).start()
         if args.seconds is not None:
-            threading.Timer(args.seconds, server.shutdown).start()
+            timer = threading.Timer(args.seconds, server.shutdown)
+            timer.daemon = True
+            timer.start()
         try:
             server.serve_forever(0.2)
         except KeyboardInterrupt:

@@ -4,6 +4,7 @@ Without torch, which decoding needs not; `core.presentation` turns these frames 
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -64,6 +65,22 @@ def open_video(path: Path) -> Any:
     return av.open(str(path), options=CONTAINERS, metadata_errors="replace")
 
 
+@contextmanager
+def header_of(path: Path) -> Iterator[Any]:
+    """Open a video to look at its beginning.
+
+    Raises:
+        UserError: it is none.
+    """
+    import av
+
+    try:
+        with open_video(path) as container:
+            yield container
+    except av.FFmpegError as error:
+        raise UserError(f"{path} cannot be decoded as video ({error}): expected MP4, MOV, WebM or similar") from None
+
+
 def video_stream(container: Any, path: Path) -> Any:
     """Return a file's first video stream.
 
@@ -84,7 +101,7 @@ def about(path: Path) -> About:
     Raises:
         UserError: the file has no video that can be decoded.
     """
-    with open_video(path) as container:
+    with header_of(path) as container:
         stream = video_stream(container, path)
         rate = stream.average_rate
         return About(float(rate) if rate and 0 < rate <= 1000 else 24.0, stream.frames or None)
@@ -188,7 +205,7 @@ def orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 def described(path: Path) -> list[str]:
     """Say what is done to a film's frames beside decoding them."""
-    with open_video(path) as container:
+    with header_of(path) as container:
         stream = video_stream(container, path)
         frame = next(container.decode(stream), None)
         if frame is None:

@@ -93,7 +93,9 @@ def transform(T_a_b: Float[Tensor, "*batch 4 4"], points: Float[Tensor, "*batch 
 def rigid(R: Float[Tensor, "*batch 3 3"], t: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 4 4"]:
     """Assemble a 4×4 transform from a rotation and a translation [m]."""
     top = torch.cat([R, t[..., None]], -1)
-    bottom = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=R.dtype, device=R.device)
+    # Filled where it is: a tensor that comes from the host makes a GPU wait.
+    bottom = R.new_zeros(4)
+    bottom[3].fill_(1.0)
     return torch.cat([top, bottom.expand(*R.shape[:-2], 1, 4)], -2)
 
 

@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM, which schedulers send some time before they kill."""
+"""Being asked to stop: by SIGTERM, which schedulers send some time before they kill, or by Ctrl-C."""
 
 import signal
 import threading
@@ -17,8 +17,8 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM inside into a request; a second one ends the process as usual.
+def stop_requests(of: signal.Signals = signal.SIGTERM) -> Iterator[StopRequest]:
+    """Turn the first such signal inside into a request; a second one ends the process as usual.
 
     Only a process's main thread may set this up: in others nothing is changed, and nobody asks.
     """
@@ -26,14 +26,14 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(of)
 
     def ask(number: int, frame: object) -> None:
         request.asked = True
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(of, before)
 
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(of, ask)
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(of, before)

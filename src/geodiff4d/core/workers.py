@@ -30,11 +30,9 @@ def in_workers(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
         for item in items:
             yield function(*item)
         return
-    # Read by numba when a worker loads it.
-    os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     # spawn: a forked torch may wait forever for threads it does not have.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
+    with _numba_threads("1"), ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
         waiting: set[Future[Result]] = set()
         try:
             for item in items:
@@ -79,6 +77,22 @@ def _end_with_parent() -> None:
 def _numbered(i: int, job: tuple[Any, ...]) -> tuple[int, Any]:
     function, *arguments = job
     return i, function(*arguments)
+
+
+@contextmanager
+def _numba_threads(count: str) -> Iterator[None]:
+    """Tell processes that are started inside how many threads numba has, unless somebody else has told them.
+
+    It reads this again whenever it compiles, so that it must not stay: this process may have more.
+    """
+    if "NUMBA_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["NUMBA_NUM_THREADS"] = count
+    try:
+        yield
+    finally:
+        os.environ.pop("NUMBA_NUM_THREADS", None)
 
 
 @contextmanager

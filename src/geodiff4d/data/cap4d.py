@@ -29,6 +29,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_arrays
 from geodiff4d.core.geometry import axis_angle_to_matrix, matrix_to_axis_angle, rigid
 from geodiff4d.core.images import read_image
+from geodiff4d.data.clip import MAX_FPS
 from geodiff4d.data.flame_tracks import EXPRESSIONS, SHAPES, known_head, motion_of, padded, place
 from geodiff4d.data.importing import Choice, Report, Source, SourceFrame, Wanted, camera_checked, inside
 from geodiff4d.data.nersemble import video_frames
@@ -107,7 +108,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
                 if frame is not None:
                     yield frame
 
-    fps = fit.fps if fit.fps > 0 else 24.0
+    fps = fit.fps if 0 < fit.fps <= MAX_FPS else 24.0
     return Source(
         name, frames, int(fit.valid[np.ix_(cameras, steps)].sum()), head=MODEL, fps=fps / choice.every,
         params=lambda t: _placed(fit, head, t)[0], camera_ids={c: fit.names[c] for c in cameras},

@@ -133,7 +133,7 @@ class RowStore:
 
 
 def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, progress: Progress) -> None:
-    """Call `render(folder, s)` for every person whose flag is not set; it fills the rows and then sets the flag.
+    """Call `render(folder, s)`, which fills the rows, for every person whose flag is not set, and then set the flag.
 
     Raises:
         UserError: another process does so.
@@ -143,9 +143,14 @@ def fill_rows(folder: Path, render: Callable[[Path, int], None], workers: int, p
         return
     with alone(folder):
         todo = np.nonzero(np.array(done) == 0)[0].tolist()
-        work = in_workers(render, ((folder, s) for s in todo), workers)
+        work = in_workers(_filled, ((render, folder, s) for s in todo), workers)
         for _ in progress(work, f"rendering {folder.name} people", len(todo)):
             pass
+
+
+def _filled(render: Callable[[Path, int], None], folder: Path, s: int) -> None:
+    render(folder, s)
+    open_rows(folder, ["done"], writable=True)["done"][s] = 1
 
 
 def as_bytes(x: Float[Tensor, "*shape"]) -> np.ndarray:

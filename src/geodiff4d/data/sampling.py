@@ -31,7 +31,8 @@ from geodiff4d.data.footage.clips import ClipFootage, clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
 from geodiff4d.data.footage.rendered import RenderedFootage, Store
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
-from geodiff4d.data.shards import stores_below
+from geodiff4d.data.remote import remote_url
+from geodiff4d.data.shards import NOTE, stores_below
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.world.seeds import generator
 
@@ -58,6 +59,8 @@ def open_footage(folder: Path, head: str | None = None, estimated: bool = False)
             wanted = "with" if estimated else "without"
             raise UserError(f"{folder} was encoded otherwise: `geodiff4d encode` the clips {wanted} --estimated")
         return encoded
+    if url := remote_url(folder):
+        raise UserError(f"{url} is no store: expected a folder that `geodiff4d encode` wrote, with {NOTE}")
     return ClipFootage(folder, head, estimated)
 
 

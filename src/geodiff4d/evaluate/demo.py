@@ -138,7 +138,7 @@ def run_demo(
         fitted = read_json(metrics_path)
     avatar = Avatar.load(out / "avatar")
     with watch.stage("render"):
-        _videos(out, first, avatar, clip, config, progress)
+        _videos(out, avatar, clip, config)
     scores = PairScores(config.pairs)
     with watch.stage("score"):
         if config.tracking == "pixels":
@@ -246,7 +246,7 @@ def _score_avatar(
     }  # fmt: skip
 
 
-def _videos(out: Path, pair: Pair, avatar: Avatar, clip: Clip, config: DemoConfig, progress: Progress) -> None:
+def _videos(out: Path, avatar: Avatar, clip: Clip, config: DemoConfig) -> None:
     """Write generated.mp4 (RGB beside normals, camera by camera) and avatar.mp4 (driven, orbiting)."""
 
     def generated() -> Iterator[Float[Tensor, "3 height width"]]:

@@ -72,7 +72,7 @@ def make_pair(folder: Path, head: Head, index: int, frames: int, size: int, crop
 
     The head parameters are the truth, disturbed as a tracker would (`disturbed`).
     """
-    cast = _cast(head, index, frames, split)
+    cast = _cast(index, frames, split)
     folder.mkdir(parents=True, exist_ok=True)
     portrait = _portrait(folder / "portrait.png", head, cast.subject, size)
     _driver_clip(folder / "driving", cast.driver, cast.motion, disturbed(cast.motion, seed=0), size)
@@ -88,7 +88,7 @@ def track_pair(
     Raises:
         UserError: the tracker sees no face in one of them.
     """
-    cast = _cast(head, index, frames, split)
+    cast = _cast(index, frames, split)
     folder.mkdir(parents=True, exist_ok=True)
     of = {"of": fingerprint(WORLD_VERSION, head.name, head.template, index, frames, size, split)}
     if not (folder / "pair.json").exists() or read_json(folder / "pair.json") != of:
@@ -123,7 +123,7 @@ class _Cast:
     """The subject's under the same expressions."""
 
 
-def _cast(head: Head, index: int, frames: int, split: Split) -> _Cast:
+def _cast(index: int, frames: int, split: Split) -> _Cast:
     subject = SyntheticSubject(plain_seed(index, split), split)
     driver = SyntheticSubject(plain_seed(index, split, FIRST_DRIVER), split)
     expr, jaw, eyes = expression_track("mixed", max(frames, 24), 7000 + index)

@@ -89,7 +89,7 @@ def run_photographs(
     for photograph in progress(found, "photographs", len(found)):
         make_views(out, photograph, settings, maker, size)
     names = [p.name for p in found]
-    scores = own_view_scores(out, names, settings.methods, size)
+    scores = own_view_scores(out, names, settings.methods)
     identities, absent = identity_scores(out, names, settings.methods, [r for r in each if r.key != "tracker"])
     result = {
         "photographs": len(found), "refused": refused, "size": size, "methods": scores, "identity": identities,
@@ -177,7 +177,7 @@ def warp_back_portrait(maker: Maker, portrait: Portrait, name: str) -> Portrait:
 # Scoring
 
 
-def own_view_scores(out: Path, names: Sequence[str], methods: Sequence[str], size: int) -> dict[str, Any]:
+def own_view_scores(out: Path, names: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
     """Compare own views and warp-backs with the photograph, in its foreground."""
     rows: dict[str, Any] = {}
     truths = [read_image(frame_path(out, n, "portrait"))[None] for n in names]

@@ -104,6 +104,9 @@ class LocalCrew:
     def __init__(self, folder: Path, workers: int | None = None):
         """`workers` is by default the number of GPUs, or of cores where there are none."""
         cores, self.gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+        # A scheduler may have given this process some of the machine's GPUs alone, by number or by name.
+        given = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+        self._visible = given or [str(i) for i in range(self.gpus)]
         self.folder, self.places = folder, workers or self.gpus or cores
         self.threads = str(max(1, cores // self.places))
         self._pool, self._stop = ThreadPoolExecutor(self.places), threading.Event()
@@ -122,7 +125,7 @@ class LocalCrew:
     def _run(self, job: Job) -> Outcome:
         place = self._free.get()
         try:
-            gpu = {"CUDA_VISIBLE_DEVICES": str(place % self.gpus)} if self.gpus else {}
+            gpu = {"CUDA_VISIBLE_DEVICES": self._visible[place % self.gpus]} if self.gpus else {}
             threads = {"OMP_NUM_THREADS": self.threads, "NUMBA_NUM_THREADS": self.threads}
             return run_job(job, self.folder, threads | gpu, self._stop)
         finally:

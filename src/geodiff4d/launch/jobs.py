@@ -28,6 +28,10 @@ GRACE_SECONDS = 60.0
 """What a process that is told to stop has to finish its step and write a checkpoint."""
 
 
+RESERVED = ("fleet.jsonl", "failed.json", "ray.log")
+"""What a fleet itself writes beside its jobs' folders."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One command."""
@@ -45,7 +49,7 @@ class Job:
         """Say whether this very command has been carried out below `folder`."""
         try:
             return parse_json((folder / self.name / DONE).read_text())["job"] == fingerprint(self)
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 
@@ -95,6 +99,8 @@ def read_jobs(path: Path, commands: Sequence[str]) -> list[Job]:
             ) from None
         if not isinstance(name, str) or not re.fullmatch(r"[\w][\w.\-]{0,120}", name):
             raise UserError(f"{where}: {name!r} is no name for a folder: expected letters, digits, '_', '-' and '.'")
+        if name in RESERVED:
+            raise UserError(f"{where}: {name} is a file of the fleet's own: give the job another name")
         if name in jobs:
             raise UserError(f"{where}: the name {name!r} stands twice: every job needs one of its own")
         if not words or words[0] not in commands:

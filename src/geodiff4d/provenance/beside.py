@@ -121,7 +121,7 @@ def read_signed(place: Path) -> Signed:
         ValueError: it is damaged, or is not what was signed.
     """
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
     try:
         with place.open("rb") as file:
@@ -135,7 +135,7 @@ def read_signed(place: Path) -> Signed:
         key.verify(signature, _canonical(claim), *scheme(key)[1])
     except InvalidSignature:
         raise ValueError(f"{place.name} is not what was signed") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
         raise ValueError(f"{place.name} is damaged ({' '.join(str(error).split())[:80]})") from None
     return Signed(statement, files, chain)
 
@@ -154,11 +154,11 @@ def is_trusted(chain: "Sequence[Certificate]", anchors: "Sequence[Certificate]")
 
 
 def _issued(one: "Certificate", issuer: "Certificate") -> bool:
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
     try:
         one.verify_directly_issued_by(issuer)
-    except (ValueError, TypeError, InvalidSignature):
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
         return False
     return True
 

@@ -74,12 +74,13 @@ def read_credentials(certificate: Path, key: Path) -> Credentials:
     Raises:
         UserError: one cannot be read, the key is not the certificate's, or the certificate is not valid today.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
     chain = read_certificates(certificate)
     try:
         secret: Any = load_pem_private_key(_read(key), None)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{key} is no private key in PEM without a password ({reason})") from None
     if secret.public_key() != chain[0].public_key():

@@ -58,7 +58,8 @@ def without(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the Gaussians with broken ones made invisible, so that they get no gradient; CUDA need not synchronise."""
     row = broken[:, None]
-    unit = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(quats)
+    unit = torch.zeros_like(quats)
+    unit[:, 0].fill_(1.0)
     return (
         torch.where(row, 0.0, means), torch.where(row, unit, quats), torch.where(row, 1.0, scales),
         torch.where(broken, 0.0, opacities), torch.where(row, 0.0, features),

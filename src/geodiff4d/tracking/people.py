@@ -125,4 +125,3 @@ def _render_subject(folder: Path, s: int) -> None:
     stored.points[own] = cameras.project(stored.markup.on(head).on(vertices, head.faces))[0].numpy()
     stored.turn[own] = apparent_turn(skull, cameras.T_cam_world, vertices[:, world_region()].mean(1)).numpy()
     stored.shape[own] = params.shape.numpy()
-    stored.done[s] = 1

@@ -122,7 +122,7 @@ def _render(folder: Path, s: int) -> None:
     config = read_config(folder / "faces.json", FacesConfig)
     stored = open_rows(folder, config.arrays(), writable=True)
     rows = render_person(SyntheticSubject(config.seed * 100_000 + s, config.split), config)
-    for name, value in (rows | {"done": np.uint8(1)}).items():
+    for name, value in rows.items():
         stored[name][s] = value
 
 

@@ -162,7 +162,6 @@ def fill_unit(folder: Path, s: int) -> None:
         for name, value in row.items():
             arrays[name][s, k] = as_bytes(value)
         arrays["filled"][s, k] = 1
-    arrays["done"][s] = 1
 
 
 @lru_cache(maxsize=1)

@@ -93,8 +93,9 @@ def write_parts(
     Raises:
         UserError: another process writes to the folder.
     """
-    _begin(folder, made_of)
+    folder.mkdir(parents=True, exist_ok=True)
     with alone(folder), advancing(progress, "generating", len(shown.names)) as advance:
+        _begin(folder, made_of)
         done = [_tokens(folder, k).exists() for k in range(len(parts))]
         advance(sum(p.stop - p.start for p, there in zip(parts, done, strict=True) if there))
         jobs = [k for k, there in enumerate(done) if not there]
@@ -110,13 +111,16 @@ def write_parts(
 
 
 def _begin(folder: Path, made_of: str) -> None:
-    """Make the folder, or keep what is there of the same clip."""
+    """Keep what is there of the same clip, else empty the folder, which itself stays: it is what is locked."""
     note = folder / NOTE
-    if folder.exists() and (not note.exists() or read_object(note, "made_of")["made_of"] != made_of):
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not note.exists():
-        write_json(note, {"made_of": made_of})
+    if note.exists() and read_object(note, "made_of")["made_of"] == made_of:
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    write_json(note, {"made_of": made_of})
 
 
 def _tokens(folder: Path, k: int) -> Path:

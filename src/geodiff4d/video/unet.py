@@ -238,7 +238,7 @@ class UNet(nn.Module):
         """
         b, d, _, t, _, _ = x.shape
         layout = Layout(b, d, t, joint, valid)
-        emb = self._embed(timestep, latent, domain_ids, t, x.dtype)
+        emb = self._embed(timestep, latent, domain_ids, t)
         context = None if tokens is None else repeat(tokens, "b t n e -> (b d t) n e", d=d)
         image_context = None if image_context is None else repeat(image_context, "b m x -> (b d t) m x", d=d, t=t)
         bank: list[Tensor] = []
@@ -275,7 +275,7 @@ class UNet(nn.Module):
         return rearrange(h, "(b d t) c h w -> b d c t h w", b=b, d=d, t=t), bank
 
     def _embed(
-        self, timestep: Tensor, latent: Tensor | None, domain_ids: tuple[int, ...], frames: int, dtype: torch.dtype
+        self, timestep: Tensor, latent: Tensor | None, domain_ids: tuple[int, ...], frames: int
     ) -> Float[Tensor, "n c_time"]:
         """Sum time, domain and (embedded preset) expression embeddings for every row of the folded batch."""
         e = timestep_embedding(timestep, self.config.widths[0]).to(self.dtype)

@@ -122,7 +122,6 @@ def render_subject(folder: Path, s: int) -> None:
             else (store, _cropped(c, who * 100 + i, still.vertices[i]))
         )
         render_instant(rows, s, i, subject, truth[i], posed[i], still[i], moved[i], cameras)
-    store.done[s] = 1
 
 
 def render_instant(
