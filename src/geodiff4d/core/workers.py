@@ -16,6 +16,8 @@ from geodiff4d.core.progress import Progress, advancing
 
 Result = TypeVar("Result")
 
+ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+
 number = 0
 """Which of the workers this process is, from 0; it says on which device it computes."""
 
@@ -32,7 +34,7 @@ def in_workers(function: Callable[..., Result], items: Iterable[tuple[Any, ...]]
         return
     # spawn: a forked torch may wait forever for threads it does not have.
     context = multiprocessing.get_context("spawn")
-    with _numba_threads("1"), ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
+    with _told_one_thread(), ProcessPoolExecutor(workers, context, start_worker, (context.Value("i", 0),)) as pool:
         waiting: set[Future[Result]] = set()
         try:
             for item in items:
@@ -80,19 +82,20 @@ def _numbered(i: int, job: tuple[Any, ...]) -> tuple[int, Any]:
 
 
 @contextmanager
-def _numba_threads(count: str) -> Iterator[None]:
-    """Tell processes that are started inside how many threads numba has, unless somebody else has told them.
+def _told_one_thread() -> Iterator[None]:
+    """Tell processes that are started inside to compute with one thread, unless somebody else has told them.
 
-    It reads this again whenever it compiles, so that it must not stay: this process may have more.
+    torch is told when a worker starts; numpy's libraries and numba read this when they are loaded. Threads of several
+    workers that share cores spin while they wait for each other. It must not stay: numba reads it again whenever it
+    compiles, and this process may have more.
     """
-    if "NUMBA_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["NUMBA_NUM_THREADS"] = count
+    told = [name for name in ONE_THREAD if name not in os.environ]
+    os.environ |= dict.fromkeys(told, "1")
     try:
         yield
     finally:
-        os.environ.pop("NUMBA_NUM_THREADS", None)
+        for name in told:
+            os.environ.pop(name, None)
 
 
 @contextmanager
