@@ -175,6 +175,8 @@ def pretended_cuda() -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         for name, value in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, lambda *a, value=value, **k: value))
+        # What was built for CUDA would ask a driver, which is not there; what was not knows no accelerator.
+        stack.enter_context(patch.object(torch.accelerator, "current_accelerator", lambda check_available=False: None))
         stack.enter_context(patch.object(torch, "tensor", tensor))
         stack.enter_context(patch.object(Tensor, "to", to))
         for where, what in ((torch.nn.utils.clip_grad, grouped), (torch.optim.Optimizer, staticmethod(grouped))):
