@@ -26,6 +26,7 @@ from geodiff4d.core.fingerprint import fingerprint
 from geodiff4d.core.weights import MOST_BYTES, weights_folder
 from geodiff4d.data.footage.clips import clips_below
 from geodiff4d.data.sampling import open_footage
+from geodiff4d.launch import fleet
 from geodiff4d.launch.fleet import LocalCrew, run_fleet
 from geodiff4d.launch.jobs import Job, Outcome, read_jobs
 from geodiff4d.launch.ray_cluster import RayCrew
@@ -96,6 +97,31 @@ def test_files_of_jobs_that_make_no_sense_are_told_by_their_line(tmp_path, line,
     with pytest.raises(UserError, match=says) as error:
         read_jobs(tmp_path / "jobs.jsonl", ["track"])
     assert ", line 3" in str(error.value) or not line
+
+
+def test_jobs_stay_on_the_gpus_that_were_given(tmp_path, monkeypatch):
+    """A scheduler may give two of a machine's eight, by number or by name."""
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(fleet, "run_job", lambda job, folder, env, stop: told.append(env["CUDA_VISIBLE_DEVICES"]))
+    for given, expected in (("3,GPU-8f", {"3", "GPU-8f"}), (None, {"0", "1"})):
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        crew = LocalCrew(tmp_path)
+        for ticket in [crew.start(Job(f"{i}", QUICK)) for i in range(8)]:
+            ticket.result()
+        crew.close()
+        assert set(told) <= expected and told
+        told.clear()
+
+
+@pytest.mark.parametrize("name", ["studio", "view", "live", "fleet"])
+def test_what_never_ends_is_no_job(tmp_path, capsys, name):
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"name": "x", "run": f"{name} --out {{out}}"}))
+    assert main(["fleet", str(tmp_path / "jobs.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    assert "no command of a fleet" in capsys.readouterr().err
 
 
 def test_words_go_to_the_jobs_own_folder(tmp_path):

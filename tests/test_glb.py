@@ -89,6 +89,19 @@ def test_the_mesh_is_our_head(parts, avatar):
     assert np.allclose(get["WEIGHTS_0"].sum(1), 1)
 
 
+def test_an_offset_of_each_vertex_is_the_persons_own(avatar, tmp_path):
+    offset = torch.full((len(avatar.sequence.expr), len(avatar.head.template), 3), 0.01)
+    wearing = replace(avatar, sequence=replace(avatar.sequence, static_offset=offset))
+    low = []
+    for one in (avatar, wearing):
+        export_glb(one, tmp_path / "a.glb")
+        data = (tmp_path / "a.glb").read_bytes()
+        document = json.loads(data[20 : 20 + struct.unpack("<I", data[12:16])[0]])
+        low.append([document["accessors"][m["primitives"][0]["attributes"]["POSITION"]]["min"]
+                    for m in document["meshes"]])  # fmt: skip
+    assert np.allclose(np.subtract(*reversed(low)), 0.01, atol=1e-5), "splats and mesh alike"
+
+
 def test_the_splats_are_the_avatars(parts, avatar):
     document, arrays = parts
     primitive = document["meshes"][0]["primitives"][0]

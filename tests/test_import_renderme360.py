@@ -97,6 +97,14 @@ def test_truncated_file(broken, tmp_path):
         run(broken, tmp_path / "out")
 
 
+def test_a_group_whose_index_is_damaged(broken, tmp_path):
+    whole = (broken / "0026_e3_anno.smc").read_bytes()
+    assert b"TREE" in whole, "HDF5's groups are B-trees"
+    (broken / "0026_e3_anno.smc").write_bytes(whole.replace(b"TREE", b"EERT"))
+    with pytest.raises(UserError, match=r"0026_e3_anno\.smc"):
+        run(broken, tmp_path / "out")
+
+
 def test_damaged_and_missing_frames_are_reported(broken, tmp_path):
     with h5py.File(broken / "0026_e3_raw.smc", "a") as raw:
         data = raw["Camera/25/color/1"][()]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from safetensors.torch import load_file, save_file
 
 from avatars import painted_avatar, talking, with_networks
@@ -107,6 +107,30 @@ def test_json_that_is_nested_too_deeply_is_refused(tmp_path):
     for read, name in ((open_avatar, "a.g4d"), (read_json, "a.json"), (partial(read_jobs, commands=()), "jobs.jsonl")):
         with pytest.raises(UserError, match="nested too deeply"):
             read(tmp_path / name)
+
+
+def test_what_a_library_raises_of_a_damaged_image_is_expected(tmp_path, monkeypatch):
+    """Pillow's AVIF reader raises RuntimeError, when pixels are asked for."""
+    write_image(tmp_path / "a.png", torch.rand(3, 8, 8))
+
+    def fail(image):
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(UserError, match=r"a\.png is truncated or damaged \(Failed to decode frame 0\)"):
+        stills.read_still(tmp_path / "a.png")
+
+
+def test_ranges_of_a_compact_avatar_are_numbers(folder, tmp_path):
+    write_compact(folder, tmp_path / "a.g4d")
+    with zipfile.ZipFile(tmp_path / "a.g4d") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "b.g4d", "w") as archive:
+        for name, data in members.items():
+            # Wherever a range may begin.
+            archive.writestr(name, data if name.endswith(".json") else np.full(len(data) // 4, np.nan, "f4").tobytes())
+    with pytest.raises(UserError, match=r"b\.g4d is not .* \(a range has NaN or infinite numbers\)"):
+        open_avatar(tmp_path / "b.g4d")
 
 
 def test_notes_that_are_lists_are_refused(folder, tmp_path):

@@ -10,6 +10,7 @@ from geodiff4d import pipeline
 from geodiff4d.avatar.config import FitConfig
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import silent
+from geodiff4d.core.rundir import alone
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.evaluate.demo import forget_others
 from geodiff4d.evaluate.metrics import score, silhouette_iou
@@ -325,6 +326,9 @@ def test_a_clip_that_was_cut_off_goes_on(pair, head, warped, tmp_path, monkeypat
     other = plan_clip(
         asked(pair, head, portrait=replace(pair.portrait, image=pair.portrait.image * 0.9)), VIEWS, FRAMES
     )
+    with alone(unfinished), pytest.raises(UserError, match="another process is writing to"):
+        synthesize(other, Dying(), tmp_path / "clip")
+    assert len(list(unfinished.glob("images/*.png"))) == 2, "what another process makes is left alone"
     synthesize(other, Dying(), tmp_path / "clip")
     assert Dying.left == 0, "nothing of another clip is taken"
 

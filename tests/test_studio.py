@@ -24,7 +24,7 @@ from geodiff4d.provenance.verdict import State
 from geodiff4d.studio import lanes, projects
 from geodiff4d.studio.projects import Store, plain_name
 from geodiff4d.studio.server import COOKIE, StudioServer
-from geodiff4d.studio.steps import StudioConfig, making, progress
+from geodiff4d.studio.steps import StudioConfig, looking, making, progress
 from geodiff4d.studio.tour import tour
 from geodiff4d.world.expressions import ACTIONS
 
@@ -224,6 +224,15 @@ def test_one_studio_a_folder_and_damaged_files(tmp_path):
     (place / "project.json").write_text('{"name": "elsewhere", "stage": "look"}')
     with pytest.raises(UserError, match="damaged"):
         Store(tmp_path).close()
+
+
+def test_portraits_are_tracked_at_the_size_of_the_frames(tmp_path):
+    """Tracked smaller, they would only be enlarged."""
+    project = projects.Project("0" * 12, portraits=("a.jpg",), consent="self")
+    for size in (None, 512):
+        for step in looking(project, tmp_path, StudioConfig(size=size)):
+            assert ("--size" in step.job.command) == (size is not None)
+            assert size is None or "512" in step.job.command
 
 
 def test_how_far_a_project_is(work, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import sys
 from dataclasses import dataclass, replace
@@ -12,23 +13,26 @@ import pytest
 import torch
 
 from geodiff4d.avatar.frames import FitFrames, HoldOut
+from geodiff4d.cli import main
 from geodiff4d.core.camera import Camera, pinhole
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.core.images import write_image
-from geodiff4d.core.video import write_video
+from geodiff4d.core.video import read_video, write_video
 from geodiff4d.data.clip import Clip
 from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.heads import Head, HeadParams, load_head
 from geodiff4d.pipeline import driver_clip_index
+from geodiff4d.render import meshes
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
-from geodiff4d.tracking import mediapipe_worker
+from geodiff4d.render.meshes import rasterize
+from geodiff4d.tracking import live, mediapipe_worker
 from geodiff4d.tracking import track as tracking
 from geodiff4d.tracking.background import corrected
 from geodiff4d.tracking.detect import ENVIRONMENT_VARIABLE, Detection, MediaPipeDetector, track_environment
 from geodiff4d.tracking.fit import fit, weak_perspective
 from geodiff4d.tracking.layout import Layout, landmark_head
-from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
+from geodiff4d.tracking.live import LiveConfig, LiveFrame, live_frames, track_live
 from geodiff4d.tracking.matte import matte
 from geodiff4d.tracking.observe import observe
 from geodiff4d.tracking.points import choose_points
@@ -380,6 +384,22 @@ def test_live_follows_a_growing_file(head, tmp_path):
     assert max(f.error_px for f in frames) < 2
     jaw = torch.stack([f.params.expr[head.expression_names.index("jawOpen")] for f in frames if f.seen])
     assert jaw[-1] - jaw[0] > 0.2, "landmarks move the expression, though nobody reads it and identity is held"
+
+
+def test_live_keeps_what_it_has_seen_at_ctrl_c(head, tmp_path, monkeypatch):
+    """Wherever the interrupt comes: here while a frame's panels are drawn."""
+    still = motion(head, 1)[0]
+    frame = LiveFrame(still, camera(), True, 0.5, torch.full((3, HEIGHT, WIDTH), 0.5))
+
+    def interrupted(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return rasterize(*given)
+
+    monkeypatch.setattr(live, "track_live", lambda *given: iter([frame] * 9))
+    monkeypatch.setattr(meshes, "rasterize", interrupted)
+    main(["live", "somewhere", "--out", str(tmp_path / "out"), "--size", "32", "--no-sign"])
+    assert len(HeadParams.load(tmp_path / "out" / "params.npz").expr) == 1
+    assert len(list(read_video(tmp_path / "out" / "live.mp4"))) == 1
 
 
 def test_live_sources_that_are_not(tmp_path):

@@ -6,6 +6,7 @@ import re
 import struct
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,6 +36,10 @@ def text(avatar) -> str:
 
 @pytest.fixture(scope="module")
 def arrays(text) -> dict[str, np.ndarray]:
+    return numbers(text)
+
+
+def numbers(text: str) -> dict[str, np.ndarray]:
     """The page's numbers, read as its script does: columns, low bytes first, differences summed."""
     found = re.search(r'id="avatar">([^<]*)<', text)
     assert found
@@ -81,6 +86,15 @@ def test_what_the_page_carries_is_the_avatar(arrays, avatar):
     }  # fmt: skip
     for name, (truth, tolerance) in near.items():
         assert np.abs(arrays[name] - np.asarray(truth)).max() < tolerance, name
+
+
+def test_an_offset_of_each_vertex_is_the_persons_own():
+    head = load_head()
+    avatar = painted_avatar(head, talking(head, 2))
+    offset = torch.full((len(avatar.sequence.expr), len(avatar.head.template), 3), 0.01)
+    wearing = replace(avatar, sequence=replace(avatar.sequence, static_offset=offset))
+    own, plain = (numbers(page(a, own_performance(a), PageConfig("a")))["neutral"] for a in (wearing, avatar))
+    assert np.abs(own - plain - 0.01).max() < 2e-5
 
 
 def test_sparse_morph_targets_are_the_whole_expression(arrays, avatar):

@@ -139,10 +139,9 @@ def held(avatar: Avatar, weights: Float[Tensor, "frames exprs"], fps: float = 24
 
 def retargeted(avatar: Avatar, driver: HeadParams, pose: Pose = "fixed") -> HeadParams:
     """Return a driver's parameters [frames, …] with the avatar's identity."""
-    n, offset = driver.batch[0], avatar.sequence.static_offset
-    # Its Gaussians lie on the surface with this offset.
-    own = None if offset is None else offset[:1].expand(n, -1, -1)
-    params = replace(driver, shape=avatar.shape.expand(n, -1), static_offset=own)
+    n = driver.batch[0]
+    own = avatar.neutral(n)
+    params = replace(driver, shape=own.shape, static_offset=own.static_offset)
     if pose == "fixed":
         home = avatar.sequence[0]
         params = replace(params, rotation=home.rotation.expand(n, 3), translation=home.translation.expand(n, 3))

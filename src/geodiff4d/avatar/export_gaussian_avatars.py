@@ -93,8 +93,7 @@ def bound_to_head(avatar: Avatar) -> LocalGaussians:
     if avatar.parts is None:
         return avatar.local
     rest = own_rest(avatar)
-    still = replace(avatar.head.neutral(), shape=avatar.shape, static_offset=avatar.sequence[0].static_offset)
-    params = replace(still, expr=rest.expr, jaw_pose=rest.jaw_pose, eyelids=rest.eyelids)
+    params = replace(avatar.neutral(), expr=rest.expr, jaw_pose=rest.jaw_pose, eyelids=rest.eyelids)
     posed, mesh = avatar.posed(params, rest.tokens), avatar.head.pose(params)
     frames, face = face_frames(mesh.vertices, mesh.faces), posed.face_index
     back = matrix_to_quat(frames.R[face]) * torch.tensor([1.0, -1.0, -1.0, -1.0])

@@ -152,8 +152,7 @@ def _harmonics(buffer: Buffer, posed: PosedSplats, prefix: str) -> dict[str, int
 
 def _mesh(buffer: Buffer, avatar: Avatar, posed: PosedSplats, rest: HeadParams) -> dict[str, Any]:
     head = avatar.head
-    neutral = head.shape(replace(head.neutral(), shape=avatar.shape)).vertices
-    normals = head.pose(replace(head.neutral(), shape=avatar.shape)).normals
+    neutral, normals = head.shape(avatar.neutral()).vertices, head.pose(avatar.neutral()).normals
     basis = head.expr_basis.numpy()
     targets = []
     for k in range(basis.shape[-1]):

@@ -85,6 +85,15 @@ class Avatar:
         """Return the surface that the Gaussians are bound to: `parts`, or the head's own mesh."""
         return self.parts or DeformableSurface.plain(self.head)
 
+    def neutral(self, *batch: int) -> HeadParams:
+        """Return this person at rest at the origin: identity, and whatever offset of each vertex it was fitted with.
+
+        Where there is another offset at every instant (GaussianAvatars'), the first counts.
+        """
+        still, offset = self.head.neutral(*batch), self.sequence.static_offset
+        own = None if offset is None else offset[0].expand(*batch, -1, -1)
+        return replace(still, shape=self.shape.expand(*batch, -1), static_offset=own)
+
     def posed(self, params: HeadParams, tokens: Float[Tensor, "tokens channels"] | None = None) -> PosedSplats:
         """Return the posed splats (no batch axis), differentiable in the Gaussians and in the parameters.
 

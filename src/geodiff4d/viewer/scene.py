@@ -8,7 +8,7 @@ column by column, low bytes first, because likes beside likes compress better; `
 import json
 import struct
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,7 @@ def _add_head(blob: Blob, avatar: Avatar) -> None:
     """Add the rig with the person's identity baked in; joints move with the expression, as `Head.shape` says."""
     head = avatar.head
     basis = head.expr_basis.numpy()
-    neutral = head.shape(replace(head.neutral(), shape=avatar.shape))
+    neutral = head.shape(avatar.neutral())
     moved = [np.flatnonzero(np.abs(basis[..., k]).max(1) > MORPH_FLOOR_M) for k in range(basis.shape[-1])]
     blob.columns("neutral", neutral.vertices.numpy())
     blob.indices("faces", head.faces.numpy())
