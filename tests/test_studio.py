@@ -143,6 +143,33 @@ def test_cancelling_going_on_going_back_and_deleting(work, tmp_path):
         assert not (tmp_path / "projects" / name).exists()
 
 
+def test_what_was_found_can_be_corrected(work, tmp_path):
+    with serving(tmp_path) as server:
+        name = dropped(server)
+        until(server, name, "check")
+        place = tmp_path / "projects" / name
+        extra = {"notes": [], "points": {"chin": [40, 60]}, "crop": [1, 2, 90], "source_size": [100, 120]}
+        (place / "portrait/out/transforms.json").write_text(json.dumps({"geodiff4d": {"extra": extra}}))
+        found = until(server, name, "check")["found"]
+        assert found == {"points": {"chin": [40, 60]}, "crop": [1, 2, 90], "size": [100, 120]}
+        for bad in ("{}", '{"points": [1]}', '{"points": {"chin": [1]}}', '{"points": {"chin": ["a", 2]}}'):
+            assert ask(server, "POST", f"/projects/{name}/correct", bad)[0] == 400
+        assert (place / "portrait/out/transforms.json").exists(), "a refused request removes nothing"
+        assert ask(server, "PUT", f"/projects/{name}/mask/mask.png", b"a cut-out")[0] == 200
+        assert ask(server, "POST", f"/projects/{name}/correct", '{"points": {"chin": [41.5, 60]}}')[0] == 200
+        until(server, name, "check")
+        assert work.done == ["portrait", "portrait"], "the face is looked for again"
+        assert json.loads((place / "uploads/points.json").read_text()) == {"chin": [41.5, 60]}
+        words = looking(server.store.get(name), place, StudioConfig())[0].job.command
+        assert words[words.index("--points") + 1] == str(place / "uploads/points.json")
+        assert words[words.index("--mask") + 1] == str(place / "uploads/mask/mask.png")
+        # Going back to another portrait forgets both.
+        assert ask(server, "POST", f"/projects/{name}/back", "{}")[0] == 200
+        project = server.store.get(name)
+        assert not project.mask and not project.points and not (place / "uploads").exists()
+        assert ask(server, "POST", f"/projects/{name}/correct", '{"points": {"chin": [1, 2]}}')[0] == 409
+
+
 def test_a_driver_that_is_exchanged_is_followed_anew(work, tmp_path):
     with serving(tmp_path) as server:
         name = dropped(server)
@@ -314,6 +341,19 @@ def test_a_browser_from_a_dropped_portrait_to_its_downloads(tmp_path):
             while not browser.run("document.querySelector('input[value=self]') !== null"):
                 time.sleep(0.1)
             assert browser.run("document.querySelector('form button[type=submit]').disabled")
+            # A point is put elsewhere, by the keyboard, and the face is looked for again.
+            browser.run("document.getElementById('correct').click()")
+            while not browser.run("document.querySelector('.handle[title=chin]') !== null"):
+                time.sleep(0.1)
+            down = "new KeyboardEvent('keydown', { key: 'ArrowDown', shiftKey: true })"
+            browser.run(f"document.querySelector('.handle[title=chin]').dispatchEvent({down})")
+            browser.run("document.getElementById('again').click()")
+            name = wait(browser, "p.stage === 'look'")["name"]
+            told = json.loads((tmp_path / "studio" / "projects" / name / "uploads" / "points.json").read_text())
+            found = wait(browser, "p.stage === 'check'")["found"]["points"]
+            assert abs(found["chin"][1] - told["chin"][1]) < 0.1
+            while not browser.run("document.querySelector('input[value=self]') !== null"):
+                time.sleep(0.1)
             browser.run("document.querySelector('input[value=self]').click()")
             browser.run("document.querySelector('form button[type=submit]').click()")
             name = wait(browser, "p.stage === 'make' && p.progress.steps[1].state === 'running'")["name"]

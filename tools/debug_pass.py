@@ -418,6 +418,7 @@ RECIPES = [
     bad("live nobody.ts", says="nobody.ts does not exist"),
     bad("track broken.png", says="broken.png", prepare=broken_picture),
     bad("track world", says="directory"),
+    bad("track me.png --points runs/me/transforms.json --out bad/out", says="expected one of right brow"),
     bad(f"animate --portrait cut --driving world/train_1 {MODEL}", says="cut/images/", prepare=cut_picture),
     bad(f"reconstruct --portrait world/train_0 --driving nobody.mp4 {MODEL}", says="nobody.mp4 does not exist"),
     bad(f"synthesize --portrait world/train_0 --driving empty {MODEL}", says="no frames", prepare=empty_clip),

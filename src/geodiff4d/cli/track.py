@@ -32,6 +32,9 @@ class Args:
     """Focal length of the uncut image; by default from EXIF, else assumed."""
     mask: Path | None = None
     """Your own cut-out of an image: one of the same size, the person in white on black."""
+    points: Path | None = None
+    """Where named points of an image's face are, if the overlay is wrong: a JSON object of [x, y] in its pixels, by
+    name (docs/TRACKING.md; the clip's transforms.json has those that were found, under `points`)."""
 
 
 def run(args: Args) -> None:
@@ -49,10 +52,13 @@ def run(args: Args) -> None:
     first, *others = args.input
     refuse_foreign(args.out, first, *others)
     together = args.portrait or bool(others)
-    for option, given in (("--mask", args.mask), ("--limit", args.limit), ("--focal-px", args.focal_px)):
+    own = (("--mask", args.mask), ("--points", args.points))
+    for option, given in (*own, ("--limit", args.limit), ("--focal-px", args.focal_px)):
         if together and given is not None:
             raise UserError(f"{option} is for one image or video: several portraits are tracked as they are")
-    config = TrackingConfig(size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask)
+    config = TrackingConfig(
+        size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask, points=args.points
+    )
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
     if together:

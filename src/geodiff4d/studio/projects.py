@@ -23,9 +23,9 @@ Stage = Literal["portrait", "look", "check", "make", "done"]
 """portrait: waits for files. look: the face is looked for. check: waits for the user's word. make: the avatar is in the
 making."""
 Consent = Literal["self", "permitted"]
-Kind = Literal["portraits", "driver"]
+Kind = Literal["portraits", "driver", "mask"]
 
-MAX_BYTES: dict[Kind, int] = {"portraits": 40_000_000, "driver": 500_000_000}
+MAX_BYTES: dict[Kind, int] = {"portraits": 40_000_000, "driver": 500_000_000, "mask": 40_000_000}
 """Largest upload [bytes]."""
 MAX_PORTRAITS = 8
 MAX_PROJECTS = 200
@@ -49,6 +49,10 @@ class Project:
     """File names below uploads/portraits."""
     driver: str = ""
     """File name below uploads/driver, of a video that drives; without it the range of motion does."""
+    mask: str = ""
+    """File name below uploads/mask, of the user's own cut-out."""
+    points: bool = False
+    """Whether the user says where the face is, in uploads/points.json."""
     consent: Consent | None = None
     created: float = field(default_factory=time.time)
     asked: float = 0.0
@@ -232,6 +236,19 @@ def asked_for(project: Project, consent: Any, driver: bool) -> Project:
     )
 
 
+def corrected(project: Project, points: bool) -> Project:
+    """Look for the face anew, with what the user corrected.
+
+    Raises:
+        Refused: it is not the time, there are several portraits, or nothing was corrected.
+    """
+    if project.stage != "check" or len(project.portraits) != 1:
+        raise Refused("expected one portrait in which the face was found")
+    if not points and not project.mask:
+        raise Refused("expected points, or a cut-out", 400)
+    return replace(project, stage="look", problem="", points=points or project.points, asked=time.time())
+
+
 def asked_again(project: Project) -> Project:
     """Go on with what stood still.
 
@@ -253,12 +270,14 @@ def gone_back(project: Project) -> Project:
         raise Refused("expected a project that stands still, or waits for your word")
     if project.stage == "make":
         return replace(project, stage="check", problem="", driver="")
-    return replace(project, stage="portrait", problem="", portraits=(), title="Avatar")
+    return replace(project, stage="portrait", problem="", portraits=(), title="Avatar", mask="", points=False)
 
 
 def _with_file(project: Project, kind: Kind, name: str) -> Project:
     if kind == "driver":
         return replace(project, driver=name)
+    if kind == "mask":
+        return replace(project, mask=name)
     title = project.title if project.portraits else Path(name).stem.replace("_", " ")
     return replace(project, portraits=(*project.portraits, name), title=title)
 

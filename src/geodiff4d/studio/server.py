@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from http import cookies
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from geodiff4d.core.errors import UserError
@@ -28,21 +28,24 @@ from geodiff4d.studio.projects import (
     Store,
     asked_again,
     asked_for,
+    corrected,
     gone_back,
     looked_for,
 )
-from geodiff4d.studio.steps import FILES, StudioConfig, forget, progress, steps_of
+from geodiff4d.studio.steps import FILES, StudioConfig, forget, look_again, progress, steps_of
 from geodiff4d.viewer.local_server import LocalHandler, LocalServer
 
 WEB = Path(__file__).parent / "web"
 STATIC = {
     "/": ("studio.html", "text/html; charset=utf-8"),
     "/studio.css": ("studio.css", "text/css; charset=utf-8"),
+    "/correct.js": ("correct.js", "text/javascript; charset=utf-8"),
     "/camera.js": ("camera.js", "text/javascript; charset=utf-8"),
     "/studio.js": ("studio.js", "text/javascript; charset=utf-8"),
 }
 COOKIE = "geodiff4d-studio"
 MAX_BODY = 4096
+MAX_POINTS = 64
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
     "connect-src 'self'; frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -100,7 +103,7 @@ class StudioServer(LocalServer):
             shown["progress"] = progress(steps_of(project, place, self.config), place)
             shown["ahead"] = queue.index(project.name) if project.name in queue else 0
         if project.stage == "check":
-            shown["notes"] = _notes(place)
+            shown |= _found(place)
         return shown
 
 
@@ -148,7 +151,9 @@ class StudioHandler(LocalHandler):
     def do_PUT(self) -> None:
         if not self.known():
             return
-        match = re.fullmatch(r"/projects/([0-9a-f]{12})/(portraits|driver)/([^/]{1,300})", urlsplit(self.path).path)
+        match = re.fullmatch(
+            r"/projects/([0-9a-f]{12})/(portraits|driver|mask)/([^/]{1,300})", urlsplit(self.path).path
+        )
         length = self.headers.get("Content-Length", "")
         # Whatever is refused has a body that nobody reads: the connection ends with it.
         self.close_connection = True
@@ -157,7 +162,7 @@ class StudioHandler(LocalHandler):
                 raise Refused("there is no such place", 404)
             if not length.isdigit():
                 raise Refused("expected a file with a length", 411)
-            kind: Kind = "driver" if match[2] == "driver" else "portraits"
+            kind = cast(Kind, match[2])
             project = self.server.store.upload(match[1], kind, unquote(match[3]), self.rfile.read, int(length))
         except Refused as error:
             self.refuse(error)
@@ -204,6 +209,15 @@ class StudioHandler(LocalHandler):
             store.change(name, looked_for)
         elif what == "make":
             store.change(name, lambda p: asked_for(p, asked.get("consent"), asked.get("driver") is True))
+        elif what == "correct":
+            points = checked_points(asked.get("points"))
+
+            def again(project: Project) -> Project:
+                changed = corrected(project, bool(points))
+                look_again(store.place(name), points)
+                return changed
+
+            store.change(name, again)
         elif what == "again":
             store.change(name, asked_again)
         elif what == "cancel":
@@ -257,10 +271,32 @@ class StudioHandler(LocalHandler):
         self.answer({"error": str(error)}, error.status)
 
 
-def _notes(place: Path) -> list[str]:
-    """Return what the tracker noted about the portraits."""
+def checked_points(given: Any) -> dict[str, list[float]]:
+    """Return a user's points by name, as a command will read them.
+
+    Raises:
+        Refused: they are no such thing.
+    """
+    if given is None:
+        return {}
+    wrong = Refused("expected points by name, each of two numbers", 400)
+    if not isinstance(given, dict) or len(given) > MAX_POINTS:
+        raise wrong
+    for name, place in given.items():
+        if len(name) > 40 or not isinstance(place, list) or len(place) != 2:
+            raise wrong
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e6 for v in place):
+            raise wrong
+    return given
+
+
+def _found(place: Path) -> dict[str, Any]:
+    """Return what the tracker noted about the portraits, and of a single one what a user can correct."""
     try:
-        clip = parse_json((place / "portrait" / "out" / "transforms.json").read_text())
-        return [str(note) for note in clip["geodiff4d"]["extra"]["notes"]]
+        extra = parse_json((place / "portrait" / "out" / "transforms.json").read_text())["geodiff4d"]["extra"]
+        out: dict[str, Any] = {"notes": [str(note) for note in extra["notes"]]}
+        if isinstance(extra.get("points"), dict):
+            out["found"] = {"points": extra["points"], "crop": extra["crop"], "size": extra["source_size"]}
+        return out
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {"notes": []}

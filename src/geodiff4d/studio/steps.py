@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from geodiff4d.core.files import write_json
 from geodiff4d.launch.jobs import OUT, Job
 from geodiff4d.studio.projects import Project
 
@@ -19,6 +20,8 @@ TAIL_BYTES = 4096
 LINE = re.compile(r"^(.*): (\d+)/(\d+) in \d+ s$", re.M)
 """What `cli.progress` prints away from a terminal."""
 TOUR = "tour.jsonl"
+POINTS = "uploads/points.json"
+"""Where a user says that points of the face are."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,9 @@ def looking(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     """Return the steps that find the face in the portraits."""
     files = [str(place / "uploads" / "portraits" / name) for name in project.portraits]
     one = len(files) == 1 and not files[0].lower().endswith((".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v"))
-    how = (*(() if one else ("--portrait",)), *_sized(config))
+    own = ("--mask", str(place / "uploads" / "mask" / project.mask)) if project.mask else ()
+    told = ("--points", str(place / POINTS)) if project.points else ()
+    how = (*(() if one else ("--portrait",)), *_sized(config), *own, *told)
     job = Job("portrait", ("track", *files, *how, "--out", OUT))
     return [Step(job, "Looking for the face", 12, limit_s=900)]
 
@@ -93,6 +98,13 @@ def steps_of(project: Project, place: Path, config: StudioConfig) -> list[Step]:
     return making(project, place, config) if project.stage == "make" else looking(project, place, config)
 
 
+def look_again(place: Path, points: dict[str, Any]) -> None:
+    """Write down what a user corrected, and remove what was found without it."""
+    if points:
+        write_json(place / POINTS, points)
+    shutil.rmtree(place / "portrait", ignore_errors=True)
+
+
 def forget(place: Path, look: bool) -> None:
     """Remove what was made of a portrait that stays; with `look`, the portrait too."""
     kept = set() if look else {"uploads", "portrait"}
@@ -103,6 +115,7 @@ def forget(place: Path, look: bool) -> None:
 FILES: dict[str, tuple[str, str, str]] = {
     # key: (path below the project's folder, type, ending of the name that it is saved under)
     "overlay": ("portrait/out/overlay.png", "image/png", ".png"),
+    "cutout": ("portrait/out/fg_masks/00000_00.png", "image/png", ".png"),
     "poster": ("portrait/out/reference.png", "image/png", ".png"),
     "page": ("page/out/avatar.html", "text/html; charset=utf-8", ".html"),
     "glb": ("glb/out/avatar.glb", "model/gltf-binary", ".glb"),

@@ -28,6 +28,7 @@ from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
+from geodiff4d.tracking.corrections import anchors, corrected, read_points
 from geodiff4d.tracking.detect import Box, Detection, Detector
 from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
@@ -56,6 +57,8 @@ class TrackingConfig:
     """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the head's size."""
     mask: Path | None = None
     """An image's foreground (white) in an image of the same size, where the user knows better than the detector."""
+    points: Path | None = None
+    """Where named points of an image's face are, where the user knows better (`corrections.read_points`)."""
     fit: HeadFitConfig = field(default_factory=HeadFitConfig)
     """Weights of the fit to the landmarks."""
 
@@ -195,6 +198,8 @@ def track(
         "error_px_at_256": result.error * scale,
         "errors_px_at_256": [None if e != e else round(e * scale, 3) for e in result.error_px.tolist()],
     }  # fmt: skip
+    if not video and located.detections[0] is not None:
+        extra["points"] = anchors(located.detections[0])
     fps = frame_rate(source) if video else 24.0
     # Compressing images takes a quarter of the time: another thread does it, one for the order's sake.
     with ClipWriter(out, head.name, fps, extra) as writer, ThreadPoolExecutor(1) as pool:
@@ -257,6 +262,11 @@ def locate(
             f"{source or 'the images'} shows no face: expected one face, seen from the front or up to 60° from it; "
             "try an image where it is larger, brighter or upright"
         )
+    if config.points is not None:
+        if video:
+            raise UserError(f"points are of one image, and {source} is a video: leave --points out")
+        told = read_points(config.points, width, height)
+        detections = [None if d is None else corrected(d, told) for d in detections]
     shot = lambda: islice(frames(), *(span or (None,)))  # noqa: E731
     result = fit(head, detections, width, height, focal_px, config.fit, shot if video else None)
     mesh = head.pose(result.params)

@@ -260,11 +260,20 @@ function checking(project) {
     act("make", { consent: me.checked ? "self" : "permitted", driver: video.checked });
   };
   check();
+  const mend = project.found ? el("button", { type: "button", id: "correct", textContent: "Correct it…", onclick: async () => {
+    const told = await correction(project);
+    if (!told) return;
+    try {
+      if (told.mask) await send(`/projects/${project.name}/mask/mask.png`, told.mask, () => {});
+      await act("correct", { points: told.points });
+    } catch (error) { say(error.message); }
+  } }) : null;
   const notes = (project.notes ?? []).map((note) => el("p", { className: "word", textContent: note }));
   return el("div", { className: "sheet" }, el("h2", { textContent: "Was the face found?" }),
     el("div", { className: "two" },
       el("div", { className: "stack" }, panels(project), ...notes,
-        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out should show this person and nothing else. Click an image to see it larger. If something is wrong, another portrait is the remedy." })),
+        el("p", { className: "help", textContent: "Eyes, mouth and chin should lie where the portrait has them, and the cut-out should show this person and nothing else. Click an image to see it larger. If something is wrong, correct it, or take another portrait." }),
+        mend ? el("div", { className: "bar" }, mend) : null),
       form));
 }
 
