@@ -14,8 +14,8 @@ from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.data.footage.clips import ClipFootage, clips_below
 from geodiff4d.data.footage.render import build_store
-from geodiff4d.data.footage.rendered import Store, StoreConfig
-from geodiff4d.data.footage.take import Footage, FrameKey, Take, kind_of
+from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
+from geodiff4d.data.footage.take import STRANGER, Footage, FrameKey, Take, kind_of
 from geodiff4d.data.sampling import PairConfig, ReadConfig, Samples, open_footage
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.render.crops import canonical_crop
@@ -427,3 +427,27 @@ def test_a_person_on_two_heads_is_two_subjects(tmp_path):
 def test_params_of_one_clip_stack(data):
     """Heads without eyelids and with none of the options still stack."""
     assert isinstance(open_footage(data / "video").params(0, [0, 1]), HeadParams)
+
+
+def test_somebody_else_can_make_the_expression(tmp_path):
+    config = StoreConfig(
+        subjects=1, instants=3, views=2, size=48, supersample=1, crop=24, texels=32, grid=3, strangers=True
+    )
+    footage = RenderedFootage(build_store(tmp_path / "store", config, workers=1))
+    samples = Samples([footage], PairConfig(targets=2, strangers=0.5), ReadConfig(48, 24, augment=None))
+    drawn = [samples.draw(i) for i in range(200)]
+    others = [s for s in drawn if any(k.view == STRANGER for k in s.driving)]
+    assert 70 < len(others) < 130
+    assert all(k.view == STRANGER for s in others for k in s.driving), "one person drives a sample"
+    plain = Samples([footage], PairConfig(targets=2), samples.read)
+    assert all(plain.draw(i).target == s.target for i, s in enumerate(drawn)), "targets are what they were"
+    own, other = FrameKey(0, 1, 0), FrameKey(0, 1, STRANGER)
+    crops = footage.driving([own, other], 24)
+    # Another face, in the place of the first, with the same expression.
+    assert 0.02 < (crops[0] - crops[1]).abs().mean() < 0.4
+    a, b = (footage.motion([k]) for k in (own, other))
+    assert torch.equal(a.expr, b.expr) and torch.equal(a.eyes_pose, b.eyes_pose)
+    x = samples[next(i for i, s in enumerate(drawn) if s in others)]
+    assert x.driving.shape == (2, 3, 24, 24)
+    crops, motion = samples.drivers(0, 8)
+    assert len(crops) == 8 == len(motion.expr), "the warm start reads them too"

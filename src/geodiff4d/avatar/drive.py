@@ -17,9 +17,8 @@ from torch import Tensor
 from geodiff4d.avatar.model import Avatar, AvatarFrame
 from geodiff4d.avatar.relative import MINIMUM, Rest, transferred, transferred_tokens
 from geodiff4d.avatar.sliders import TokenRegressor
-from geodiff4d.core.camera import Camera
+from geodiff4d.core.camera import Camera, turned
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
 from geodiff4d.data.clip import Clip
 from geodiff4d.heads.rig import HeadParams
 
@@ -153,12 +152,6 @@ def orbit(avatar: Avatar, frames: int, degrees: float = ORBIT_DEG) -> list[Camer
     pivot = head_centre(avatar)
     yaws = [degrees * math.sin(2 * math.pi * i / max(frames, 1)) for i in range(frames)]
     return [turned(avatar.camera, pivot, yaw) for yaw in yaws]
-
-
-def turned(camera: Camera, pivot: Tensor, yaw_deg: float) -> Camera:
-    """Return a camera moved around the vertical axis (+y) through `pivot`; positive yaw goes to the camera's right."""
-    R = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(yaw_deg), 0.0]))
-    return replace(camera, T_cam_world=camera.T_cam_world @ rigid(R, pivot - R @ pivot))
 
 
 def head_centre(avatar: Avatar) -> Tensor:

@@ -15,13 +15,12 @@ def train(
     """Make the rows that are missing, then train; the same call resumes."""
     from dataclasses import replace
 
+    from geodiff4d.cli._photographs import tracked_photographs
     from geodiff4d.cli.progress import bar, record_lines
     from geodiff4d.core.errors import UserError
     from geodiff4d.data.footage.clips import clips_below
     from geodiff4d.data.footage.take import HELD_OUT
     from geodiff4d.pipeline import SHIPPED_MODEL
-    from geodiff4d.tracking.portraits import track_portraits
-    from geodiff4d.tracking.track import TrackingConfig
     from geodiff4d.video.decoder_rows import build_decoder_rows
     from geodiff4d.video.model import load_video_model
     from geodiff4d.video.train_decoder import train_decoder
@@ -38,11 +37,7 @@ def train(
         "world_val": replace(common, source="world", people=stage.val_people, split="val"),
     }
     if photographs is not None:
-        if not any(Path(photographs).rglob("transforms.json")):
-            track_portraits(
-                photographs, folder / "clips", TrackingConfig(size=common.size), workers=workers, progress=bar
-            )
-            photographs = folder / "clips"
+        photographs = tracked_photographs(photographs, folder / "clips", common.size, workers)
         for name, held_out in (("photographs", False), ("photographs_val", True)):
             clips = tuple(str(c.resolve()) for c in clips_below(photographs, held_out))
             if clips:

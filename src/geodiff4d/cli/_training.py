@@ -1,11 +1,13 @@
 """The `vae`, `image` and `video` stages of `geodiff4d train`: data, model and starting weights for the loops."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from geodiff4d.cli._photographs import tracked_photographs
 from geodiff4d.cli._training_args import Args
 from geodiff4d.cli.progress import bar, record_lines
 from geodiff4d.core.errors import UserError
@@ -13,6 +15,7 @@ from geodiff4d.core.rundir import lock_folder
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.clips import clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
+from geodiff4d.data.footage.photographs import PhotographFootage
 from geodiff4d.data.footage.render import build_store, build_tracks
 from geodiff4d.data.footage.rendered import RenderedFootage, Store, StoreConfig
 from geodiff4d.data.footage.take import HELD_OUT, Footage
@@ -172,7 +175,7 @@ def batches(
         return Batches(samples, codec, config.weights, encoded_pose, args.workers if ahead else 0)
 
     train = made("train", args.seed, augment)
-    if len(args.data) > 1:
+    if len(sources["train"]) > 1:
         for source, share in zip(train.samples.sources, train.samples.shares, strict=True):
             print(f"{source.name}: {100 * share:.0f} % of the samples")
     if not sources["val"]:
@@ -204,11 +207,13 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
     for a in folders:
         if any(b in a.parents and HELD_OUT in a.relative_to(b).parts for b in folders):
             raise UserError(f"--data: {a} is held out by a folder above it, and would be trained on: leave it out")
+    photographs = () if args.photographs is None else tuple(_photographs(args, p, args.photographs))
     if len(args.data) < 2 and not any(is_footage(folder) for folder in args.data):
         like = replace(p.store, size=model.size, crop=model.expression.size, grid=model.size // codec.factor)
         place = args.data[0] if args.data else args.out / "data"
         stores = rendered(place, p, args.workers, like if clips else None)
-        return {k: [RenderedFootage(store, estimated and k == "train")] for k, store in stores.items()}
+        made = {k: [RenderedFootage(store, estimated and k == "train")] for k, store in stores.items()}
+        return {k: [*made[k], *more] for k, more in zip(made, photographs or ([], []), strict=True)}
     out: Sources = {"train": [], "val": []}
     for folder in args.data:
         for split, sources in out.items():
@@ -224,7 +229,20 @@ def footage(args: Args, p: Preset, model: VideoModelConfig, codec: Codec, clips:
         for folder in args.data:
             clips_below(folder)  # Says so of what is no folder.
         raise UserError("--data: expected one folder for rendered stores, or only folders of clips and stores")
-    return out
+    return {k: [*out[k], *more] for k, more in zip(out, photographs or ([], []), strict=True)}
+
+
+def _photographs(args: Args, p: Preset, folder: Path) -> Iterator[list[Footage]]:
+    """Yield the --photographs to train on, and those to validate on, tracked first where they are not.
+
+    Raises:
+        UserError: the model looks at no warped portrait, so that they could show it nothing but themselves.
+    """
+    if not p.model.warp or "warp" in args.ablate:
+        raise UserError("--photographs: this model looks at no warped portrait, through which they are seen: leave out")
+    folder = tracked_photographs(folder, args.out / "photographs", p.model.size, args.workers)
+    for held_out in (False, True):
+        yield [PhotographFootage(folder, held_out)] if clips_below(folder, held_out) else []
 
 
 def rendered(folder: Path, p: Preset, workers: int, like: StoreConfig | None = None) -> dict[str, Store]:

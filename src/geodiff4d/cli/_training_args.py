@@ -34,7 +34,8 @@ class Args:
     is rendered there if missing. Otherwise any mixture of imported data sets, folders of tracked clips, and stores;
     what lies in a folder `val` below one is validated on, and never trained on."""
     importance: tuple[float, ...] = ()
-    """Importance per sample of each --data folder; by default 10 for several views and 1 for one."""
+    """Importance per sample of each --data folder, then of the photographs; by default 10 for several views and 1 for
+    one, photographs having a quarter of all samples."""
     head: Path | None = None
     """FLAME model file, for clips on FLAME."""
     sd: Path | None = None
@@ -47,8 +48,8 @@ class Args:
     then needs no --sd."""
     photographs: Path | None = None
     """Folder with photographs of faces. The reader stage learns to read them alike however they are cut and spoiled; of
-    two named ID_neutral and ID_smiling, that the second smiles no less. For the decoder stage they are the truth for
-    what a portrait hides (clips of `import portraits` too; what lies in a folder `val` below is held out)."""
+    two named ID_neutral and ID_smiling, that the second smiles no less. For the image and decoder stages they are the
+    truth for what a portrait hides (clips of `import portraits` too; what lies in a folder `val` below is held out)."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()

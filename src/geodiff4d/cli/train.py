@@ -15,7 +15,7 @@ _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
     "decoder": _COMMON | {"start", "photographs"}, "identity": {"stage", "out", "preset", "seed"},
     "all": {"stage", "out", "preset", "recipe", "dry_run", "photographs", "workers", "seed"},
-    "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters"},
+    "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters", "photographs"},
 }  # fmt: skip
 """Options that each stage reads."""
 

@@ -1,12 +1,13 @@
 """Pinhole cameras in OpenCV's convention: x right, y down, z forward; pixel centres at half integers."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from geodiff4d.core.geometry import invert, transform
+from geodiff4d.core.geometry import axis_angle_to_matrix, invert, rigid, transform
 
 OPENGL_FROM_OPENCV = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
 """Flips y and z. `T_world_opengl = T_world_opencv @ OPENGL_FROM_OPENCV`, and back by the same product."""
@@ -80,3 +81,14 @@ class Camera:
 def pinhole(focal_px: float, width: int, height: int) -> Float[Tensor, "3 3"]:
     """Intrinsics with square pixels and a centred principal point."""
     return torch.tensor([[focal_px, 0.0, width / 2], [0.0, focal_px, height / 2], [0.0, 0.0, 1.0]])
+
+
+def turned(camera: Camera, pivot: Float[Tensor, " 3"], yaw_deg: float, pitch_deg: float = 0.0) -> Camera:
+    """Return a single camera swung around a world point: about the world's y axis, then about its own x axis.
+
+    Positive yaw goes to the camera's right.
+    """
+    T = camera.T_cam_world
+    yaw = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(yaw_deg), 0.0]))
+    R = axis_angle_to_matrix(T[0, :3] * math.radians(pitch_deg)) @ yaw
+    return replace(camera, T_cam_world=T @ rigid(R, pivot - R @ pivot))

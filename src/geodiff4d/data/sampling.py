@@ -5,9 +5,9 @@ it, `Samples[i]` reads them. A batch is a range of consecutive samples (`video.b
 processes, more workers or more accumulated parts change nothing.
 
 A sample has one reference and some targets of the same person; each target is driven by another camera of its instant
-wherever there is one. Stage 1 draws targets freely, at other instants than the reference's wherever there are any;
-stage 2 takes consecutive frames of one camera, all driven by one other camera, and pads what is too short by its last
-frame, which is then marked invalid.
+wherever there is one, or by somebody else who makes the same expression (`PairConfig.strangers`, ours). Stage 1 draws
+targets freely, at other instants than the reference's wherever there are any; stage 2 takes consecutive frames of one
+camera, all driven by one other camera, and pads what is too short by its last frame, which is then marked invalid.
 
 Weights (the paper: "manually-set importance weights adjusted by sample count", multi-view about 10× per sample): a
 source's share is its importance times its samples. Ours: a sample is one camera's recording of one take, or one still
@@ -29,8 +29,9 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.footage.clips import ClipFootage, clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
+from geodiff4d.data.footage.photographs import told
 from geodiff4d.data.footage.rendered import RenderedFootage, Store
-from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
+from geodiff4d.data.footage.take import STRANGER, CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
 from geodiff4d.data.remote import remote_url
 from geodiff4d.data.shards import NOTE, stores_below
 from geodiff4d.heads.rig import HeadParams
@@ -86,6 +87,8 @@ class PairConfig:
     """Rate of clips; faster footage is thinned."""
     cross_view: bool = True
     """Drive from another camera of the same instant; off, the driving frame is the target (`--ablate cross-view`)."""
+    strangers: float = 0.0
+    """Share of samples that somebody else drives, where there is one: their latents cannot carry who drives."""
     frontal_reference: float = 0.5
     """Share of references taken from the most frontal camera; the others come from any that shows the face."""
     moved: float = 0.0
@@ -95,6 +98,8 @@ class PairConfig:
     """Importance of a multi-view sample; single-view samples have 1."""
     importance: tuple[float, ...] = ()
     """Importance per sample by source, instead of the above."""
+    photographs: float = 0.25
+    """Share of the samples that single photographs have beside other footage, unless `importance` says otherwise."""
     least_share: float = 0.05
     """No source is drawn less often than this (or than evenly, where there are many)."""
 
@@ -148,6 +153,8 @@ class Example:
     warp: Float[Tensor, "n 3 size size"] | None
     visibility: Float[Tensor, "n 2 size size"] | None
     """What the portrait itself shows of `warp`, and where the head is at all."""
+    counts: Float[Tensor, "n 1 size size"] | None = None
+    """Where the truth counts; None everywhere."""
 
 
 class _Shots:
@@ -210,6 +217,10 @@ class Samples(Dataset):
         usual = [self.pairs.multi_view_importance if kind_of(s) == "multi-view" else 1.0 for s in self.sources]
         share = np.array(self.pairs.importance or usual) * [s.samples for s in self._shots]
         share = share / share.sum()
+        single = np.array([all(t.partial for t in s.takes) for s in self.sources])
+        if not self.pairs.importance and single.any() and not single.all():
+            of = self.pairs.photographs
+            share = np.where(single, of * share / share[single].sum(), (1 - of) * share / share[~single].sum())
         least = min(self.pairs.least_share, 1 / len(share))
         # What the small ones are given, the others give up in proportion; which may make another one small.
         small = share < least
@@ -244,7 +255,10 @@ class Samples(Dataset):
             moved = np.array(s.moved[:n])
             warp, visibility = footage.warped(s.reference, target, r.size, r.surroundings, moved)
         frames = footage.frames(keys, r.size) if frames is None else frames
-        return Example(index, frames, crops, s.padding, warp, visibility)
+        counts = None
+        if footage.takes[target[0].take].partial and visibility is not None and isinstance(frames, DecodedFrames):
+            counts = told(frames.mask[1:], visibility)
+        return Example(index, frames, crops, s.padding, warp, visibility, counts)
 
     @property
     def knows_motion(self) -> bool:
@@ -314,9 +328,10 @@ class _Draw:
         for k in target:
             present = self.footage.takes[k.take].present[k.instant]
             driving.append(k._replace(view=self._driver(k, lambda v, present=present: int(present[v]))))
+        driving = self._by_strangers(driving)
         moved = self.rng.random(len(target)) < self.config.moved
         moved = [bool(m) and self.footage.takes[k.take].motion for m, k in zip(moved, target, strict=True)]
-        return Sample(source, reference, tuple(target), tuple(driving), tuple(moved))
+        return Sample(source, reference, tuple(target), driving, tuple(moved))
 
     def clip(self, source: int) -> Sample:
         """Draw consecutive frames of one view and of the view that drives them; what is missing is padding."""
@@ -339,6 +354,7 @@ class _Draw:
         padding = c.targets - len(chosen)
         instants = [*chosen.tolist(), *([int(chosen[-1])] * padding)]
         target, driving = (tuple(FrameKey(i, t, v) for t in instants) for v in (view, driver))
+        driving = self._by_strangers(driving)
         moved = take.motion and bool(self.rng.random() < c.moved)
         return Sample(source, self._reference(target), target, driving, (moved,) * c.targets, padding)
 
@@ -363,6 +379,13 @@ class _Draw:
         counts = {v: overlap(v) for v in self.footage.driving_views(key.take) if v != key.view}
         best = max(counts.values(), default=0)
         return _pick([v for v, n in counts.items() if n == best], self.drivers) if best else key.view
+
+    def _by_strangers(self, driving: Sequence[FrameKey]) -> tuple[FrameKey, ...]:
+        """Let somebody else drive the sample, by chance, as far as there is one."""
+        if not self.config.strangers or self.drivers.random() >= self.config.strangers:
+            return tuple(driving)
+        takes = self.footage.takes
+        return tuple(k._replace(view=STRANGER) if takes[k.take].strangers else k for k in driving)
 
     def _reference(self, target: Sequence[FrameKey]) -> FrameKey:
         """Draw the portrait: another time of the person, else another view of a target's time, else the target."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate as resize
 
-from geodiff4d.avatar.drive import head_centre, turned
+from geodiff4d.avatar.drive import head_centre
 from geodiff4d.avatar.model import Avatar
+from geodiff4d.core.camera import turned
 from geodiff4d.core.images import encode_normals, read_image, write_image
 from geodiff4d.evaluate.metrics import PairScores, Truth
 from geodiff4d.evaluate.pairs import Pair

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from geodiff4d.avatar.drive import head_centre, orbit, render_sequence, turned
+from geodiff4d.avatar.drive import head_centre, orbit, render_sequence
 from geodiff4d.avatar.model import Avatar
+from geodiff4d.core.camera import turned
 from geodiff4d.core.files import read_json
 from geodiff4d.core.images import encode_normals
 from geodiff4d.core.progress import Progress, silent

@@ -28,6 +28,8 @@ CELL_PX = 4
 MOST_CELLS = 64
 OUTLINE_CELLS = 2
 """Width of the rim inside the mesh's outline whose depth the surroundings continue [cells]."""
+SEEN = 0.3
+"""How well a portrait must show a point of another view to be kept there (`seen_from`)."""
 
 
 def cells(side: int) -> int:
@@ -187,6 +189,15 @@ def render_still(
     if read is not None and moved is not None:
         vertices = torch.where(moved[:, None, None], head.pose(read).vertices, vertices)
     return portrait.shown(rasterize(vertices, still.faces, cameras), still.T_world_joint, cameras)
+
+
+def seen_from(
+    portrait: Shows, mesh: PosedHead, cameras: Camera
+) -> tuple[Float[Tensor, "t 3 height width"], Float[Tensor, "t 1 height width"]]:
+    """Draw of a portrait only what it shows itself of other views, on grey: (image, mask of ones and zeros)."""
+    rgb, visibility = portrait.shown(rasterize(mesh.vertices, mesh.faces, cameras), mesh.T_world_joint, cameras)
+    mask = (visibility[:, :1] > SEEN).to(rgb.dtype)
+    return composite(rgb, mask), mask
 
 
 def _centres(rows: int, columns: int, device: torch.device) -> Float[Tensor, "points 2"]:

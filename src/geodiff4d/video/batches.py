@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from torch.utils.data import DataLoader
 
 from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, on_grid
@@ -133,7 +133,10 @@ class Batches:
         pad = torch.arange(n + e.padding).clamp(max=n - 1)
         valid = torch.arange(n + e.padding) < n
         clip, to_clip = planes[1:][pad.to(planes.device)], "t c h w -> 1 c t h w"
-        weight = self._weight(f, planes.shape[-1])[1:][pad]
+        weight = self._weight(f, planes.shape[-1])[1:]
+        if e.counts is not None:
+            weight = weight * adaptive_avg_pool2d(e.counts, planes.shape[-1])[:, 0]
+        weight = weight[pad]
         # By itself: the others in its batch must not change what a sample counts.
         weight = weight / weight[valid].mean() * valid[:, None, None]
         known = f.has_normal[1:][pad]

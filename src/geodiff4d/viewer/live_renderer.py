@@ -1,7 +1,6 @@
 """Rendering for avatars that the page cannot draw: a view that can be changed, and the latest image of it."""
 
 import io
-import math
 import threading
 import time
 from collections.abc import Iterable
@@ -17,8 +16,8 @@ from geodiff4d.avatar.drive import head_centre as centre_of
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.avatar.relative import has_weights
 from geodiff4d.avatar.stream import Line
-from geodiff4d.core.camera import Camera
-from geodiff4d.core.geometry import axis_angle_to_matrix, rigid
+from geodiff4d.core.camera import Camera, turned
+from geodiff4d.core.geometry import rigid
 from geodiff4d.core.images import to_uint8
 from geodiff4d.heads.rig import HeadParams
 from geodiff4d.viewer.live import live_poses
@@ -126,11 +125,7 @@ class LiveRenderer:
 
     def turned(self, view: View) -> Camera:
         """Swing the camera around the head: yaw about the world's y, then pitch about the camera's x."""
-        T, pivot = self.camera.T_cam_world, self.pivot
-        yaw = axis_angle_to_matrix(torch.tensor([0.0, -math.radians(view.yaw_deg), 0.0]))
-        pitch = axis_angle_to_matrix(T[0, :3] * math.radians(view.pitch_deg))
-        R = pitch @ yaw
-        T = T @ rigid(R, pivot - R @ pivot)
+        pivot, T = self.pivot, turned(self.camera, self.pivot, view.yaw_deg, view.pitch_deg).T_cam_world
         away = (T[:3, :3] @ pivot + T[:3, 3])[2] * (view.zoom - 1)
         step = rigid(torch.eye(3), torch.stack([away.new_zeros(()), away.new_zeros(()), away]))
         return replace(self.camera, T_cam_world=step @ T)

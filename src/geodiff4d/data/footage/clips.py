@@ -286,12 +286,9 @@ class ClipFootage:
         self, reference: FrameKey, keys: Sequence[FrameKey], size: int, surroundings: bool = False,
         moved: np.ndarray | None = None,
     ) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 2 size size"]]:  # fmt: skip
-        own = self._head(reference.take)
-        (frame,), box, camera = self._cut(reference.take, reference.view, [reference.instant], size)
-        image = _sampled(composite(frame.image, frame.mask), box, size, 0.5)
-        mask = _sampled(frame.mask, box, size, 0.0)
+        own, (image, mask, camera) = self._head(reference.take), self._portrait(reference, size)
         mesh = own.pose(self.params(reference.take, [reference.instant])[0])
-        portrait, shown, first = lift_portrait(own, image, mask, mesh, camera[0], size, surroundings), [], 0
+        portrait, shown, first = lift_portrait(own, image, mask, mesh, camera, size, surroundings), [], 0
         for take, view, instants in _runs(keys):
             box = self.crop_box(take, view) or (0.0, 0.0, float(self._cameras(take, view, instants).width))
             cameras = self._cameras(take, view, instants).cropped(*box, size)
@@ -302,6 +299,14 @@ class ClipFootage:
             shown.append(render_still(portrait, own, self.params(take, instants), cameras, read, here))
             first += len(instants)
         return torch.cat([x[0] for x in shown]), torch.cat([x[1] for x in shown])
+
+    def _portrait(
+        self, key: FrameKey, size: int
+    ) -> tuple[Float[Tensor, "3 size size"], Float[Tensor, "1 size size"], Camera]:
+        """Return a frame as a portrait: (image on grey, mask, camera)."""
+        (frame,), box, camera = self._cut(key.take, key.view, [key.instant], size)
+        image = _sampled(composite(frame.image, frame.mask), box, size, 0.5)
+        return image, _sampled(frame.mask, box, size, 0.0), camera[0]
 
     def motion(self, keys: Sequence[FrameKey]) -> HeadParams | None:
         if not all(self.takes[k.take].motion for k in keys):

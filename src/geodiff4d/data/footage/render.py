@@ -29,6 +29,7 @@ from geodiff4d.render.relief import lift
 from geodiff4d.render.viewpoints import openhead, world_region
 from geodiff4d.render.warp import complete
 from geodiff4d.world.cameras import portrait_and_other_cameras
+from geodiff4d.world.seeds import generator
 from geodiff4d.world.subject import SyntheticSubject
 from geodiff4d.world.tracker_error import disturbed, moved_as_tracked
 
@@ -115,6 +116,8 @@ def render_subject(folder: Path, s: int) -> None:
     bare = Store(folder, writable=True)
     bare.config = replace(c, reference_views=0)  # Frames of a track carry no texture.
     standing = _cropped(c, who * 100, still.vertices[:n]) if n else None
+    if c.strangers:
+        _render_stranger(store, s, who, m, n)
     for i in range(c.instants):
         rows, cameras = (
             (bare, standing)
@@ -172,6 +175,28 @@ def write_conditions(
         store.texture[s, i, k] = as_bytes(portrait.texture)
         sheet = lift(head, own, cameras[k], (mask[k] > 0.5).float())
         store.relief[s, i, k], store.follows[s, i, k] = sheet.points.half().numpy(), sheet.follows.half().numpy()
+
+
+def _render_stranger(store: Store, s: int, who: int, motion: HeadParams, track: int) -> None:
+    """Render somebody else who makes a person's expressions, before cameras of their own: one for the whole track."""
+    c, head = store.config, openhead()
+    seed = int(generator("stranger", c.split, who).integers(1 << 30))
+    other = SyntheticSubject(seed, c.split)
+    truth = other.params(
+        motion.expr, motion.rotation, motion.neck_pose, motion.jaw_pose, motion.eyes_pose, motion.translation
+    )
+    runs = [range(track), *(range(i, i + 1) for i in range(track, c.instants))]
+    for run in filter(len, runs):
+        at = torch.tensor(list(run))
+        found = disturbed(truth[at], seed=seed + run[0]).without_expression()
+        still = head.pose(found).vertices
+        chosen = portrait_and_other_cameras(2, seed + run[0], c.size)[(seed + run[0]) % 2]
+        cameras = canonical_crop(chosen, still[:, world_region()]).expand(len(run))
+        frames = other.render(truth[at], cameras, c.supersample)
+        points, _ = cameras.project(head.landmarks68.on(still, head.faces))
+        for k, i in enumerate(run):
+            box = face_crop_box(points[k])
+            store.stranger[s, i] = as_bytes(crop_image(composite(frames.rgb, frames.mask)[k], box, c.crop))
 
 
 def _cropped(config: StoreConfig, seed: int, still: Float[Tensor, "*frames verts 3"]) -> Camera:

@@ -22,7 +22,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_config
 from geodiff4d.data.estimated import as_estimated
-from geodiff4d.data.footage.take import CachedFrames, DecodedFrames, FrameKey, Take, at_size
+from geodiff4d.data.footage.take import STRANGER, CachedFrames, DecodedFrames, FrameKey, Take, at_size
 from geodiff4d.data.rowstore import Arrays, RowStore, take
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.meshes import Fragments
@@ -61,6 +61,8 @@ class StoreConfig:
     """Version of what a portrait is warped by: since 2, gaze moves too and `render/hidden.py` paints what is hidden."""
     parameters: Literal["disturbed", "tracked"] = "disturbed"
     """Head parameters: the truth with a tracker's error, or what our tracker sees (`tracking/relabel.py`)."""
+    strangers: bool = False
+    """Somebody else, the same for all instants of a person, makes each of the expressions too, to drive with."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,6 +87,7 @@ class StoreConfig:
             "relief": ((*portraits, 2, points, 3), "f2"), "follows": ((*portraits, points), "f2"),
             "T_world_joint": ((*n[:2], 2, 4, 4), "f4"), "T_cam_world": ((*n, 4, 4), "f4"), "K": ((*n, 3, 3), "f4"),
             "crop": ((*n, 3, self.crop, self.crop), "u1"),
+            **({"stranger": ((*n[:2], 3, self.crop, self.crop), "u1")} if self.strangers else {}),
             "cover": ((*n, self.grid, self.grid), "u1"), "focus": ((*n, self.grid, self.grid), "u1"),
             "expr": ((*n[:2], 52), "f4"), "joints": ((*n[:2], 9), "f4"), "done": ((n[0],), "u1"),
         }  # fmt: skip
@@ -144,15 +147,20 @@ class RenderedFootage:
         self._planes: np.ndarray | None = None
         self._head: Head | None = None
         (subjects, instants, views), tracks = store.config.shape, store.tracks
+        strangers = store.config.strangers
 
         def takes(s: int) -> list[Take]:
             if tracks is None:
-                return [Take(f"{s}", np.arange(instants), np.ones((instants, views), bool), False, motion=True)]
+                whole = np.ones((instants, views), bool)
+                return [Take(f"{s}", np.arange(instants), whole, False, motion=True, strangers=strangers)]
             whole = np.ones((tracks.frames, views), bool), np.ones((tracks.portraits, views), bool)
             return [
-                Take(f"{s}", np.arange(tracks.frames), whole[0], True, tracks.fps, motion=True, portraits=False),
+                Take(
+                    f"{s}", np.arange(tracks.frames), whole[0], True, tracks.fps, motion=True, portraits=False,
+                    strangers=strangers,
+                ),
                 Take(f"{s}", np.arange(tracks.portraits), whole[1], False, motion=True, targets=False),
-            ]
+            ]  # fmt: skip
 
         self.takes = [t for s in range(subjects) for t in takes(s)]
 
@@ -206,7 +214,11 @@ class RenderedFootage:
         return CachedFrames(take(planes, rows), cover, focus, torch.ones(len(cover), dtype=torch.bool))
 
     def driving(self, keys: Sequence[FrameKey], size: int) -> Float[Tensor, "n 3 size size"]:
-        return at_size(take(self.store.crop, self.rows(keys), 255.0), size)
+        subject, instant, view = self.rows(keys)
+        crops = take(self.store.crop, (subject, instant, view.clip(0)), 255.0)
+        if (other := view == STRANGER).any():
+            crops[torch.from_numpy(other)] = take(self.store.stranger, (subject[other], instant[other]), 255.0)
+        return at_size(crops, size)
 
     def warped(
         self, reference: FrameKey, keys: Sequence[FrameKey], size: int, surroundings: bool = False,

@@ -28,6 +28,10 @@ HELD_OUT = "val"
 """A folder of this name below one that is trained on is validated on, and never trained on."""
 
 
+STRANGER = -1
+"""View of a driving frame in which somebody else makes the expression of the instant."""
+
+
 class FrameKey(NamedTuple):
     """A frame of some footage."""
 
@@ -57,6 +61,10 @@ class Take:
     """Its frames can be the reference."""
     targets: bool = True
     """Its frames can be targets."""
+    partial: bool = False
+    """Its portraits are parts of the frame itself: what they can tell nothing of weighs nothing."""
+    strangers: bool = False
+    """Its instants can be driven by somebody else (`STRANGER`)."""
 
 
 @dataclass(frozen=True)
