@@ -40,7 +40,7 @@ BOX_INSTANTS = 9
 """Instants, spread over a clip, whose heads decide its canonical crop."""
 CROPPED = 0.15
 """A square picture whose canonical crop is this close to it (share of the side) counts as cropped already."""
-OPEN_CLIPS = 32
+OPEN_CLIPS, RECENT_FRAMES = 32, 8
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class ClipFootage:
         self._where: list[_Where] = []
         self._clips: OrderedDict[Path, tuple[Clip, dict[tuple[int, int], int]]] = OrderedDict()
         self._whole: OrderedDict[tuple[str, int], HeadParams] = OrderedDict()
+        self._frames: OrderedDict[tuple[Path, int], ClipFrame] = OrderedDict()
         self._views: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._boxes: dict[tuple[int, int], tuple[float, float, float] | None] = {}
         found = clips_below(folder, held_out)
@@ -123,7 +124,7 @@ class ClipFootage:
             self._where.append(where)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_clips": OrderedDict(), "_whole": OrderedDict()}
+        return self.__dict__ | {"_clips": OrderedDict(), "_whole": OrderedDict(), "_frames": OrderedDict()}
 
     def head_name(self, take: int) -> str:
         """Return the name of the head that a take's parameters are of."""
@@ -152,6 +153,15 @@ class ClipFootage:
             _forget(self._clips)
         self._clips.move_to_end(path)
         return self._clips[path]
+
+    def _frame(self, take: int, record: int) -> ClipFrame:
+        """Read a frame; a sample may ask for one more than once."""
+        at = self._where[take].folder, record
+        if at not in self._frames:
+            self._frames[at] = self._clip(take).frame(record)
+            while len(self._frames) > RECENT_FRAMES:
+                self._frames.popitem(last=False)
+        return self._frames[at]
 
     def _clip(self, take: int) -> Clip:
         return self._opened(take)[0]
@@ -238,8 +248,7 @@ class ClipFootage:
         self, take: int, view: int, instants: Sequence[int], size: int
     ) -> tuple[list[ClipFrame], tuple[float, float, float], Camera]:
         """Read frames; return them with the canonical crop and its cameras."""
-        clip = self._clip(take)
-        read = [clip.frame(r) for r in self._records(take, view, instants)]
+        read = [self._frame(take, r) for r in self._records(take, view, instants)]
         box = self.crop_box(take, view) or (0.0, 0.0, float(read[0].camera.width))
         return read, box, Camera.stack([f.camera.cropped(*box, size) for f in read])
 
@@ -273,12 +282,12 @@ class ClipFootage:
     def driving(self, keys: Sequence[FrameKey], size: int) -> Float[Tensor, "n 3 size size"]:
         out = []
         for take, view, instants in _runs(keys):
-            head, clip = self._head(take), self._clip(take)
+            head = self._head(take)
             # At zero expression, as when driving: an open mouth must not widen the cut that shows it.
             still = head.pose(self.params(take, instants).without_expression())
             xy, _ = self._cameras(take, view, instants).project(head.landmarks68.on(still.vertices, head.faces))
             for record, points in zip(self._records(take, view, instants), xy, strict=True):
-                f = clip.frame(record)
+                f = self._frame(take, record)
                 out.append(crop_image(composite(f.image, f.mask), face_crop_box(points), size))
         return torch.stack(out)
 

@@ -26,7 +26,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.data.footage.take import DecodedFrames, FrameKey, of_mesh
 from geodiff4d.heads.rig import HeadParams
-from geodiff4d.render.relief import lift_portrait, seen_from
+from geodiff4d.render.relief import LiftedPortrait, lift_portrait, seen_from
 from geodiff4d.world.seeds import generator
 
 TURNS = 8
@@ -42,6 +42,8 @@ NEAR = 0.03
 shows something."""
 RECENT = 8
 """Portraits that are kept: a sample asks for its own twice."""
+LIFTED = 512
+"""Lifted photographs that are kept, 2 MB each at 256 px: lifting takes a third of a sample's time."""
 
 _Drawn = tuple[Tensor, Tensor, Camera]
 """Image on grey, mask and camera."""
@@ -69,6 +71,7 @@ class PhotographFootage(ClipFootage):
         ]
         self.photographs = len(self.takes)
         self._portraits: OrderedDict[tuple[FrameKey, int], _Drawn] = OrderedDict()
+        self._whole_portraits: OrderedDict[tuple[int, int], tuple[LiftedPortrait, Camera]] = OrderedDict()
         self.takes += [
             replace(t, timesteps=np.arange(TURNS), present=turns, targets=False, portraits=True) for t in self.takes
         ]
@@ -78,7 +81,7 @@ class PhotographFootage(ClipFootage):
             raise UserError(f"{folder} has no single photographs: expected clips of `geodiff4d import portraits`")
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_portraits": OrderedDict()}
+        return super().__getstate__() | {"_portraits": OrderedDict(), "_whole_portraits": OrderedDict()}
 
     def _own(self, take: int) -> int:
         """Return the take of the photograph that a turned take shows."""
@@ -135,14 +138,25 @@ class PhotographFootage(ClipFootage):
     def _drawn(self, key: FrameKey, size: int) -> _Drawn:
         if key.take < self.photographs:
             return super()._portrait(key, size)
-        image, mask, camera = super()._portrait(FrameKey(self._own(key.take), 0, 0), size)
-        head, mesh = self._head(key.take), self._head(key.take).pose(self.params(key.take, [0]))
+        lifted, camera = self._lifted(self._own(key.take), size)
+        mesh = self._head(key.take).pose(self.params(key.take, [0]))
         rng = generator("turned", self._where[key.take].folder.name, key.instant)
         low, high = (NEAR_DEG, TURN_DEG) if key.instant else (0.0, NEAR_DEG)
         yaw, pitch = float(rng.choice((-1, 1)) * rng.uniform(low, high)), float(rng.uniform(-TILT_DEG, TILT_DEG))
         cameras = Camera.stack([turned(camera, mesh.vertices[0].mean(0), yaw, pitch)])
-        seen, shown = seen_from(lift_portrait(head, image, mask, mesh[0], camera, size), mesh, cameras)
+        seen, shown = seen_from(lifted, mesh, cameras)
         return seen[0], shown[0], cameras[0]
+
+    def _lifted(self, take: int, size: int) -> tuple[LiftedPortrait, Camera]:
+        """Return a photograph's lifted portrait, of which all its turned views are drawn, and its camera."""
+        if (take, size) not in self._whole_portraits:
+            image, mask, camera = self._portrait(FrameKey(take, 0, 0), size)
+            head = self._head(take)
+            lifted = lift_portrait(head, image, mask, head.pose(self.params(take, [0])[0]), camera, size)
+            self._whole_portraits[take, size] = lifted, camera
+            while len(self._whole_portraits) > LIFTED:
+                self._whole_portraits.popitem(last=False)
+        return self._whole_portraits[take, size]
 
 
 def told(
