@@ -361,7 +361,7 @@ def test_training_on_a_store_goes_on_where_it_was_killed(tmp_path, processes):
         (dict(stage="perception", save_minutes=1.0), "--save-minutes: the perception stage"),
         (dict(stage="video", ablate=("cross-view", "joint")), "--ablate joint: the video stage knows cross-view"),
         (dict(stage="image", accumulate=0), "expected at least 1"),
-        (dict(stage="image", accumulate=3), "4 references cannot be shared by 1 process"),
+        (dict(stage="image", accumulate=3), "8 references cannot be shared by 1 process"),
         (dict(stage="image", preset="paper", sd=Path("sd"), start=Path("model")), "--sd: --start names a whole model"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -173,10 +173,12 @@ _ROWS = (
         model=_small(DEBUG_CODEC, 64, 32, (16, 32, 32), (8, 16)),
         codec=CodecTraining(DEBUG_CODEC, steps=6, batch=4, basis_images=8),
         image=VideoTraining(
-            steps=4, pairs=PairConfig(references=2, targets=2, moved=0.5), lr=1e-3, warm_start=2,
+            steps=4, pairs=PairConfig(references=2, targets=2, moved=0.5, strangers=0.5), lr=1e-3, warm_start=2,
             log_every=1, validate_every=4, save_every=2,
         ),
-        store=StoreConfig(subjects=2, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1),
+        store=StoreConfig(
+            subjects=2, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1, strangers=True
+        ),
         val_store=StoreConfig(
             "val", subjects=1, instants=2, views=2, size=64, crop=32, texels=64, grid=8, supersample=1
         ),
@@ -230,10 +232,11 @@ _ROWS = (
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
         image=VideoTraining(
-            steps=4000, pairs=PairConfig(references=4, targets=6, moved=0.8), lr=5e-4, warm_start=600,
-            expression_lr=0.5, timestep_power=0.15, drop_warp=0.05, weights=WeightConfig(focus=10.0),
+            steps=4000, pairs=PairConfig(references=8, targets=3, moved=0.8, strangers=0.3), lr=5e-4, warm_start=600,
+            expression_lr=0.5, timestep_power=0.15, sampled_starts=0.4, drop_warp=0.05,
+            weights=WeightConfig(focus=10.0),
         ),
-        store=StoreConfig(subjects=600, instants=10, views=3),
+        store=StoreConfig(subjects=600, instants=8, views=3, strangers=True),
         val_store=StoreConfig("val", subjects=12, instants=3, views=3),
         # Chosen on val (docs/LOG.md): what is trained so far is best at the highest noise levels.
         sample=SampleConfig(
