@@ -446,10 +446,12 @@ def slurm(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     noted = f'echo "$(basename "$0") $*" >> {tmp_path}/calls\n'
+    # A fleet outlives the beginning of the nodes that it runs on.
+    begun = f'for i in {{1..200}}; do [[ $(grep -c "ray start" {tmp_path}/calls) == 2 ]] && break; sleep 0.02; done\n'
     ends = 'trap "exit 143" TERM INT\n[[ $LASTS ]] && for i in {1..200}; do sleep 0.05; done\nexit ${CODE:-0}\n'
     for name, does in {
         "scontrol": f'if [[ $1 == show ]]; then printf "node1\\nnode2\\n"; else {noted.strip()}; fi\n',
-        "srun": noted + ends, "geodiff4d": noted + ends,
+        "srun": noted + ends, "geodiff4d": noted + begun + ends,
     }.items():  # fmt: skip
         (tools / name).write_text("#!/bin/bash\n" + does)
         (tools / name).chmod(0o755)
