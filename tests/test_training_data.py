@@ -467,6 +467,24 @@ def test_tensorboard_is_told_where_it_is_installed(tmp_path, monkeypatch):
     assert Watch(RunFolder(tmp_path, TRAINING), SampleConfig(), 0).board is None
 
 
+@pytest.mark.parametrize(
+    ("threads", "workers", "told", "left"), [(8, 2, None, 6), (2, 2, None, 1), (8, 2, "4", 8), (2, 0, None, 2)]
+)
+def test_a_cpu_leaves_cores_to_those_who_read_ahead(monkeypatch, threads, workers, told, left):
+    from geodiff4d.cli._training import leave_cores
+
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    torch.set_num_threads(threads)
+    try:
+        leave_cores(workers)
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_paper_preset_starts_from_stable_diffusion(tmp_path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 

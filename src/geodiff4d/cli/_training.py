@@ -1,10 +1,12 @@
 """The `vae`, `image` and `video` stages of `geodiff4d train`: data, model and starting weights for the loops."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from geodiff4d.cli._photographs import tracked_photographs
@@ -88,7 +90,6 @@ def video(args: Args) -> None:
 
 def process_state() -> "PartialState":
     """Return which of how many processes this is (`accelerate launch`)."""
-    import torch
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
@@ -172,6 +173,8 @@ def batches(
         samples = Samples(sources[split], pairs, read, seed)
         # Validation picks its batches again and again, and what is encoded already needs no one to read ahead.
         ahead = training and any(not isinstance(s, RenderedFootage) or s.cache is None for s in sources[split])
+        if ahead:
+            leave_cores(args.workers)
         return Batches(samples, codec, config.weights, encoded_pose, args.workers if ahead else 0)
 
     train = made("train", args.seed, augment)
@@ -181,6 +184,15 @@ def batches(
     if not sources["val"]:
         print(f"no --data folder has a folder `{HELD_OUT}`: there will be no validation")
     return train, made("val", 1, None) if sources["val"] else None
+
+
+def leave_cores(workers: int) -> None:
+    """Leave a core to each process that reads ahead, where a CPU trains: threads that share one wait for each other.
+
+    OMP_NUM_THREADS, if it is set, is what the user wants.
+    """
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - workers))
 
 
 def is_footage(folder: Path) -> bool:
