@@ -233,6 +233,12 @@ RECIPES = [
         says="3 tracked portraits, 0 photographs left out",
     ),
     Recipe(
+        "train image --preset debug --data runs/all/data --photographs portraits --workers 1 --steps 2 "
+        "--vae runs/all/vae/out/vae --out runs/real",
+        ("runs/real/model/unet/model*.safetensors", "runs/real/log.jsonl"),
+        says="25 % of the samples",
+    ),
+    Recipe(
         f"evaluate photographs portraits {DECODED} --size 128 --out runs/photographs",
         ("runs/photographs/metrics.json", "runs/photographs/table.md", "runs/photographs/sheet.jpg"),
         says="3 photographs at 128 px",
