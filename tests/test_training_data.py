@@ -485,6 +485,20 @@ def test_a_cpu_leaves_cores_to_those_who_read_ahead(monkeypatch, threads, worker
         torch.set_num_threads(before)
 
 
+def test_a_continued_model_keeps_its_scale(tmp_path):
+    """The preset's deviation of residuals is another than that of the weights: taken with them, it shrinks them."""
+    from geodiff4d.cli._training import _beginning
+    from geodiff4d.pipeline import SHIPPED_MODEL
+    from geodiff4d.video.model import load_video_model
+
+    shipped, p = load_video_model(SHIPPED_MODEL), preset("embedded")
+    other = replace(shipped.config.diffusion, residual_std=(1.25, 1.5))
+    shipped.config = replace(shipped.config, diffusion=other)
+    shipped.save(tmp_path / "model")
+    model, _, start = _beginning(Args("image", tmp_path / "out", start=tmp_path / "model"), p, p.model)
+    assert start is not None and model.diffusion == other != p.model.diffusion
+
+
 def test_the_paper_preset_starts_from_stable_diffusion(tmp_path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 

@@ -134,7 +134,11 @@ def _beginning(
                 f"the codec does not fit preset {args.preset}: train one with `geodiff4d train vae --preset "
                 f"{args.preset}` and give --vae"
             )
-        return like, found, None if args.start is None else starting_weights(args.start, found)
+        if args.start is None:
+            return like, found, None
+        # Its weights mean something at the scale of residuals and the schedule that they were trained with alone.
+        diffusion = load_video_model(args.start).config.diffusion
+        return replace(like, diffusion=diffusion), found, starting_weights(args.start, found)
     if args.start is not None:
         if args.sd is not None:
             raise UserError("--sd: --start names a whole model to continue from: leave one of the two out")
