@@ -487,7 +487,7 @@ def test_a_cpu_leaves_cores_to_those_who_read_ahead(monkeypatch, threads, worker
 
 def test_a_continued_model_keeps_its_scale(tmp_path):
     """The preset's deviation of residuals is another than that of the weights: taken with them, it shrinks them."""
-    from geodiff4d.cli._training import _beginning
+    from geodiff4d.cli._training import beginning
     from geodiff4d.pipeline import SHIPPED_MODEL
     from geodiff4d.video.model import load_video_model
 
@@ -495,7 +495,7 @@ def test_a_continued_model_keeps_its_scale(tmp_path):
     other = replace(shipped.config.diffusion, residual_std=(1.25, 1.5))
     shipped.config = replace(shipped.config, diffusion=other)
     shipped.save(tmp_path / "model")
-    model, _, start = _beginning(Args("image", tmp_path / "out", start=tmp_path / "model"), p, p.model)
+    model, _, start = beginning(Args("image", tmp_path / "out", start=tmp_path / "model"), p, p.model)
     assert start is not None and model.diffusion == other != p.model.diffusion
 
 

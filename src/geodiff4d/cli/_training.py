@@ -59,7 +59,7 @@ def image(args: Args) -> None:
     p = preset(args.preset)
     model, pairs = ablated(p, args.ablate)
     config = training_config(args, replace(p.image, pairs=pairs))
-    model, codec, start = _beginning(args, p, model)
+    model, codec, start = beginning(args, p, model)
     p = replace(p, store=replace(p.store, parameters=args.parameters),
                 val_store=replace(p.val_store, parameters=args.parameters))  # fmt: skip
     train, val = batches(args, p, model, codec, config, p.augment)
@@ -123,10 +123,14 @@ def training_config(args: Args, config: VideoTraining) -> VideoTraining:
 # What it starts from
 
 
-def _beginning(
+def beginning(
     args: Args, p: Preset, like: VideoModelConfig
 ) -> tuple[VideoModelConfig, Codec, dict[str, Tensor] | None]:
-    """Return the model to train, its codec, and its first weights (None: random ones)."""
+    """Return the model to train, its codec, and its first weights (None: random ones).
+
+    Raises:
+        UserError: a codec or a model that does not fit the preset, or two things to start from.
+    """
     if args.preset != "paper":
         found = load_codec(args.vae or SHIPPED_MODEL / "vae")
         if not isinstance(found, PatchCodec) or found.config != p.codec.codec:
