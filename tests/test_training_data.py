@@ -115,6 +115,8 @@ def test_a_world_and_clips_train_together_with_everything_that_is_known(tmp_path
     )  # fmt: skip
     _training.image(args)
     assert warmed == [2 * 2 + 3], "every instant of the store and of the clip"
+    _training.image(replace(args, out=tmp_path / "further", start=tmp_path / "out/model", steps=1))
+    assert len(warmed) == 1, "an encoder that was trained goes without"
     model = load_video_model(tmp_path / "out/model")
     assert model.config.moves
     codec = load_codec(vae)

@@ -77,7 +77,8 @@ class VideoTraining:
     parts: Literal["all", "temporal"] = "all"
     """What is trained: everything (stage 1), or temporal modules alone (stage 2, as in AnimateAnyone's recipe)."""
     warm_start: int = 0
-    """Steps of regressing the known motion before denoising starts (`video/warm_start.py`; the paper has none)."""
+    """Steps of regressing the known motion before denoising starts (`video/warm_start.py`; the paper has none); an
+    encoder that was trained before goes without."""
     autocast: bool = True
     """bf16 where the machine has it; weights, their average and the optimiser stay in float32."""
     gradient_checkpointing: bool = False
@@ -157,7 +158,7 @@ def train_video_model(
         tensors, first = saved
         with folder.restoring():
             parallel.restore(ema, tensors)
-    elif config.warm_start and batches.samples.knows_motion:
+    elif config.warm_start and batches.samples.knows_motion and not _has_encoder(start):
         warm_start(model.expression, batches.samples, config.warm_start, config.autocast, on_record)
         # Every process did the same, but no two cards to the last bit.
         broadcast(accelerator, model.expression)
@@ -281,6 +282,11 @@ def _groups(model: VideoModel, config: VideoTraining) -> Groups:
         (factor, [f"{n}.{k}" for n in names for k, p in networks[n].named_parameters() if p.requires_grad])
         for names, factor in ((("unet", "reference"), 1.0), (("expression",), config.expression_lr))
     ]
+
+
+def _has_encoder(start: dict[str, Tensor] | None) -> bool:
+    """Return whether weights to start from hold a trained expression encoder, as Stable Diffusion's do not."""
+    return any(k.startswith("expression.") for k in start or {})
 
 
 def _first_average(parallel: Parallel, model: VideoModel, device: torch.device) -> dict[str, Tensor]:
