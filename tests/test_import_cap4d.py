@@ -175,6 +175,7 @@ def test_a_number_that_is_none_costs_its_frame_and_is_named(data, tmp_path):
     ({"rot": np.zeros((STEPS, 4))}, "do not fit"),
     ({"extr": np.float32(1)}, "do not fit"),
     ({"camera_order": np.array("cam0")}, "camera_order"),
+    ({"expr": np.full((4, 65), "cam0")}, "expr of <U4"),
     ({"expr": np.zeros((STEPS, 120))}, "expected at most"),
     ({"shape": np.zeros(400)}, "expected at most"),
     ({"shape": None}, "lacks shape"),

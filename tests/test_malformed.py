@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from avatars import painted_avatar, talking, with_networks
 from geodiff4d.avatar.compact import open_avatar, write_compact
 from geodiff4d.avatar.deformation import DeformationConfig
+from geodiff4d.avatar.drive import cameras
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.cli import explain, main
 from geodiff4d.core import films, sandbox, stills
@@ -131,6 +133,17 @@ def test_ranges_of_a_compact_avatar_are_numbers(folder, tmp_path):
             archive.writestr(name, data if name.endswith(".json") else np.full(len(data) // 4, np.nan, "f4").tobytes())
     with pytest.raises(UserError, match=r"b\.g4d is not .* \(a range has NaN or infinite numbers\)"):
         open_avatar(tmp_path / "b.g4d")
+
+
+def test_sides_of_an_image_are_whole_numbers(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "a/config.json").write_text(json.dumps(config | {"width": True}))
+    with pytest.raises(UserError, match=r"width and height are \(True, "):
+        Avatar.load(tmp_path / "a")
+    avatar = Avatar.load(folder)
+    narrow = replace(avatar, camera=avatar.camera.resized(1, 64))
+    assert [(c.width, c.height) for c in cameras(narrow, "front", 2, size=16)] == [(1, 16)] * 2
 
 
 def test_notes_that_are_lists_are_refused(folder, tmp_path):

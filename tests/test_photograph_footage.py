@@ -88,11 +88,12 @@ def test_what_no_portrait_tells_of_weighs_nothing():
     mask[..., 4:28, 4:28] = 1  # a person
     visibility[:, 1, 12:20, 12:20] = 1  # the head's mesh
     visibility[:, 0, 12:20, 20:28] = 1  # hair that is shown beside it
-    counts = told(mask, visibility)[0, 0]
+    counts = told(mask, visibility, torch.tensor([0.75]))[0, 0]
     assert counts[0, 0] == 1, "background counts"
     assert counts[15, 15] == 1 and counts[15, 26] == 1
     assert counts[6, 6] == 0, "hair that nothing tells of"
     assert counts[11, 15] == 1, "near the mesh it counts"
+    assert counts[23, 6] == 0 and counts[24, 6] == 1, "below the chin are clothes"
 
 
 def test_batches_weigh_what_counts(folder):

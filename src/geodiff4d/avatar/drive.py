@@ -188,7 +188,7 @@ def cameras(avatar: Avatar, which: str, frames: int, size: int | None = None) ->
         found = clip_cameras(Path(which), frames)
     if size is None:
         return found
-    return [c.resized(round(size * c.width / c.height), size) for c in found]
+    return [c.of_height(size) for c in found]
 
 
 @torch.no_grad()

@@ -164,7 +164,10 @@ class Avatar:
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and not tensor.isfinite().all():
                     raise ValueError(f"{name} has NaN or infinite numbers")
-            camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), int(config["width"]), int(config["height"]))
+            sides = config["width"], config["height"]
+            if not all(type(n) is int for n in sides):
+                raise ValueError(f"width and height are {sides}, expected whole numbers")
+            camera = Camera(tensors.pop("T_cam_world"), tensors.pop("K"), *sides)
             shape, sequence = tensors.pop("shape"), HeadParams.load(folder / "params.npz")
             tokens, head, described = tensors.pop("tokens", None), load_head(config["head"]), config.get("parts") or {}
             if not isinstance(described, dict):

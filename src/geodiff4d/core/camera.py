@@ -59,6 +59,10 @@ class Camera:
         S = torch.diag(torch.tensor([width / self.width, height / self.height, 1.0])).to(self.K)
         return replace(self, K=S @ self.K, width=width, height=height)
 
+    def of_height(self, height: int) -> "Camera":
+        """Return the camera of the same view at another height, as wide as its shape asks, but a pixel at least."""
+        return self.resized(max(1, round(height * self.width / self.height)), height)
+
     def cropped(self, left: float, top: float, side: float, size: int) -> "Camera":
         """Return the camera of a square crop [px of this camera] that is resampled to `size`²."""
         s = size / side

@@ -38,6 +38,8 @@ from geodiff4d.heads.rig import Head, HeadParams, blend
 MODEL = "flame2023-no-jaw"
 BLINK = 64
 """Place of the blink among the 65 expressions."""
+NEEDED = ("fx", "fy", "cx", "cy", "extr", "resolutions", "shape", "expr", "rot", "tra")
+"""Arrays that a fit must have."""
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv")
 OPENCV_FROM_FIT = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64))
@@ -119,8 +121,7 @@ def _source(name: str, folder: Path, choice: Choice, report: Report) -> Source:
 
 def _fit(path: Path, report: Report) -> _Fit:
     values = read_arrays(path)
-    missing = [k for k in ("fx", "fy", "cx", "cy", "extr", "resolutions", "shape", "expr", "rot", "tra")
-               if k not in values]  # fmt: skip
+    missing = [k for k in NEEDED if k not in values]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: expected CAP4D's fit of pictures")
     n, steps = (len(np.atleast_1d(values[k])) for k in ("extr", "expr"))
@@ -128,11 +129,8 @@ def _fit(path: Path, report: Report) -> _Fit:
     shapes = {"extr": (n, 4, 4), "resolutions": (n, 2), "rot": (steps, 3), "tra": (steps, 3)}
     shapes |= {k: (steps, 3) for k in ("eye_rot", "jaw_rot", "neck_rot") if k in values}
     shapes |= {"valid_mask": (n, steps)} if "valid_mask" in values else {}
-    bad = [
-        f"{k} {values[k].shape}"
-        for k, s in shapes.items()
-        if values[k].shape != s or values[k].dtype.kind not in "biuf"
-    ]
+    bad = [f"{k} {values[k].shape}" for k, s in shapes.items() if values[k].shape != s]
+    bad += [f"{k} of {values[k].dtype}" for k in {*NEEDED, *shapes} if values[k].dtype.kind not in "biuf"]
     if bad or not n or not steps or len(names) != n or values["expr"].ndim != 2:
         raise UserError(
             f"{path}: arrays do not fit {n} cameras and {steps} timesteps: {', '.join(bad) or 'camera_order'}"

@@ -29,7 +29,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig, augment_crops
 from geodiff4d.data.footage.clips import ClipFootage, clips_below
 from geodiff4d.data.footage.encoded import EncodedFootage
-from geodiff4d.data.footage.photographs import told
+from geodiff4d.data.footage.photographs import PhotographFootage, told
 from geodiff4d.data.footage.rendered import RenderedFootage, Store
 from geodiff4d.data.footage.take import STRANGER, CachedFrames, DecodedFrames, Footage, FrameKey, Take, kind_of
 from geodiff4d.data.remote import remote_url
@@ -256,8 +256,8 @@ class Samples(Dataset):
             warp, visibility = footage.warped(s.reference, target, r.size, r.surroundings, moved)
         frames = footage.frames(keys, r.size) if frames is None else frames
         counts = None
-        if footage.takes[target[0].take].partial and visibility is not None and isinstance(frames, DecodedFrames):
-            counts = told(frames.mask[1:], visibility)
+        if isinstance(footage, PhotographFootage) and visibility is not None and isinstance(frames, DecodedFrames):
+            counts = told(frames.mask[1:], visibility, footage.chins(target))
         return Example(index, frames, crops, s.padding, warp, visibility, counts)
 
     @property

@@ -21,11 +21,15 @@ from geodiff4d.core.images import composite
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.meshes import Fragments, interpolate, rasterize, render_normals
 from geodiff4d.render.push_pull import push_pull
+from geodiff4d.render.torso import on_torso, torso
 from geodiff4d.render.warp import CompletedHead, complete, sample_completed
 
 CELL_PX = 4
 """Pixels of the portrait per cell of the sheet, up to a width of 256; a wider portrait has no more cells than that."""
 MOST_CELLS = 64
+BEHIND_M = 0.06
+"""How far behind the nearest outline hair lies [m]: of .00, .03, .05, .06, .08 and .10 the best on rendered people."""
+RAMP_CELLS = 3
 OUTLINE_CELLS = 2
 """Width of the rim inside the mesh's outline whose depth the surroundings continue [cells]."""
 SEEN = 0.3
@@ -71,6 +75,9 @@ def lift(head: Head, mesh: PosedHead, camera: Camera, mask: Float[Tensor, "1 hei
     edge = inside * max_pool2d(1 - inside[None], side, 1, OUTLINE_CELLS)[0]
     filled = known + (1 - inside) * push_pull(known * edge, edge)
     depth, follows = filled[0].flatten(), filled[1].flatten().clamp(0, 1)
+    away = torch.stack([1 - max_pool2d(inside[None], 2 * k + 1, 1, k)[0, 0] for k in range(1, RAMP_CELLS + 1)]).mean(0)
+    beside = _below_the_chin(head, mesh, small, depth + BEHIND_M * away.flatten())
+    depth = torch.where(inside.flatten() > 0, depth, beside)
     world = _unproject(_centres(rows, columns, mask.device), depth, small)
     rest = torch.stack([transform(mesh.T_world_joint[k].inverse(), world) for k in (0, 1)])
     # One cell more than the foreground, so that its soft border is the mask's and not the grid's.
@@ -198,6 +205,16 @@ def seen_from(
     rgb, visibility = portrait.shown(rasterize(mesh.vertices, mesh.faces, cameras), mesh.T_world_joint, cameras)
     mask = (visibility[:, :1] > SEEN).to(rgb.dtype)
     return composite(rgb, mask), mask
+
+
+def _below_the_chin(
+    head: Head, mesh: PosedHead, camera: Camera, depth: Float[Tensor, " points"]
+) -> Float[Tensor, " points"]:
+    """Return the depths [m] with what lies below the chin on a torso (`render/torso.py`)."""
+    T_world_cam = camera.T_cam_world.inverse()
+    far = _unproject(_centres(camera.height, camera.width, depth.device), torch.ones_like(depth), camera)
+    eye = T_world_cam[:3, 3]
+    return on_torso(torso(head), mesh.T_world_joint[0].inverse(), eye, far - eye, depth)
 
 
 def _centres(rows: int, columns: int, device: torch.device) -> Float[Tensor, "points 2"]:

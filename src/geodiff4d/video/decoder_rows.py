@@ -30,6 +30,7 @@ from geodiff4d.core.files import read_config
 from geodiff4d.core.images import composite, encode_normals
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
+from geodiff4d.data.footage.photographs import chin_heights, told
 from geodiff4d.data.rowstore import Arrays, as_bytes, create_rows, fill_rows, open_rows, take
 from geodiff4d.data.world_clips import random_motion
 from geodiff4d.heads.rig import HeadParams
@@ -89,7 +90,7 @@ class DecoderRowsConfig:
             "rgb": ((*n, 3, *low), "u1"), "normals": ((*n, 3, *low), "u1"), "pose": ((*n, 3, *low), "u1"),
             "warp": ((*n, 3, *s), "u1"), "known": ((*n, 3, *s), "u1"),
             "truth": ((*n, 3, *s), "u1"), "mask": ((*n, 1, *s), "u1"), "truth_normals": ((*n, 3, *low), "u1"),
-            "filled": (n, "u1"), "done": ((n[0],), "u1"),
+            "counts": ((*n, 1, *s), "u1"), "filled": (n, "u1"), "done": ((n[0],), "u1"),
         }  # fmt: skip
 
 
@@ -117,6 +118,8 @@ class DecoderBatch:
     """The whole picture, background too where it is a photograph."""
     mask: Float[Tensor, "n 1 size size"]
     truth_normals: Float[Tensor, "n 3 low low"]
+    counts: Float[Tensor, "n 1 size size"]
+    """1 where the truth counts, 0 where a photograph shows what its portrait cannot tell of (`told`)."""
     exact: Float[Tensor, "n 1 1 1"]
     """1 where the truth's normals and mask are exact (rendered), else 0."""
 
@@ -148,7 +151,9 @@ class DecoderRows:
         known = a["known"]
         warped = WarpedFrames(a["warp"], known[:, :1], known[:, 1:2], known[:, 2:], a["pose"])
         exact = torch.full((len(rows), 1, 1, 1), float(self.exact))
-        return DecoderBatch(a["rgb"], a["normals"], warped, a["truth"], a["mask"], a["truth_normals"], exact)
+        return DecoderBatch(
+            a["rgb"], a["normals"], warped, a["truth"], a["mask"], a["truth_normals"], a["counts"], exact
+        )
 
 
 def fill_unit(folder: Path, s: int) -> None:
@@ -172,8 +177,9 @@ def _model(folder: str) -> VideoModel:
 def _row(
     config: DecoderRowsConfig, frames: Sampled, truth: Float[Tensor, "t 3 size size"],
     mask: Float[Tensor, "t 1 size size"], normals: Float[Tensor, "t 3 size size"] | None = None,
+    chins: Float[Tensor, " t"] | None = None,
 ) -> list[dict[str, Tensor]]:  # fmt: skip
-    """Return rows of sampled frames and their truth."""
+    """Return rows of sampled frames and their truth, which counts everywhere but in photographs (`chins`)."""
     model = _model(config.model)
     images = rearrange(model.decode_latents(frames.latents), "1 d c t h w -> d t c h w")
     warped = warped_frames(frames.targets.images())
@@ -182,9 +188,11 @@ def _row(
     small = {"pose": warped.pose, "truth_normals": exact}
     small = {k: interpolate(x, low, mode="bilinear", antialias=True, align_corners=False) for k, x in small.items()}
     known = torch.cat([warped.seen, warped.inside, warped.opened], 1)
+    visibility = torch.cat([warped.seen, warped.inside], 1)
+    counts = torch.ones_like(mask) if chins is None else told(mask, visibility, chins)
     whole = {
-        "rgb": images[0], "normals": images[1], "warp": warped.rgb, "known": known, "truth": truth, "mask": mask,
-        **small,
+        "counts": counts, "rgb": images[0], "normals": images[1], "warp": warped.rgb, "known": known, "truth": truth,
+        "mask": mask, **small,
     }  # fmt: skip
     return [{k: v[i] for k, v in whole.items()} for i in range(len(truth))]
 
@@ -211,7 +219,9 @@ def photograph_rows(config: DecoderRowsConfig, s: int) -> list[dict[str, Tensor]
         crop = driving_crop(truth.on_grey, head, truth.params, truth.camera, model.config.expression.size)
         request = GenerationRequest(given, Driving(params, crop[None]), head)
         frames = generator.sampled(request, Camera.stack([truth.camera]))
-        rows += _row(config, at_size(frames, request, model, truth.camera), truth.image[None], truth.mask[None])
+        sized = at_size(frames, request, model, truth.camera)
+        chins = chin_heights(head, params, Camera.stack([truth.camera]))
+        rows += _row(config, sized, truth.image[None], truth.mask[None], chins=chins)
     return rows
 
 

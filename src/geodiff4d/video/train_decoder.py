@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, max_pool2d, relu
+from torch.nn.functional import avg_pool2d, interpolate, leaky_relu, relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from geodiff4d.core.images import composite
@@ -46,9 +46,6 @@ class DecoderTraining:
     """Share of the steps after which the discriminator counts."""
     photographs: float = 0.6
     """Share of the rows that are photographs', where there are both kinds."""
-    near: float = 0.03
-    """Beyond this distance from the head's mesh a photograph's truth counts only where its portrait shows something
-    (share of the side): hair that was not carried cannot be told."""
     log_every: int = 25
     validate_every: int = 500
     save_every: int = 250
@@ -82,8 +79,8 @@ def at(batch: DecoderBatch, size: int, box: tuple[int, int] | None) -> DecoderBa
             return batch
         warped = {f.name: getattr(batch.warped, f.name) for f in fields(WarpedFrames)}
         warped = {k: x if k == "pose" else avg_pool2d(x, whole // size) for k, x in warped.items()}
-        truth, mask = (avg_pool2d(x, whole // size) for x in (batch.truth, batch.mask))
-        return replace(batch, warped=WarpedFrames(**warped), truth=truth, mask=mask)
+        whole_ones = {k: avg_pool2d(getattr(batch, k), whole // size) for k in ("truth", "mask", "counts")}
+        return replace(batch, warped=WarpedFrames(**warped), **whole_ones)
     left, top = box
 
     def cut(x: Tensor) -> Tensor:
@@ -92,7 +89,7 @@ def at(batch: DecoderBatch, size: int, box: tuple[int, int] | None) -> DecoderBa
         return x[..., top : top + size, left : left + size]
 
     warped = WarpedFrames(*(cut(getattr(batch.warped, f.name)) for f in fields(WarpedFrames)))
-    names = ("rgb", "normals", "truth", "mask", "truth_normals")
+    names = ("rgb", "normals", "truth", "mask", "truth_normals", "counts")
     return replace(batch, warped=warped, **{k: cut(getattr(batch, k)) for k in names})
 
 
@@ -105,20 +102,12 @@ def joined(parts: Sequence[DecoderBatch]) -> DecoderBatch:
     return DecoderBatch(warped=warped, **rest)
 
 
-def weights(batch: DecoderBatch, near: float) -> Float[Tensor, "n 1 size size"]:
-    """Say how much a pixel's truth counts: nothing where a photograph shows what its portrait cannot tell of."""
-    side = 2 * max(1, round(near * batch.truth.shape[-1])) + 1
-    around = max_pool2d(max_pool2d(batch.warped.inside, (side, 1), 1, (side // 2, 0)), (1, side), 1, (0, side // 2))
-    told = torch.maximum(torch.maximum(around, batch.warped.seen), batch.exact)
-    return torch.maximum(told, 1 - batch.mask)
-
-
 def decoder_loss(
     model: GuidedDecoder, batch: DecoderBatch, config: DecoderTraining
 ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "n 3 size size"], Float[Tensor, "n 3 size size"]]:
     """Return what is wrong in parts, and images to tell from each other: generated, true."""
     rgb, normals, logit = model(model.planes(batch.rgb, batch.normals, batch.warped))
-    counts, mask = weights(batch, config.near), batch.mask
+    counts, mask = batch.counts, batch.mask
     made, true = composite(rgb, torch.sigmoid(logit)), composite(batch.truth, mask)
     inner = counts * mask
     colour = ((rgb - batch.truth).abs() * inner).mean() + ((made - true).abs() * counts).mean()
@@ -168,7 +157,7 @@ def mirrored(batch: DecoderBatch) -> DecoderBatch:
         return torch.cat([1 - x[:, :1], x[:, 1:]], 1) if turns else x
 
     warped = {f.name: flipped(getattr(batch.warped, f.name), f.name == "pose") for f in fields(WarpedFrames)}
-    names = ("rgb", "normals", "truth", "mask", "truth_normals")
+    names = ("rgb", "normals", "truth", "mask", "truth_normals", "counts")
     rest = {k: flipped(getattr(batch, k), "normals" in k) for k in names}
     return replace(batch, warped=WarpedFrames(**warped), **rest)
 
@@ -271,7 +260,7 @@ def measured(model: GuidedDecoder, rows: DecoderRows, config: DecoderTraining) -
     found: dict[str, list[float]] = {k: [] for k in ("psnr", "psnr_codec", "sharp", "sharp_codec", "mask")}
     for i in chosen:
         batch = at(rows.read(np.array([i])), config.size, None)
-        counts = batch.mask * weights(batch, config.near)
+        counts = batch.mask * batch.counts
         planes = model.planes(batch.rgb, batch.normals, batch.warped)
         rgb, _, logit = model(planes)
         for name, x in (("", rgb.clamp(0, 1)), ("_codec", planes[:, :3])):

@@ -52,7 +52,7 @@ class LiveRenderer:
     def __init__(self, avatar: Avatar, performance: Performance, size: int = 384):
         self.avatar, self.performance = avatar, performance
         self.view = View(play=len(performance) > 1)
-        self.camera = avatar.camera.resized(round(size * avatar.camera.width / avatar.camera.height), size)
+        self.camera = avatar.camera.of_height(size)
         self.pivot = centre_of(avatar)
         names = avatar.head.expression_names
         named = has_weights(avatar.head)

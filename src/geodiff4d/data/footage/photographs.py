@@ -3,7 +3,8 @@
 A photograph has no other view of its person. But its tracked head carries it to a turned view (warp-back), where only
 what the photograph shows is kept; taken for the portrait, with the photograph as the truth, that makes real skin, hair,
 ears and teeth the truth for what a portrait hides. What hidden hair looks like is not asked for where nothing of it was
-carried (`counts`): a network asked for that would paint a halo around everybody. Two photographs of one person, named
+carried (`counts`): a network asked for that would paint a halo around everybody. Clothes are, because every portrait
+has shoulders on both sides. Two photographs of one person, named
 `ID_…` beside each other, are portraits for each other too.
 
 Ours: the paper's data sets have many views.
@@ -25,7 +26,7 @@ from geodiff4d.core.camera import Camera, turned
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.footage.clips import ClipFootage
 from geodiff4d.data.footage.take import DecodedFrames, FrameKey, of_mesh
-from geodiff4d.heads.rig import HeadParams
+from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.render.relief import LiftedPortrait, lift_portrait, seen_from
 from geodiff4d.world.seeds import generator
 
@@ -40,6 +41,8 @@ SHIFT, ZOOM = 0.05, 0.1
 NEAR = 0.03
 """Beyond this distance from the head's mesh (share of the side) a photograph's truth counts only where its portrait
 shows something."""
+CHIN = 8
+"""Number of the chin's tip among the 68 points."""
 RECENT = 8
 """Portraits that are kept: a sample asks for its own twice."""
 LIFTED = 512
@@ -128,6 +131,15 @@ class PhotographFootage(ClipFootage):
     def motion(self, keys: Sequence[FrameKey]) -> HeadParams | None:
         return super().motion([FrameKey(self._own(k.take), 0, 0) for k in keys])
 
+    def chins(self, keys: Sequence[FrameKey]) -> Float[Tensor, " n"]:
+        """Return how far down in their frames the chins are (0 at the upper border, 1 at the lower one)."""
+        found = []
+        for key in keys:
+            cameras = self._cameras(key.take, key.view, [0])
+            box = self.crop_box(key.take, key.view) or (0.0, 0.0, float(cameras.width))
+            found.append(chin_heights(self._head(key.take), self.params(key.take, [0]), cameras.cropped(*box, 1)))
+        return torch.cat(found)
+
     def _portrait(self, key: FrameKey, size: int) -> _Drawn:
         if (key, size) not in self._portraits:
             self._portraits[key, size] = self._drawn(key, size)
@@ -159,15 +171,27 @@ class PhotographFootage(ClipFootage):
         return self._whole_portraits[take, size]
 
 
+def chin_heights(head: Head, params: HeadParams, cameras: Camera) -> Float[Tensor, " t"]:
+    """Return how far down in their images the chins of posed heads are (0 at the upper border, 1 at the lower one)."""
+    xy, _ = cameras.project(head.landmarks68.on(head.pose(params).vertices, head.faces))
+    return xy[:, CHIN, 1] / cameras.height
+
+
 def told(
-    mask: Float[Tensor, "n 1 size size"], visibility: Float[Tensor, "n 2 size size"]
+    mask: Float[Tensor, "n 1 size size"], visibility: Float[Tensor, "n 2 size size"], chins: Float[Tensor, " n"]
 ) -> Float[Tensor, "n 1 size size"]:
-    """Say where a photograph's truth counts: not where its foreground is neither shown by the portrait nor near the
-    head's mesh."""
+    """Say where a photograph's truth counts: not where its foreground is above the chin, and neither shown by the
+    portrait nor near the head's mesh.
+
+    Args:
+        chins: how far down the chins are (0 at the upper border, 1 at the lower one).
+    """
     side = 2 * max(1, round(NEAR * mask.shape[-1])) + 1
     shown, inside = visibility.split(1, 1)
     around = max_pool2d(max_pool2d(inside, (side, 1), 1, (side // 2, 0)), (1, side), 1, (0, side // 2))
-    return torch.maximum(torch.maximum(shown, around), 1 - mask)
+    rows = (torch.arange(mask.shape[-2], device=mask.device) + 0.5) / mask.shape[-2]
+    below = (rows > chins[:, None]).to(mask.dtype)[:, None, :, None].expand_as(mask)
+    return torch.stack([shown, around, 1 - mask, below]).amax(0)
 
 
 def _person(folder: Path) -> str:
