@@ -1,9 +1,10 @@
 """A relief: what a portrait shows beside the head's mesh (hair, shoulders), as a sheet that is drawn in other views.
 
-The mesh has no hair. The sheet continues its outline: a grid over the portrait takes the mesh's depth where there is
-a mesh and, outside, the depth of the nearest outline, and every point follows the joints that the nearest outline
-follows. Seen from the portrait's own view it reproduces the portrait; turned away from it, it foreshortens as a
-cardboard would, and what lies behind it stays unknown. Beyond the paper; measured in docs/LOG.md.
+The mesh has no hair. The sheet continues it: a grid over the portrait takes the mesh's depth where there is a mesh and,
+outside, that of the nearest outline and some more, because hair covers the back of the head, not its outline; below the
+chin it lies on a torso (`render/torso.py`). Every point follows the joints that the nearest outline follows. Seen from
+the portrait's own view it reproduces the portrait; turned away from it, it foreshortens as a cardboard would, and what
+lies behind it stays unknown. Beyond the paper; measured in docs/LOG.md.
 """
 
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ CELL_PX = 4
 """Pixels of the portrait per cell of the sheet, up to a width of 256; a wider portrait has no more cells than that."""
 MOST_CELLS = 64
 BEHIND_M = 0.06
-"""How far behind the nearest outline hair lies [m]: of .00, .03, .05, .06, .08 and .10 the best on rendered people."""
+"""How far behind the nearest outline hair lies [m] (`tools/relief_probe.py` compares it with rendered people)."""
 RAMP_CELLS = 3
+"""Cells from the outline on over which it recedes so far: ears and collars stay with the head."""
 OUTLINE_CELLS = 2
 """Width of the rim inside the mesh's outline whose depth the surroundings continue [cells]."""
 SEEN = 0.3
