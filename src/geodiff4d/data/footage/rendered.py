@@ -58,7 +58,8 @@ class StoreConfig:
     world: int = WORLD_VERSION
     """Version of the open world: pictures of another are not mixed in."""
     warps: int = 3
-    """Version of what a portrait is warped by: since 2, gaze moves too and `render/hidden.py` paints what is hidden."""
+    """Version of what a portrait is warped by: since 2, gaze moves too and `render/hidden.py` paints what is hidden;
+    since 3, `render/torso.py` holds clothes."""
     parameters: Literal["disturbed", "tracked"] = "disturbed"
     """Head parameters: the truth with a tracker's error, or what our tracker sees (`tracking/relabel.py`)."""
     strangers: bool = False
