@@ -28,7 +28,7 @@ from geodiff4d.data.footage.clips import clips_below
 from geodiff4d.data.sampling import open_footage
 from geodiff4d.launch import fleet
 from geodiff4d.launch.fleet import LocalCrew, run_fleet
-from geodiff4d.launch.jobs import Job, Outcome, read_jobs
+from geodiff4d.launch.jobs import Job, Outcome, lost, read_jobs
 from geodiff4d.launch.ray_cluster import RayCrew
 from geodiff4d.launch.recipe import RECIPES, RecipeRun, plan_lines, read_recipe
 from mini_datasets import COLOUR_MATRIX, make_nersemble, performance
@@ -55,7 +55,7 @@ class Pretended:
         if code == 0:
             (self.folder / job.name).mkdir(parents=True, exist_ok=True)
             (self.folder / job.name / "job.json").write_text(json.dumps({"job": fingerprint(job)}))
-        return [(tickets[0], None if code is None else Outcome(job.name, code, 0.1, f"said {code}"))]
+        return [(tickets[0], lost(job, "no power") if code is None else Outcome(job.name, code, 0.1, f"said {code}"))]
 
     def close(self) -> None: ...
 
@@ -71,6 +71,7 @@ def test_what_fails_is_tried_again_and_then_told(tmp_path):
     assert failed["never"]["attempts"] == 3 and failed["never"]["said"] == "said 1" and failed["wrong"]["code"] == 2
     attempts = [json.loads(line) for line in (tmp_path / "fleet.jsonl").read_text().splitlines()]
     assert len(attempts) == 10 and [a["code"] for a in attempts if a["name"] == "lost"] == [-9, 0]
+    assert any("was lost (no power)" in a["said"] for a in attempts)
     again = Pretended(tmp_path, lambda name, attempt: 0)
     changed = [replace(job, command=("doctor", "{out}")) if job.name == "good" else job for job in jobs]
     tally = run_fleet(changed, tmp_path, again)

@@ -29,8 +29,8 @@ class Crew(Protocol):
         """Begin a job and return a ticket."""
         ...
 
-    def finished(self, tickets: list[Any]) -> list[tuple[Any, Outcome | None]]:
-        """Wait for one of the tickets at least, and return those that are finished; None where its place was lost."""
+    def finished(self, tickets: list[Any]) -> list[tuple[Any, Outcome]]:
+        """Wait for one of the tickets at least, and return those that are finished (`lost` where their place was)."""
         ...
 
     def close(self) -> None:
@@ -76,9 +76,8 @@ def run_fleet(jobs: list[Job], folder: Path, crew: Crew, retries: int = 2, progr
             while waiting and len(flying) < crew.places + 2:
                 job, attempt = waiting.popleft()
                 flying[crew.start(job)] = job, attempt
-            for ticket, outcome in crew.finished(list(flying)):
+            for ticket, found in crew.finished(list(flying)):
                 job, attempt = flying.pop(ticket)
-                found = outcome or Outcome(job.name, -9, 0.0, "the machine or process that carried it out was lost")
                 write_line(journal, {**asdict(found), "attempt": attempt, "time": round(time.time(), 1)})
                 if found.code == 0:
                     done += 1
@@ -118,7 +117,7 @@ class LocalCrew:
         """Begin a job as soon as there is a place."""
         return self._pool.submit(self._run, job)
 
-    def finished(self, tickets: list["Future[Outcome]"]) -> list[tuple["Future[Outcome]", Outcome | None]]:
+    def finished(self, tickets: list["Future[Outcome]"]) -> list[tuple["Future[Outcome]", Outcome]]:
         """Wait for one of the tickets at least, and return those that are finished."""
         return [(ticket, ticket.result()) for ticket in wait(tickets, return_when=FIRST_COMPLETED).done]
 

@@ -71,6 +71,11 @@ class Outcome:
         return self.code not in (0, 2)
 
 
+def lost(job: Job, reason: str) -> Outcome:
+    """Return what came of an attempt whose machine or process was lost."""
+    return Outcome(job.name, -9, 0.0, f"the machine or process that carried it out was lost ({reason})")
+
+
 def read_jobs(path: Path, commands: Sequence[str]) -> list[Job]:
     """Read a file with one JSON object a line: `{"name": "anna", "run": "track anna.jpg --out {out}"}`.
 

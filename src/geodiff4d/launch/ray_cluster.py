@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from geodiff4d.core.errors import UserError, install_extra
-from geodiff4d.launch.jobs import Job, Outcome
+from geodiff4d.launch.jobs import Job, Outcome, lost
 
 AGAIN_S = 2.0
 """Between two attempts to reach a cluster that was lost."""
@@ -60,16 +60,16 @@ class RayCrew:
         self._send(ticket)
         return ticket
 
-    def finished(self, tickets: list[int]) -> list[tuple[int, Outcome | None]]:
-        """Wait for one of the tickets, and return it; None where its machine was lost.
+    def finished(self, tickets: list[int]) -> list[tuple[int, Outcome]]:
+        """Wait for one of the tickets, and return it.
 
         Raises:
             UserError: the cluster was lost, and did not come back.
         """
         while (said := self._hear()) is None:
             self._return()
-        del self._under_way[said["ticket"]]
-        return [(said["ticket"], Outcome(**said["outcome"]) if "outcome" in said else None)]
+        job = self._under_way.pop(said["ticket"])
+        return [(said["ticket"], Outcome(**said["outcome"]) if "outcome" in said else lost(job, said["lost"]))]
 
     def close(self) -> None:
         """Leave the cluster, which ends what still runs."""
