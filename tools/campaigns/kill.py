@@ -41,7 +41,7 @@ PEOPLE = "--portrait {c}/world/train_0 --driving {c}/world/train_1"
 STAGE_1 = "{c}/runs/image/model"
 STAGES = [
     Stage("track", "track {c}/me.mp4 --size 64 --out out", "out"),
-    Stage("synth", f"synth out {DEBUG} --subjects 2 --frames 2 --views 2 --workers 2", "out"),
+    Stage("synth", f"synth out {DEBUG} --subjects 2 --frames 2 --views 2 --workers 2 {SAME}", "out"),
     Stage("train vae", f"train vae {DEBUG} --data data --workers 1 --out out", "out"),
     Stage("train image",
           f"train image {DEBUG} --data {{c}}/stores --workers 1 --vae {{c}}/runs/vae/vae --out out", "out"),
