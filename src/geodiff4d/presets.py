@@ -232,8 +232,8 @@ _ROWS = (
         model=_small(EMBEDDED_CODEC, 256, 96, (96, 128, 128), (32, 64, 96, 128)),
         codec=CodecTraining(EMBEDDED_CODEC),
         image=VideoTraining(
-            steps=4000, pairs=PairConfig(references=8, targets=3, moved=0.8, strangers=0.3, photographs=0.3), lr=4e-4,
-            warm_start=600, expression_lr=0.5, timestep_power=0.15, sampled_starts=0.4, drop_warp=0.05,
+            steps=4000, pairs=PairConfig(references=8, targets=3, moved=0.8, strangers=0.3), lr=5e-4, warm_start=600,
+            expression_lr=0.5, timestep_power=0.15, sampled_starts=0.4, drop_warp=0.05,
             weights=WeightConfig(focus=10.0),
         ),
         store=StoreConfig(subjects=600, instants=8, views=3, strangers=True),
