@@ -3,9 +3,9 @@
 A photograph has no other view of its person. But its tracked head carries it to a turned view (warp-back), where only
 what the photograph shows is kept; taken for the portrait, with the photograph as the truth, that makes real skin, hair,
 ears and teeth the truth for what a portrait hides. What hidden hair looks like is not asked for where nothing of it was
-carried (`counts`): a network asked for that would paint a halo around everybody. Clothes are, because every portrait
-has shoulders on both sides. Two photographs of one person, named
-`ID_…` beside each other, are portraits for each other too.
+carried (`counts`): a network asked for that would paint a halo around everybody. Clothes are, because everybody has
+shoulders on both sides. Two photographs of one person, named `ID_…` beside each other, are portraits for each other
+too.
 
 Ours: the paper's data sets have many views.
 """
