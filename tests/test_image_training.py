@@ -109,6 +109,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(codec, batches, tmp_path):
         train_video_model(tmp_path / "parts", EMBEDDED, codec, batches, replace(TRAINING, lr=1.0))
 
 
+def test_a_validation_that_was_killed_is_made_up_for(codec, batches, tmp_path, monkeypatch):
+    config = replace(TRAINING, steps=2, save_every=1, validate_every=1, pictures=1)
+    arguments = (tmp_path, EMBEDDED, codec, batches, config, batches)
+
+    def killed(*_):
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr("geodiff4d.video.train.validate", killed)
+        train_video_model(*arguments)
+    # The checkpoint after step 0 was written, its validation was not; then the same after the last step.
+    told: list[dict] = []
+    train_video_model(*arguments, on_record=told.append)
+    assert [r["step"] for r in told if "val_rgb_300" in r] == [0, 1]
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"step_000001.png", "step_000002.png"}
+    told.clear()
+    train_video_model(*arguments, on_record=told.append)
+    assert not told, "a finished run has nothing to make up for"
+
+
 class Poisoned(Batches):
     """Batches whose numbers are gone from index 2 on."""
 

@@ -1,6 +1,7 @@
 """The embedded perception network: its points, its training pictures, its training, and the detector around it."""
 
 import math
+import shutil
 from dataclasses import fields, replace
 
 import numpy as np
@@ -222,6 +223,10 @@ def test_training_resumes_exactly(tmp_path):
     resumed = train_perception(tmp_path / "b", Someone(), Someone(), config)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+    assert load_perception(tmp_path / "b/perception").config == TINY
+    # Killed between the last checkpoint and the network that is made of it.
+    shutil.rmtree(tmp_path / "b/perception")
+    train_perception(tmp_path / "b", Someone(), Someone(), config)
     assert load_perception(tmp_path / "b/perception").config == TINY
 
 

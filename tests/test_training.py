@@ -22,12 +22,12 @@ from torch.testing import assert_close
 from geodiff4d.cli import explain
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.images import read_image
-from geodiff4d.core.rundir import RunFolder
+from geodiff4d.core.rundir import RunFolder, read_log
 from geodiff4d.core.stopping import Stopped
 from geodiff4d.data.footage.rendered import RenderedFootage, TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
 from geodiff4d.video.batches import Batches
-from geodiff4d.video.curves import read_log, write_curves
+from geodiff4d.video.curves import write_curves
 from geodiff4d.video.encode import encode_store
 from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_modules
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import fresh_file, read_object, save_tensors, write_json
+from geodiff4d.core.jsontext import parse_json
 
 OnRecord = Callable[[dict[str, Any]], None]
 """Told every record of a run as it is logged: its `step`, and whatever was measured there."""
@@ -165,6 +166,17 @@ class RunFolder:
         if paths:
             raise UserError(f"no checkpoint in {self.path} can be read: remove the folder to start over")
         return None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a run's JSONL, if there is one; lines that an interruption cut short are passed over."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(parse_json(line))
+        except ValueError:
+            continue
+    return records
 
 
 @contextmanager

@@ -101,7 +101,9 @@ def train_perception(
             state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)
             folder.save(state, step + 1)
             _averaged(config, people, average).save(folder.path / "perception")
-    return _averaged(config, people, average)
+    perception = _averaged(config, people, average)
+    perception.save(folder.path / "perception")
+    return perception
 
 
 def rate(step: int, config: PerceptionTraining) -> float:

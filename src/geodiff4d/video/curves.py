@@ -1,12 +1,11 @@
 """Curves of a run's log as one image, for those without TensorBoard."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from geodiff4d.core.files import fresh_file
-from geodiff4d.core.jsontext import parse_json
+from geodiff4d.core.rundir import read_log
 
 PANELS = {
     "training loss": ("loss", "loss_rgb", "loss_normal"),
@@ -16,17 +15,6 @@ PANELS = {
 }
 SMOOTH = 15
 """Records that a training curve is averaged over."""
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a run's JSONL; lines that an interruption cut short are passed over."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(parse_json(line))
-        except ValueError:
-            continue
-    return records
 
 
 def write_curves(log: Path, path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.rundir import OnRecord, RunFolder
+from geodiff4d.core.rundir import OnRecord, RunFolder, read_log
 from geodiff4d.core.stopping import Stopped, stop_requests
 from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
@@ -163,7 +163,10 @@ def train_video_model(
         # Every process did the same, but no two cards to the last bit.
         broadcast(accelerator, model.expression)
         ema = _first_average(parallel, model, held)
-    check_consistent(accelerator, {"configuration": known, "first step": first}, model)
+    # A run may have been killed between a checkpoint and its validation, which is then made up for.
+    seen = (r for r in read_log(folder.path / "log.jsonl") if r.get("step") == first - 1)
+    validated = any(k.startswith("val_") for r in seen for k in r)
+    check_consistent(accelerator, {"configuration": known, "first step": first, "validated": validated}, model)
     parallel.begin()
 
     watch = Watch(folder, config.preview, config.pictures) if accelerator.is_main_process else None
@@ -179,8 +182,19 @@ def train_video_model(
             folder.path / "model", {k.removeprefix("ema."): v for k, v in copies.items() if k.startswith("ema.")}
         )
 
+    def look(done: int) -> None:
+        """Validate the averaged weights after so many steps, if it is time to."""
+        if val is None or not done or (done % config.validate_every and done != config.steps):
+            return
+        with parallel.averaged(ema):
+            if watch is not None:
+                record = {"step": done - 1, **validate(model, val, config.autocast)}
+                watch.log(record | watch.look(model, val, done - 1))
+
     exchange, averaged_at = Exchange(ranks), first
     with folder.settled(), stop_requests() as stop:
+        if not validated:
+            look(first)
         for step in range(first, config.steps):
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * group["factor"] * rate_factor(step, config)
@@ -228,11 +242,7 @@ def train_video_model(
                 folder.settle()
                 accelerator.wait_for_everyone()
                 raise Stopped(f"stopped after step {step}, as SIGTERM asked: the same command goes on from there")
-            if val is not None and ((step + 1) % config.validate_every == 0 or last):
-                with parallel.averaged(ema):
-                    if watch is not None:
-                        record = {"step": step, **validate(model, val, config.autocast)}
-                        watch.log(record | watch.look(model, val, step))
+            look(step + 1)
     parallel.take(ema)
     return model.eval()
 
