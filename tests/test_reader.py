@@ -22,7 +22,6 @@ from geodiff4d.tracking.reader import (
     eye_windows,
     face_crop,
     load_reader,
-    read_faces,
 )
 from geodiff4d.tracking.reader_data import Faces, FacesConfig, build_faces, visible_coefficients, visible_skin
 from geodiff4d.tracking.reader_instants import GAZE_REACH, GROUPS, draw_expressions, draw_gaze, follow_gaze
@@ -270,7 +269,8 @@ def test_a_reading_is_of_the_uncut_image(faces):
     torch.testing.assert_close(
         face_crop(images[0], found[0], 64), face_crop(images[1], found[1], 64), atol=1e-2, rtol=0
     )
-    reading = read_faces(reader, images, found, batch=1)
+    crops = [face_crop(image, d, TINY.size) for image, d in zip(images, found, strict=True)]
+    reading = reader.read(torch.stack(crops))
     assert reading.expr.shape == (2, 52) and reading.eyes_sigma.shape == (2, 6)
     assert (reading.expr[:, [i for i in STILL if i < 52]] == 0).all() and (reading.expr_sigma >= 0).all()
     assert SIDE > 2

@@ -144,7 +144,7 @@ def test_a_model_moves_to_a_larger_code(codec, tmp_path):
         out.append(m.codec.decode_linear(y[:, 0, :, 0]))
     assert_close(out[1], out[0], atol=1e-4, rtol=1e-4)
     assert_close(
-        starting_weights(tmp_path / "model", larger)["unet.conv_in.weight"],
+        starting_weights(tmp_path / "model", larger)[1]["unet.conv_in.weight"],
         moved.unet.conv_in.weight,
         atol=2e-3,
         rtol=1e-2,
@@ -168,6 +168,23 @@ def test_foreign_configurations_are_refused():
             config_from_dict({**good, **change})
     with pytest.raises(UserError, match="unet"):
         config_from_dict({})
+
+
+def test_a_model_is_replaced_whole_or_not_at_all(codec, tmp_path, monkeypatch):
+    folder, model = tmp_path / "model", build(EMBEDDED, codec)
+    model.save(folder)
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    other = {k: v + 1 for k, v in model.state_dict().items()}
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(PatchCodec, "save", full)
+        model.save(folder, other)
+    assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    model.save(folder, other)
+    assert_close(load_video_model(folder).unet.conv_in.weight, other["unet.conv_in.weight"], atol=2e-3, rtol=1e-3)
 
 
 def test_damaged_folders_are_refused(codec, tmp_path):

@@ -186,13 +186,6 @@ def kept(head: Head, surface: Surface) -> Float[Tensor, " faces"]:
     return torch.where(own, 1.0, surface.covered)
 
 
-def kept_area(head: Head, surface: Surface, region: Bool[Tensor, " verts"] | None = None) -> float:
-    """Return the share of a region's area, on the head at rest, that the surface covers."""
-    ours = region[head.faces].all(-1) if region is not None else torch.ones(len(head.faces), dtype=torch.bool)
-    area = face_normals(head.template, head.faces).norm(dim=-1) * ours
-    return float((kept(head, surface) * area).sum() / area.sum())
-
-
 def _edge_keys(faces: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return a number for each of the three edges of all faces, the same from both sides, and their faces."""
     ends = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).sort(-1).values.numpy().astype(np.int64)

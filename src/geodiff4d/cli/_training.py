@@ -80,11 +80,16 @@ def video(args: Args) -> None:
     config = training_config(args, replace(p.video, pairs=pairs))
     train, val = batches(args, p, model, first.codec, config, p.clip_augment)
     train_video_model(
-        args.out, model, first.codec, train, config, val, trained_state(first), record_lines(config.steps)
+        args.out,
+        model,
+        first.codec,
+        train,
+        config,
+        val,
+        trained_state(first),
+        record_lines(config.steps),
+        decoder=first.decoder,  # What temporal modules change is finished as before.
     )
-    if first.decoder is not None:
-        # What temporal modules change is finished as before.
-        first.decoder.save(args.out / "model" / "decoder")
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 
@@ -140,9 +145,9 @@ def beginning(
             )
         if args.start is None:
             return like, found, None
+        begun, weights = starting_weights(args.start, found)
         # Its weights mean something at the scale of residuals and the schedule that they were trained with alone.
-        diffusion = load_video_model(args.start).config.diffusion
-        return replace(like, diffusion=diffusion), found, starting_weights(args.start, found)
+        return replace(like, diffusion=begun.diffusion), found, weights
     if args.start is not None:
         if args.sd is not None:
             raise UserError("--sd: --start names a whole model to continue from: leave one of the two out")

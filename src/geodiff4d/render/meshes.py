@@ -127,13 +127,6 @@ def pose_map(
     return encode_normals(normals, mask), mask
 
 
-def uv_map(
-    fragments: Fragments, uv: Float[Tensor, "uvs 2"], uv_faces: Int[Tensor, "faces 3"]
-) -> Float[Tensor, "*batch 2 height width"]:
-    """Return each pixel's texture coordinates, zero on the background."""
-    return interpolate(fragments, uv_faces, uv)
-
-
 def _to_screen(vertices: Float[Tensor, "*batch verts 3"], camera: Camera) -> Float[Tensor, "3 *batch verts"]:
     """Project to x, y [px] and 1/z; 1/z is zero for vertices that cannot be drawn, whose gradient is zero, not NaN."""
     points = transform(camera.T_cam_world, vertices)

@@ -6,7 +6,6 @@ goes, how the jaw and the eyes are turned, and how sure it is of each. Both eyes
 pixels by one small network, the right one mirrored: gaze is a matter of single pixels.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -201,18 +200,6 @@ def eye_windows(crops: Float[Tensor, "b c size size"]) -> tuple[Float[Tensor, "b
 def face_crop(image: Float[Tensor, "3 height width"], detection: Detection, size: int) -> Float[Tensor, "3 size size"]:
     """Cut what the reader looks at out of an uncut image, by a detection in its pixels."""
     return cut_square(image, face_square(detection.points, detection.index), size)
-
-
-def read_faces(
-    reader: FaceReader,
-    images: Sequence[Float[Tensor, "3 _height _width"]],
-    detections: Sequence[Detection],
-    batch: int = 16,
-) -> Reading:
-    """Read the face of each image, at each image's own resolution."""
-    crops = [face_crop(image, d, reader.config.size) for image, d in zip(images, detections, strict=True)]
-    parts = [reader.read(torch.stack(crops[i : i + batch])) for i in range(0, len(crops), batch)]
-    return Reading(*(torch.cat([getattr(p, k) for p in parts]) for k in Reading.__dataclass_fields__))
 
 
 @cache

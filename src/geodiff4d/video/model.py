@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import load_model, save_model
+from geodiff4d.core.files import fresh_folder, load_model, save_model
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.decoder import GuidedDecoder, load_decoder
 from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
@@ -260,18 +260,30 @@ class VideoModel(nn.Module):
         width = self.config.unet.cross_dim
         return None if width is None else x.new_zeros(len(x), 1, width)
 
-    def save(self, folder: Path, state: dict[str, Tensor] | None = None, extra: dict[str, Any] | None = None) -> None:
-        """Write a model folder (fp16): one sub-folder per network; `state` may hold averaged weights."""
-        folder = Path(folder)
+    def save(
+        self, folder: Path, state: dict[str, Tensor] | None = None, extra: dict[str, Any] | None = None,
+        decoder: GuidedDecoder | None = None,
+    ) -> None:  # fmt: skip
+        """Write a model folder (fp16): one sub-folder per network; all of them take the old ones' place at once.
+
+        Args:
+            state: weights in place of the networks' own, such as averaged ones.
+            extra: what to note beside the configuration.
+            decoder: one in place of the model's own.
+
+        Raises:
+            UserError: the folder holds something that is not ours.
+        """
         state = self.state_dict() if state is None else state
-        for name in self.networks():
-            part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
-            save_model(folder / name, {"kind": name, "video_model": asdict(self.config), **(extra or {})}, part)
-        self.codec.save(folder / "vae")
-        if self.image_encoder is not None:
-            self.image_encoder.save(folder / "image_encoder")
-        if self.decoder is not None:
-            self.decoder.save(folder / "decoder")
+        with fresh_folder(folder) as whole:
+            for name in self.networks():
+                part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
+                save_model(whole / name, {"kind": name, "video_model": asdict(self.config), **(extra or {})}, part)
+            self.codec.save(whole / "vae")
+            if self.image_encoder is not None:
+                self.image_encoder.save(whole / "image_encoder")
+            if (decoder := decoder or self.decoder) is not None:
+                decoder.save(whole / "decoder")
 
 
 def config_from_dict(d: dict[str, Any]) -> VideoModelConfig:

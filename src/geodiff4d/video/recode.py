@@ -43,8 +43,8 @@ def recode(state: dict[str, Tensor], old: PatchCodec, new: PatchCodec) -> dict[s
     return out
 
 
-def starting_weights(folder: Path, codec: PatchCodec) -> dict[str, Tensor]:
-    """Load a model's weights to continue from, carried over to `codec` if the model has another.
+def starting_weights(folder: Path, codec: PatchCodec) -> tuple[VideoModelConfig, dict[str, Tensor]]:
+    """Load a model to continue from, carried over to `codec` if it has another: (its own configuration, weights).
 
     Raises:
         UserError: the model cannot be carried over.
@@ -57,7 +57,8 @@ def starting_weights(folder: Path, codec: PatchCodec) -> dict[str, Tensor]:
             f"{folder} has a codec of {asdict(model.codec.config)}: expected factor {codec.factor} to continue from"
         )
     same = model.codec.config == codec.config and torch.equal(model.codec.basis, codec.basis)
-    return trained_state(model) if same else recode(trained_state(model), model.codec, codec)
+    weights = trained_state(model)
+    return model.config, weights if same else recode(weights, model.codec, codec)
 
 
 def continued(folder: Path, like: VideoModelConfig) -> tuple[VideoModelConfig, StableCodec, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from geodiff4d.core.rundir import OnRecord, RunFolder, read_log
 from geodiff4d.core.stopping import Stopped, stop_requests
 from geodiff4d.data.sampling import PairConfig, torch_generator
 from geodiff4d.video.batches import UNIFORM, Batch, Batches, WeightConfig
+from geodiff4d.video.decoder import GuidedDecoder
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
 from geodiff4d.video.model import VideoModel, VideoModelConfig
 from geodiff4d.video.objective import Draws, channels_last, initialise, trained_state, validate
@@ -121,7 +122,7 @@ FREE = frozenset({
 def train_video_model(
     run: Path, model_config: VideoModelConfig, codec: Codec, batches: Batches,
     config: VideoTraining, val: Batches | None = None, start: dict[str, Tensor] | None = None,
-    on_record: OnRecord = lambda record: None,
+    on_record: OnRecord = lambda record: None, decoder: GuidedDecoder | None = None,
 ) -> VideoModel:  # fmt: skip
     """Train the denoiser and write `run/model` (EMA, fp16); a repeated call resumes from the last checkpoint.
 
@@ -130,6 +131,7 @@ def train_video_model(
     Args:
         start: weights to continue from (an EMA of an earlier run); the optimiser starts afresh.
         on_record: told what is logged, and how the warm start goes.
+        decoder: written beside the networks as it is; it is not trained here.
 
     Raises:
         UserError: the run folder is another configuration's, processes disagree, or the loss is not finite.
@@ -178,9 +180,8 @@ def train_video_model(
     batches.read_ahead(first * config.accumulate * ranks + rank, ranks)
 
     def save_model(copies: dict[str, Tensor]) -> None:
-        model.save(
-            folder.path / "model", {k.removeprefix("ema."): v for k, v in copies.items() if k.startswith("ema.")}
-        )
+        state = {k.removeprefix("ema."): v for k, v in copies.items() if k.startswith("ema.")}
+        model.save(folder.path / "model", state, decoder=decoder)
 
     def look(done: int) -> None:
         """Validate the averaged weights after so many steps, if it is time to."""
