@@ -28,6 +28,7 @@ from geodiff4d.data.footage.rendered import RenderedFootage, TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
 from geodiff4d.video.batches import Batches
 from geodiff4d.video.curves import write_curves
+from geodiff4d.video.decoder import DecoderConfig, GuidedDecoder
 from geodiff4d.video.encode import encode_store
 from geodiff4d.video.flicker import flicker, measure_flicker, without_temporal_modules
 from geodiff4d.video.gradient_checkpointing import checkpoint_gradients
@@ -134,7 +135,8 @@ def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
     start = {k: v for k, v in first.state_dict().items() if not k.startswith("codec.")}
     records: list[dict] = []
     config = replace(STAGE2, steps=2, pictures=2)
-    train_video_model(tmp_path, VIDEO, codec, clips, config, clips, start, records.append)
+    decoder = GuidedDecoder(DecoderConfig((8, 8), (1, 1)))
+    train_video_model(tmp_path, VIDEO, codec, clips, config, clips, start, records.append, decoder)
     seen = {k: v for r in records for k, v in r.items()}
     assert {"flicker_rgb", "flicker_rgb_alone", "flicker_normal", "clip_error", "eta", "val_rgb_999"} <= seen.keys()
     picture = read_image(tmp_path / "pictures/step_000002.png")
@@ -142,6 +144,7 @@ def test_stage_two_trains_watches_and_loads(codec, clips, tmp_path):
     assert read_image(tmp_path / "curves.png").shape[0] == 3
     model = load_video_model(tmp_path / "model")
     assert model.temporal
+    assert model.decoder is not None and model.decoder.config == decoder.config, "frames are finished as before"
     for name, value in first.unet.state_dict().items():
         assert_close(model.unet.state_dict()[name], value, atol=2e-3, rtol=1e-3)
 
