@@ -307,6 +307,21 @@ def test_detector_finds_the_largest_and_counts():
     assert detector.detect([torch.zeros(3, 60, 60)]) == [None]
 
 
+def test_a_detector_without_masks_looks_once_at_a_face_that_has_hardly_moved():
+    frames = [disc(60 + x, 90, 30) for x in (0, 1, 2, 14, 15)]
+    whole = EmbeddedDetector(oracle()).detect(frames, video=True)
+    light, looks = EmbeddedDetector(oracle(), dense=False), []
+    light.model.look.register_forward_hook(lambda *_: looks.append(1))
+    found, counts = [], []
+    for detection in light.follow(frames):
+        found.append(detection)
+        counts.append(len(looks))
+    assert np.diff(counts).tolist() == [1, 1, 2, 1]
+    for a, b in zip(found, whole, strict=True):
+        assert a is not None and b is not None and a.mask is None and a.normal is None and b.mask is not None
+        torch.testing.assert_close(a.points, b.points, atol=2.0, rtol=0)
+
+
 def test_detector_follows_a_face_through_a_gap():
     detector = EmbeddedDetector(oracle())
     frames = [disc(60 + 6 * t, 90, 30) for t in range(6)]

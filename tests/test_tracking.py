@@ -395,7 +395,7 @@ def test_live_keeps_what_it_has_seen_at_ctrl_c(head, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         return rasterize(*given)
 
-    monkeypatch.setattr(live, "track_live", lambda *given: iter([frame] * 9))
+    monkeypatch.setattr(live, "track_source", lambda *given: iter([frame] * 9))
     monkeypatch.setattr(meshes, "rasterize", interrupted)
     main(["live", "somewhere", "--out", str(tmp_path / "out"), "--size", "32", "--no-sign"])
     assert len(HeadParams.load(tmp_path / "out" / "params.npz").expr) == 1
@@ -591,6 +591,11 @@ def test_crops():
     assert (crop_image(flat, (-10.3, -7.9, 50.0), 16) - 0.7).abs().max() < 1e-6, "edges are repeated"
     filled = crop_image(flat, (-30.0, 0.0, 30.0), 8, fill=0.5)
     assert (filled - 0.5).abs().max() < 0.11 and filled[0, 4, 0] == 0.5
+    # The kernel against the matrix products that doubles go by: inside, across the border, beyond it, and enlarged.
+    for box in ((3.3, 1.7, 30.2), (-9.1, 11.2, 44.0), (-90.0, 0.0, 20.0), (12.4, 7.3, 5.1)):
+        for outside in (None, 0.25):
+            expected = crop_image(image.double(), box, 18, outside)
+            torch.testing.assert_close(crop_image(image, box, 18, outside).double(), expected, atol=1e-6, rtol=0)
     # The camera of a crop sees what the crop shows.
     c = camera()
     box = canonical_crop_box(c, torch.randn(4, 50, 3, generator=torch.Generator().manual_seed(0)) * 0.05)

@@ -9,10 +9,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.geometry import axis_angle_to_matrix
+from geodiff4d.core.images import to_uint8
 from geodiff4d.evaluate.tracking import aligned_error, evaluate_tracking, make_case, score
 from geodiff4d.heads import load_head
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.embedded import EmbeddedDetector
+from geodiff4d.tracking.live import LiveConfig, live_frames, track_live, track_source
 from geodiff4d.tracking.network import SHIPPED
 from geodiff4d.tracking.points import choose_points
 from geodiff4d.tracking.track import TrackingConfig, track_frames
@@ -66,6 +68,27 @@ def test_failures_count_and_true_points_score_well(head, tmp_path, monkeypatch):
     assert s["vertex_mm"] < s["mean_head_mm"]
     saved = json.loads((tmp_path / "metrics.json").read_text())
     assert saved["cases"]["knowing"][1] is None and (tmp_path / "knowing.png").exists()
+
+
+def test_a_growing_file_is_tracked_by_two_processes_as_by_one(head, tmp_path):
+    import av
+
+    case, path = make_case(1, "val", size=256), tmp_path / "face.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width = stream.height = 256
+        stream.pix_fmt = "yuv420p"
+        for t in range(8):
+            image = to_uint8(case.image.roll(t, -1))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    config = LiveConfig(warmup=3)
+    frames = list(track_source(path, head, config=config, patience_s=0.1))
+    assert len(frames) == 8 and all(f.seen and f.error_px < 6 for f in frames)
+    for two, one in zip(frames, track_live(live_frames(path, 0.1), head, config=config), strict=True):
+        assert torch.equal(two.image, one.image)
+        torch.testing.assert_close(two.params.expr, one.params.expr, atol=1e-4, rtol=0)
+    assert {f.image for f in track_source(path, head, images=False, config=config, patience_s=0.1)} == {None}
 
 
 def test_the_shipped_network_tracks_a_render(head):

@@ -5,8 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 
-from geodiff4d.core.workers import ONE_THREAD, in_workers
+import pytest
+import torch
+
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.workers import ONE_THREAD, in_workers, streamed
 
 PARENT = """
 import os, sys, time
@@ -43,6 +48,48 @@ def test_workers_are_told_of_one_thread_and_nobody_else_is(monkeypatch):
     assert list(in_workers(print, items(), 2)) == []
     assert seen == [dict.fromkeys(ONE_THREAD, "1") | {"MKL_NUM_THREADS": "3"}], "what somebody said counts"
     assert [name for name in ONE_THREAD if name in os.environ] == ["MKL_NUM_THREADS"]
+
+
+@dataclass(frozen=True)
+class Item:
+    number: int
+    values: torch.Tensor
+    inner: "Item | None" = None
+
+
+def made(count: int, failure: str | None = None):
+    for i in range(count):
+        # Of a view: what a pipe takes must not be more than what is shown.
+        yield Item(os.getpid() if i == 0 else i, torch.arange(6.0).view(2, 3).mT + i, Item(-i, torch.ones(1).half()))
+    if failure is not None:
+        raise UserError(failure)
+
+
+def exits():
+    os._exit(3)
+    yield
+
+
+def test_a_stream_comes_from_a_process_of_its_own():
+    first, *rest = streamed(made, 3)
+    assert first.number != os.getpid() and [i.number for i in rest] == [1, 2]
+    assert torch.equal(rest[1].values, torch.arange(6.0).view(2, 3).mT + 2)
+    assert rest[1].inner == Item(-2, rest[1].inner.values) and rest[1].inner.values.dtype == torch.float16
+    assert not alive(first.number)
+
+
+def test_a_stream_says_what_went_wrong_and_ends_when_it_is_closed():
+    stream = streamed(made, 1, "no such camera")
+    next(stream)
+    with pytest.raises(UserError, match="no such camera"):
+        next(stream)
+    with pytest.raises(UserError, match="ended before its work was done"):
+        next(streamed(exits))
+    stream = streamed(made, 1000)
+    pid = next(stream).number
+    assert alive(pid)
+    stream.close()
+    assert not alive(pid)
 
 
 def test_workers_end_with_their_parent(tmp_path):

@@ -20,8 +20,8 @@ from random import Random
 import corpus
 from warm import call, import_everything, warm_up
 
-CLOCKS = re.compile(r"second|started|minutes|elapsed|time_s|gigabytes|memory|speed|^eta$|^built$|^command$")
-"""JSON keys that match are times and rates, or have the name of the working directory in them."""
+CLOCKS = re.compile(r"second|started|minutes|elapsed|time_s|gigabytes|memory|speed|^eta$|^built$|^command$|^made_of$")
+"""JSON keys that match are times and rates, hashes of them, or have the name of the working directory in them."""
 UNLIKE = (".lock", "torch", "report.html", "diff.patch", "curves.png", "fleet.jsonl", "log.txt")
 """Files that name times or attempts, or are locks."""
 

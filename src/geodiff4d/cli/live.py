@@ -44,6 +44,8 @@ def run(args: Args) -> None:
     import time
     from itertools import chain
 
+    import torch
+
     from geodiff4d.avatar.model import Avatar
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import fresh_file
@@ -52,20 +54,21 @@ def run(args: Args) -> None:
     from geodiff4d.heads import load_head
     from geodiff4d.heads.rig import HeadParams
     from geodiff4d.provenance.seal import origin
-    from geodiff4d.tracking.live import LiveConfig, live_frames, track_live
+    from geodiff4d.tracking.live import LiveConfig, track_source
 
     if args.frames is not None and args.frames < 1:
         raise UserError(f"--frames is {args.frames}: expected at least 1")
     if not 16 <= args.size <= 2048:
         raise UserError(f"--size is {args.size}: expected 16 to 2048")
     signer = sealer(args)
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # One core is the detecting process'.
     avatar = None if args.avatar is None else Avatar.load(args.avatar)
     head = load_head(args.head) if avatar is None else avatar.head
     tracked: list[HeadParams] = []
     began = time.monotonic()
     # A request, wherever Ctrl-C comes: what was seen so far is written. A second one ends everything.
     with stop_requests(signal.SIGINT) as request:
-        frames = _until_asked(track_live(live_frames(args.source), head), request, args.frames)
+        frames = _until_asked(track_source(args.source, head), request, args.frames)
         # Nothing is written before there is a face.
         if (first := next(frames, None)) is None:
             raise UserError(
@@ -114,6 +117,7 @@ def _panels(
         box = box or canonical_crop_box(frame.camera, mesh.vertices[:, head_region(head)])
         camera = Camera.stack([frame.camera.cropped(*box, size)])
         normals, seen = render_normals(mesh, camera, rasterize(mesh.vertices, head.faces, camera))
+        assert frame.image is not None, "asked for"
         crop = crop_image(frame.image, box, size, fill=0.5)
         over = torch.where(seen[0] > 0, 0.45 * crop + 0.55 * encode_normals(normals, seen)[0], crop)
         panels = [crop, over if frame.seen else crop]

@@ -38,7 +38,7 @@ def run(args: Args) -> None:
     from geodiff4d.avatar.stream import read_stream, require_names
     from geodiff4d.cli._driving import performance
     from geodiff4d.core.errors import UserError
-    from geodiff4d.tracking.live import live_frames, track_live
+    from geodiff4d.tracking.live import track_source
     from geodiff4d.viewer.face_tracker import packed_tracker
     from geodiff4d.viewer.live import Feed, newest
     from geodiff4d.viewer.live_renderer import LiveRenderer
@@ -60,7 +60,7 @@ def run(args: Args) -> None:
     def follow() -> None:
         try:
             if args.driving is not None and camera:
-                source.follow(frame.params for frame in track_live(live_frames(args.driving), avatar.head))
+                source.follow(frame.params for frame in track_source(args.driving, avatar.head, images=False))
             else:
                 source.follow(newest(read_stream(sys.stdin, names, "standard input")))
         except UserError as error:

@@ -4,14 +4,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import Any, TypeVar
 
 import torch
 
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import Progress, advancing
 
 Result = TypeVar("Result")
@@ -57,12 +60,83 @@ def in_order(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress, 
     return [found[i] for i in range(len(jobs))]
 
 
+def streamed(function: Callable[..., Iterable[Any]], *arguments: Any) -> Generator[Any, None, None]:
+    """Yield what `function(*arguments)` yields in a process of its own, which makes the next item while one is used.
+
+    Items may be tensors and dataclasses of them; they are copied. The process computes with one thread, ends with this
+    one, and is ended when the iterator is closed.
+
+    Raises:
+        UserError: the function raised it, or the process ended by itself.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    with _told_one_thread():
+        process = context.Process(target=_stream, args=(theirs, function, arguments), daemon=True)
+        process.start()
+    theirs.close()
+    try:
+        while True:
+            kind, value = ours.recv()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield _unpacked(value)
+    except EOFError:
+        raise UserError("a process ended before its work was done: is there enough memory?") from None
+    finally:
+        ours.close()
+        process.terminate()
+        process.join()
+
+
+def _stream(out: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    _alone()
+    try:
+        for item in function(*arguments):
+            out.send(("item", _packed(item)))
+        out.send(("end", None))
+    except UserError as error:
+        out.send(("error", error))
+
+
+def _packed(value: Any) -> Any:
+    """Take tensors to arrays, whose bytes a pipe takes: tensors would go by a file in memory each."""
+    if isinstance(value, torch.Tensor):
+        return _Packed(torch.Tensor, {"values": value.numpy()})
+    if is_dataclass(value) and not isinstance(value, type):
+        return _Packed(type(value), {f.name: _packed(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
+def _unpacked(value: Any) -> Any:
+    if not isinstance(value, _Packed):
+        return value
+    if value.kind is torch.Tensor:
+        return torch.from_numpy(value.values["values"])
+    return value.kind(**{k: _unpacked(v) for k, v in value.values.items()})
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A tensor or a dataclass on its way to another process."""
+
+    kind: type
+    values: dict[str, Any]
+
+
 def start_worker(started: Any) -> None:
     """Set a process up; it takes the number that follows those started before."""
     global number
     with started.get_lock():
         number = started.value
         started.value += 1
+    _alone()
+
+
+def _alone() -> None:
+    """Let a process compute with one thread, ignore Ctrl-C, which is its parent's, and end with its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -8,6 +8,7 @@ Driving: 1.1 × the face's box, of every frame by itself (X-NeMo: one size per c
 Boxes are (left, top, side) in pixels of the uncut image and may reach beyond it.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -77,6 +78,13 @@ def crop_image(
         torch.Size([3, 16, 16])
     """
     left, top, side = box
+    if image.device.type == "cpu" and image.dtype == torch.float32 and not image.requires_grad:
+        # Compiled, and only where there is something to cut.
+        from geodiff4d.render.kernels.resample import resample
+
+        out = torch.empty(len(image), size, size)
+        resample(image.contiguous().numpy(), left, top, side, fill is None, np.float32(fill or 0), out.numpy())
+        return out
     (y, rows), (x, columns) = (
         _resampling(length, start, side, size, clamp=fill is None)
         for length, start in ((image.shape[1], top), (image.shape[2], left))

@@ -5,6 +5,7 @@ for the foreground, the normals and a better crop, then a tight one for the poin
 last frame's head, and the finder runs again when the face is lost.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 
@@ -30,6 +31,8 @@ FACE_LOGIT, DOUBT = 3.0, 0.045
 without a face, the points are uncertain."""
 WIDE, TIGHT = 1.75, 1.25
 """Side of the crops over the side of the points' box."""
+MOVED = 0.06
+"""How far a head may have moved (over its side), grown (logarithm) or tilted [rad] since its square was found."""
 TIGHT_TRUST = 0.7
 """Weight of the tight crop's mask and normals where the crops overlap."""
 
@@ -51,6 +54,8 @@ class EmbeddedDetector:
     """Median σ of the points, over the head's side, above which it does not (`DOUBT`)."""
     reader: FaceReader | None = field(default_factory=shipped_reader)
     """Reads expression and gaze off the face at the image's own resolution; None leaves them to the points."""
+    dense: bool = True
+    """Whether a detection has mask and normals. Without them one look at a face that has hardly moved is enough."""
 
     def detect(
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
@@ -64,7 +69,6 @@ class EmbeddedDetector:
         faces = self.faces(image)
         return None if not faces else self._detection(image, faces[0], len(faces))
 
-    @torch.no_grad()
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
         """Yield one person's face in consecutive frames, None where it is lost; frames are taken one at a time."""
         last: Detection | None = None
@@ -122,26 +126,37 @@ class EmbeddedDetector:
         each = [Look(*(getattr(looks, f.name)[i : i + 1] for f in fields(Look))) for i in range(len(squares))]
         return [(_corrected(s, scale, look), look) for s, look in zip(squares, each, strict=True)]
 
+    @torch.no_grad()
     def _detection(self, image: Tensor, square: HeadSquare, faces: int) -> Detection | None:
-        [(corrected, broad)] = self._looks(image, [square], WIDE)
-        if not self._sees_face(broad):
+        wide = square.grown(WIDE)
+        [(corrected, first)] = self._looks(image, [square], WIDE if self.dense else TIGHT)
+        if not self._sees_face(first):
             return None
-        [(after, look)] = self._looks(image, [corrected], TIGHT)
-        tight = corrected.grown(TIGHT)
+        look, after = first, corrected
+        if self.dense or _moved(square, corrected):
+            square = corrected
+            [(after, look)] = self._looks(image, [square], TIGHT)
+        tight = square.grown(TIGHT)
         points = tight.to_image(look.points[0])
-        box, dense = _upright(broad.dense, square.grown(WIDE), look.dense, tight)
         found = Detection(
-            points, self.model.points.index, float(broad.score[0].sigmoid()),
-            torch.cat([points.amin(0), points.amax(0)]), faces, dense[:1].half(),
-            sigma=look.log_sigma[0].exp() * tight.side,
-            normal=dense[1:].half(), extent=box, square=after, turn=_untilted(look.rotation[0], tight.roll),
-            shape=look.shape[0], markup=self.model.points,
+            points, self.model.points.index, float(first.score[0].sigmoid()),
+            torch.cat([points.amin(0), points.amax(0)]), faces, sigma=look.log_sigma[0].exp() * tight.side,
+            square=after, turn=_untilted(look.rotation[0], tight.roll), shape=look.shape[0], markup=self.model.points,
         )  # fmt: skip
+        if self.dense:
+            box, dense = _upright(first.dense, wide, look.dense, tight)
+            found = replace(found, mask=dense[:1].half(), normal=dense[1:].half(), extent=box)
         # A perception network of the user's may know other points.
         if self.reader is None or not shows_features(found.index):
             return found
         crop = face_crop(image, found, self.reader.config.size)
         return replace(found, reading=self.reader.read(crop[None]))
+
+
+def _moved(a: HeadSquare, b: HeadSquare) -> bool:
+    """Whether a head is elsewhere, by more than the look at it forgives."""
+    off = math.hypot(b.x - a.x, b.y - a.y) / a.side
+    return off > MOVED or abs(math.log(b.side / a.side)) > MOVED or abs(b.roll - a.roll) > MOVED
 
 
 def _corrected(square: HeadSquare, scale: float, look: Look) -> HeadSquare:

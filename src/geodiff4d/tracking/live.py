@@ -15,8 +15,9 @@ from torch import Tensor
 
 from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.films import CONTAINERS, decoded, video_stream
+from geodiff4d.core.films import CONTAINERS, Frame, decoded, video_stream
 from geodiff4d.core.presentation import presented
+from geodiff4d.core.workers import streamed
 from geodiff4d.heads.rig import Head, HeadParams
 from geodiff4d.tracking.blend import blended
 from geodiff4d.tracking.detect import Detection, FollowingDetector
@@ -62,7 +63,8 @@ class LiveFrame:
     """Whether there was a face; if not, the last frame's parameters are repeated."""
     error_px: float
     """Mean landmark distance [px]."""
-    image: Float[Tensor, "3 height width"]
+    image: Float[Tensor, "3 height width"] | None
+    """None where whoever tracks has no use for it."""
 
 
 def track_live(
@@ -77,31 +79,73 @@ def track_live(
         >>> for frame in track_live(live_frames(Path("/dev/video0")), load_head("openhead")):  # doctest: +SKIP
         ...     drive(frame.params)
     """
-    detector = detector or EmbeddedDetector()
-    waiting: list[tuple[Tensor, Detection | None]] = []
-    follower: Follower | None = None
-    kept: list[Tensor] = []
+    yield from _fitted(_followed(images, detector or EmbeddedDetector(dense=False)), head, config)
+
+
+def track_source(
+    source: Path, head: Head, images: bool = True, config: LiveConfig = LiveConfig(), patience_s: float = 5.0
+) -> Iterator[LiveFrame]:
+    """Yield the tracked frames of a webcam or a growing file (`live_frames`), whose faces are found by a process of
+    their own: the next frame's while one is fitted and shown. `images` says whether the frames themselves are wanted.
+
+    Raises:
+        UserError: as `live_frames`.
+    """
+    watched = streamed(_watched, source, images, patience_s)
+    try:
+        yield from _fitted(watched, head, config)
+    finally:
+        watched.close()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A frame, and the face in it."""
+
+    size: tuple[int, int]
+    """Height and width [px]."""
+    detection: Detection | None
+    image: Tensor | Frame | None
+    """A decoded frame has a quarter of its image's bytes; None where nobody wants it."""
+
+
+def _watched(source: Path, images: bool, patience_s: float) -> Iterator[_Seen]:
+    for seen in _followed(_decoded(source, patience_s), EmbeddedDetector(dense=False)):
+        yield seen if images else replace(seen, image=None)
+
+
+def _followed(images: Iterable[Tensor | Frame], detector: FollowingDetector) -> Iterator[_Seen]:
+    kept: list[tuple[Tensor | Frame, tuple[int, int]]] = []
 
     def passing() -> Iterator[Tensor]:
-        for image in images:
-            kept.append(image)
+        for given in images:
+            image = presented(given) if isinstance(given, Frame) else given
+            kept.append((given, (image.shape[1], image.shape[2])))
             yield image
 
     for detection in detector.follow(passing()):
-        image = kept.pop()
+        given, size = kept.pop()
+        yield _Seen(size, detection, given)
+
+
+def _fitted(frames: Iterable[_Seen], head: Head, config: LiveConfig) -> Iterator[LiveFrame]:
+    """Yield tracked frames, once enough of them have determined identity and camera."""
+    waiting: list[_Seen] = []
+    follower: Follower | None = None
+    for seen in frames:
         if follower is not None:
-            yield follower.step(image, detection)
+            yield follower.step(seen)
             continue
-        if detection is None and not waiting:
+        if seen.detection is None and not waiting:
             continue
-        waiting.append((image, detection))
-        if sum(d is not None for _, d in waiting) >= config.warmup:
+        waiting.append(seen)
+        if sum(s.detection is not None for s in waiting) >= config.warmup:
             follower = Follower.settle(head, waiting, config)
-            yield from (follower.step(i, d) for i, d in waiting)
+            yield from map(follower.step, waiting)
             waiting = []
     if waiting:
         follower = Follower.settle(head, waiting, config)
-        yield from (follower.step(i, d) for i, d in waiting)
+        yield from map(follower.step, waiting)
 
 
 class Follower:
@@ -127,16 +171,17 @@ class Follower:
         self.error = float("nan")
 
     @staticmethod
-    def settle(head: Head, frames: list[tuple[Tensor, Detection | None]], config: LiveConfig) -> "Follower":
+    def settle(head: Head, frames: list[_Seen], config: LiveConfig) -> "Follower":
         """Return a follower with the identity and camera that the first frames determine."""
-        height, width = frames[0][0].shape[1:]
-        detections = [d for _, d in frames]
+        height, width = frames[0].size
+        detections = [s.detection for s in frames]
         focal_px, _ = focal_length(None, width, height, config.focal_px)
         settled = fit(head, detections, width, height, focal_px, config.fit)
         return Follower(head, settled, next(d for d in detections if d is not None), config)
 
-    def step(self, image: Float[Tensor, "3 height width"], detection: Detection | None) -> LiveFrame:
+    def step(self, frame: _Seen) -> LiveFrame:
         """Return one fitted frame; without a face the last frame's parameters are repeated."""
+        detection = frame.detection
         if detection is not None:
             seen = observe(self.head, [detection], self.config.fit.weighting, self.shared)
             problem = Problem(self.small, self.layout, seen, self.K, self.config.fit, self.limits)
@@ -148,6 +193,7 @@ class Follower:
             self.error = float(off.mean())
         params = self.layout.params(self.shown, self.fixed[:-1][None]).map(lambda v: v[0].float())
         params = replace(params, translation=params.translation - self._mean)
+        image = presented(frame.image) if isinstance(frame.image, Frame) else frame.image
         return LiveFrame(params, self.settled.camera, detection is not None, self.error, image)
 
     @property
@@ -166,14 +212,15 @@ class GrowingFile:
 
     def __init__(self, path: Path, patience_s: float):
         self._file = path.open("rb")
-        self._patience = patience_s
+        self._patience, self._ended = patience_s, False
 
     def read(self, size: int = -1) -> bytes:
-        """Return at least one byte, or none once the file has not grown for `patience_s`."""
+        """Return at least one byte, or none once the file has not grown for `patience_s`, which is then its end."""
         waited = 0.0
         while True:
             data = self._file.read(size)
-            if data or waited >= self._patience:
+            if data or self._ended or waited >= self._patience:
+                self._ended = not data
                 return data
             time.sleep(POLL_SECONDS)
             waited += POLL_SECONDS
@@ -190,6 +237,10 @@ def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor,
     Raises:
         UserError: it is missing, or no frame can be decoded.
     """
+    yield from map(presented, _decoded(source, patience_s))
+
+
+def _decoded(source: Path, patience_s: float) -> Iterator[Frame]:
     import av
 
     source = Path(source)
@@ -210,7 +261,7 @@ def live_frames(source: Path, patience_s: float = 5.0) -> Iterator[Float[Tensor,
             aspect = video_stream(container, source).sample_aspect_ratio
             for frame in container.decode(video=0):
                 count += 1
-                yield presented(decoded(frame, source, aspect))
+                yield decoded(frame, source, aspect)
     except (av.FFmpegError, IndexError) as error:
         if not count:
             raise UserError(

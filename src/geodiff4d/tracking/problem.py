@@ -159,14 +159,13 @@ class Problem:
         scale = self.seen.seen[:, None] / self.config.turn_sigma_rad
 
         def off(v: Tensor) -> Tensor:
-            D = guess.mT @ axis_angle_to_matrix(v)
+            D = guess.mT.repeat(len(v) // len(guess), 1, 1) @ axis_angle_to_matrix(v)
             return 0.5 * torch.stack([D[:, 2, 1] - D[:, 1, 2], D[:, 0, 2] - D[:, 2, 0], D[:, 1, 0] - D[:, 0, 1]], -1)
 
-        r, J = off(rotation), torch.zeros(len(rotation), 3, 3, dtype=rotation.dtype)
-        for i in range(3):
-            moved = rotation.clone()
-            moved[:, i] += DIFFERENCE
-            J[..., i] = (off(moved) - r) / DIFFERENCE
+        steps = DIFFERENCE * torch.eye(3, dtype=rotation.dtype)
+        # All at once: for single frames, calling costs more than computing.
+        r, *moved = off(torch.cat([rotation, *(rotation + step for step in steps)])).chunk(4)
+        J = torch.stack([(m - r) / DIFFERENCE for m in moved], -1)
         return r * scale, J * scale[..., None]
 
 

@@ -146,9 +146,9 @@ class Projection:
         it turns about [frames, points, 3]: their products are the points' derivatives."""
         where, n = self.layout.slices, self.count
         angles = frame[:, None, where["rotation"]]
-        R = axis_angle_to_matrix(angles)
         step = DIFFERENCE * torch.eye(3, dtype=frame.dtype)
-        spin = (axis_angle_to_matrix(angles + step) - R) / DIFFERENCE @ R.mT
+        R, moved = axis_angle_to_matrix(torch.cat([angles, angles + step], 1)).split([1, 3], 1)
+        spin = (moved - R) / DIFFERENCE @ R.mT
         # The reduced head's first joint is its vertex after the points.
         pivot = (
             self.head.template[n]

@@ -51,6 +51,8 @@ def steadied(values: Float[Tensor, "frames n"], noise: Float[Tensor, " n"]) -> F
         noise: standard deviation of each series from frame to frame where nothing happens.
     """
     frames = len(values)
+    if frames == 1:
+        return values
     total, weight = torch.zeros_like(values), torch.zeros_like(values)
     for step in range(-REACH, REACH + 1):
         near = torch.arange(frames).add(step)
