@@ -243,7 +243,10 @@ def test_twenty_steps_equal_ten_a_kill_and_ten(codec, pictures, tmp_path):
     command = [sys.executable, __file__, "kill", str(tmp_path / "parts"), threads]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    # Killed while the model was written, too: a half of it lies beside.
+    (tmp_path / "parts/.model.99.part/unet").mkdir(parents=True)
     assert RunFolder(tmp_path / "parts", json_config(tmp_path / "parts")).load()[1] == 10
+    assert not list((tmp_path / "parts").glob(".*.part"))
     seen: list[int] = []
     train_video_model(tmp_path / "parts", EMBEDDED, codec, pictures, LONG, on_record=lambda r: seen.append(r["step"]))
     assert seen == list(range(10, 20))

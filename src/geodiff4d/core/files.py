@@ -64,7 +64,7 @@ def fresh_file(path: Path) -> Iterator[Path]:
     if folder not in _LEFT:  # looked through once: some folders get ten thousand files
         _LEFT[folder] = _left_in(folder)
     for left in _LEFT[folder].pop(path.name, ()):
-        _remove(left)
+        remove(left)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -213,7 +213,7 @@ def fresh_folder(path: Path) -> Iterator[Path]:
         # What was there before, where it had to make room.
         shutil.rmtree(temporary, ignore_errors=True)
     for left in _left_in(path.parent).get(path.name, ()):
-        _remove(left)
+        remove(left)
 
 
 def _take_place(temporary: Path, path: Path) -> None:
@@ -274,7 +274,8 @@ def _is_gone(pid: int) -> bool:
     return False
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a whole folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_file, read_object, save_tensors, write_json
+from geodiff4d.core.files import fresh_file, read_object, remove, save_tensors, write_json
 from geodiff4d.core.jsontext import parse_json
 
 OnRecord = Callable[[dict[str, Any]], None]
@@ -49,7 +49,7 @@ class RunFolder:
         if writes:
             lock_folder(self.path)
             for left in self.path.glob(".*.part"):
-                left.unlink()
+                remove(left)
         ours = json.loads(json.dumps(asdict(config), default=str))
         known = self.path / "config.json"
         if known.exists() and not _same(read_object(known, "config")["config"], ours, free):
