@@ -45,6 +45,20 @@ def test_before_training_what_is_seen_is_the_portraits():
     assert colours.shape == normal.shape == (2, 3, 32, 32) and logit.shape == (2, 1, 32, 32)
 
 
+def test_an_opened_mouth_shows_what_was_painted_inside_it():
+    rgb, _, warped = frames()
+    facing = torch.tensor([0.5, 0.5, 1.0])[:, None, None].expand(2, 3, 16, 16)
+    hidden = replace(warped, seen=torch.zeros(2, 1, 32, 32), inside=torch.ones(2, 1, 32, 32))
+    decoder, opened = GuidedDecoder(TINY), torch.zeros(2, 1, 32, 32)
+    closed = decoder.decode(rgb, facing, replace(hidden, opened=opened)).rgb
+    opened[..., 12:16, 8:24] = 1
+    made = decoder.decode(rgb, facing, replace(hidden, opened=opened)).rgb
+    inside = opened.expand(-1, 3, -1, -1) > 0
+    torch.testing.assert_close(made[inside], warped.rgb[inside])
+    torch.testing.assert_close(made[~inside], closed[~inside])
+    assert (closed - warped.rgb)[inside].abs().mean() > 0.1
+
+
 def disc(size: int, side: float):
     """A red disc whose outline is guessed: its mask falls over 24 pixels, its colours fade to the background's grey
     with it, and a dark ring lies where the mesh ends."""

@@ -113,7 +113,7 @@ class GuidedDecoder(nn.Module):
     def decode(
         self, rgb: Float[Tensor, "t 3 height width"], normals: Float[Tensor, "t 3 height width"], warped: WarpedFrames
     ) -> SampledFrames:
-        """Finish frames that the codec decoded, each alone.
+        """Finish frames that the codec decoded, each alone; an opened mouth's inside is the warped portrait's.
 
         Args:
             rgb: in [0, 1], at the model's size.
@@ -122,6 +122,8 @@ class GuidedDecoder(nn.Module):
         """
         made = [self(self.planes(rgb[i : i + 1], normals[i : i + 1], warped[i])) for i in range(len(rgb))]
         colours, normal, logit = (torch.cat(x) for x in zip(*made, strict=True))
+        # One step of sampling gives the mean of what may be, and between two lips that is a closed mouth.
+        colours = torch.lerp(colours, warped.rgb, warped.opened)
         settled, mask = settle(colours.clamp(0, 1), logit, warped)
         return SampledFrames(settled, normal.clamp(0, 1), mask)
 
