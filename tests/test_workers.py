@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.workers import ONE_THREAD, in_workers, streamed
+from geodiff4d.core.threads import THREADS, leave_a_core
+from geodiff4d.core.workers import in_workers, streamed
 
 PARENT = """
 import os, sys, time
@@ -36,18 +37,18 @@ def alive(pid: int) -> bool:
 
 def test_workers_are_told_of_one_thread_and_nobody_else_is(monkeypatch):
     """numba reads this again whenever it compiles: it must not stay in the process that has more."""
-    for name in ONE_THREAD:
+    for name in THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MKL_NUM_THREADS", "3")
     seen: list[dict[str, str | None]] = []
 
     def items():
-        seen.append({name: os.environ.get(name) for name in ONE_THREAD})
+        seen.append({name: os.environ.get(name) for name in THREADS})
         yield from ()
 
     assert list(in_workers(print, items(), 2)) == []
-    assert seen == [dict.fromkeys(ONE_THREAD, "1") | {"MKL_NUM_THREADS": "3"}], "what somebody said counts"
-    assert [name for name in ONE_THREAD if name in os.environ] == ["MKL_NUM_THREADS"]
+    assert seen == [dict.fromkeys(THREADS, "1") | {"MKL_NUM_THREADS": "3"}], "what somebody said counts"
+    assert [name for name in THREADS if name in os.environ] == ["MKL_NUM_THREADS"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ def made(count: int, failure: str | None = None):
         yield Item(os.getpid() if i == 0 else i, torch.arange(6.0).view(2, 3).mT + i, Item(-i, torch.ones(1).half()))
     if failure is not None:
         raise UserError(failure)
+
+
+def fails():
+    yield Item(os.getpid(), torch.ones(1))
+    raise KeyError("of ours")
 
 
 def exits():
@@ -83,6 +89,8 @@ def test_a_stream_says_what_went_wrong_and_ends_when_it_is_closed():
     next(stream)
     with pytest.raises(UserError, match="no such camera"):
         next(stream)
+    with pytest.raises(RuntimeError, match="KeyError: 'of ours'"):
+        list(streamed(fails))
     with pytest.raises(UserError, match="ended before its work was done"):
         next(streamed(exits))
     stream = streamed(made, 1000)
@@ -90,6 +98,26 @@ def test_a_stream_says_what_went_wrong_and_ends_when_it_is_closed():
     assert alive(pid)
     stream.close()
     assert not alive(pid)
+
+
+LEAVER = """
+import os, sys
+from geodiff4d.core.threads import THREADS, leave_a_core
+leave_a_core()
+import torch
+print(*(os.environ[name] for name in THREADS), torch.get_num_threads(), len(os.sched_getaffinity(0)))
+"""
+
+
+def test_a_core_is_left_before_libraries_are_loaded_and_not_after(monkeypatch):
+    environment = {k: v for k, v in os.environ.items() if k not in THREADS} | {"OPENBLAS_NUM_THREADS": "7"}
+    done = subprocess.run([sys.executable, "-c", LEAVER], env=environment, capture_output=True, text=True, check=True)
+    omp, blas, mkl, numba, torchs, cores = map(int, done.stdout.split())
+    assert omp == mkl == numba == torchs == max(1, cores - 1) and blas == 7, "what somebody set stays"
+    for name in THREADS:
+        monkeypatch.delenv(name, raising=False)
+    leave_a_core()
+    assert not set(THREADS) & os.environ.keys(), "numpy is loaded here"
 
 
 def test_workers_end_with_their_parent(tmp_path):

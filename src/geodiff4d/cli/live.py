@@ -44,7 +44,9 @@ def run(args: Args) -> None:
     import time
     from itertools import chain
 
-    import torch
+    from geodiff4d.core.threads import leave_a_core
+
+    leave_a_core()  # To the process that finds faces; before anything numerical is imported.
 
     from geodiff4d.avatar.model import Avatar
     from geodiff4d.core.errors import UserError
@@ -61,7 +63,6 @@ def run(args: Args) -> None:
     if not 16 <= args.size <= 2048:
         raise UserError(f"--size is {args.size}: expected 16 to 2048")
     signer = sealer(args)
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # One core is the detecting process'.
     avatar = None if args.avatar is None else Avatar.load(args.avatar)
     head = load_head(args.head) if avatar is None else avatar.head
     tracked: list[HeadParams] = []

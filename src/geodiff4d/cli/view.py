@@ -33,6 +33,12 @@ def run(args: Args) -> None:
     import sys
     import threading
 
+    from geodiff4d.core.threads import leave_a_core
+
+    lines, camera = str(args.driving) == "-", args.driving is not None and args.driving.is_char_device()
+    if camera:
+        leave_a_core()  # To the process that finds faces; before anything numerical is imported.
+
     from geodiff4d.avatar.compact import open_avatar
     from geodiff4d.avatar.drive import own_performance
     from geodiff4d.avatar.stream import read_stream, require_names
@@ -50,8 +56,7 @@ def run(args: Args) -> None:
     if not 64 <= args.size <= 2048:
         raise UserError(f"--size is {args.size}: expected 64 to 2048")
     avatar = open_avatar(args.avatar)
-    names, lines = avatar.head.expression_names, str(args.driving) == "-"
-    camera = args.driving is not None and args.driving.is_char_device()
+    names = avatar.head.expression_names
     if lines:
         require_names(names, "standard input")
     show = own_performance(avatar) if lines or camera else performance(avatar, args)

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from contextlib import contextmanager
@@ -16,10 +17,9 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.progress import Progress, advancing
+from geodiff4d.core.threads import THREADS
 
 Result = TypeVar("Result")
-
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 number = 0
 """Which of the workers this process is, from 0; it says on which device it computes."""
@@ -67,7 +67,8 @@ def streamed(function: Callable[..., Iterable[Any]], *arguments: Any) -> Generat
     one, and is ended when the iterator is closed.
 
     Raises:
-        UserError: the function raised it, or the process ended by itself.
+        UserError: the function raised it, or the process was ended.
+        RuntimeError: the function raised anything else, whose traceback it tells.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -84,11 +85,12 @@ def streamed(function: Callable[..., Iterable[Any]], *arguments: Any) -> Generat
                 raise value
             yield _unpacked(value)
     except EOFError:
-        raise UserError("a process ended before its work was done: is there enough memory?") from None
+        raise UserError("a process was ended before its work was done: is there enough memory?") from None
     finally:
-        ours.close()
+        # Ended first: nobody may be left to write to a pipe that is closed.
         process.terminate()
         process.join()
+        ours.close()
 
 
 def _stream(out: Connection, function: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
@@ -99,6 +101,8 @@ def _stream(out: Connection, function: Callable[..., Iterable[Any]], arguments: 
         out.send(("end", None))
     except UserError as error:
         out.send(("error", error))
+    except Exception:
+        out.send(("error", RuntimeError(traceback.format_exc())))
 
 
 def _packed(value: Any) -> Any:
@@ -163,7 +167,7 @@ def _told_one_thread() -> Iterator[None]:
     workers that share cores spin while they wait for each other. It must not stay: numba reads it again whenever it
     compiles, and this process may have more.
     """
-    told = [name for name in ONE_THREAD if name not in os.environ]
+    told = [name for name in THREADS if name not in os.environ]
     os.environ |= dict.fromkeys(told, "1")
     try:
         yield
