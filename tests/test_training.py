@@ -351,7 +351,9 @@ def test_looking_changes_nothing(codec, pictures):
 
 def test_curves_survive_a_log_that_was_cut(tmp_path):
     log = tmp_path / "log.jsonl"
-    log.write_text('{"warm_start": 0, "loss": 9}\n{"step": 0, "loss": 1.0}\n{"step": 0, "loss": 2.0}\n{"step": 1, "lo')
+    log.write_text(
+        '{"warm_start": 0, "loss": 9}\n{"step": 0, "loss": 1.0}\n{"step": 0, "loss": 2.0}\n3\n{"step": 1, "lo'
+    )
     assert [r.get("loss") for r in read_log(log)] == [9, 1.0, 2.0]
     write_curves(log, tmp_path / "curves.png")
     assert read_image(tmp_path / "curves.png").std() > 0

@@ -8,6 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.files import MARKER
 from geodiff4d.video.model import (
     ConditionImages,
     VideoModel,
@@ -183,6 +184,12 @@ def test_a_model_is_replaced_whole_or_not_at_all(codec, tmp_path, monkeypatch):
         patched.setattr(PatchCodec, "save", full)
         model.save(folder, other)
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    # As versions before wrote it: each network its own folder, and nothing that holds them together.
+    (folder / MARKER).unlink()
+    (folder / "notes.txt").touch()
+    with pytest.raises(UserError, match="did not write"):
+        model.save(folder, other)
+    (folder / "notes.txt").unlink()
     model.save(folder, other)
     assert_close(load_video_model(folder).unet.conv_in.weight, other["unet.conv_in.weight"], atol=2e-3, rtol=1e-3)
 

@@ -79,17 +79,11 @@ def video(args: Args) -> None:
     pairs = replace(p.video.pairs, cross_view="cross-view" not in args.ablate)
     config = training_config(args, replace(p.video, pairs=pairs))
     train, val = batches(args, p, model, first.codec, config, p.clip_augment)
+    # What temporal modules change is finished as before: the decoder is handed on.
     train_video_model(
-        args.out,
-        model,
-        first.codec,
-        train,
-        config,
-        val,
-        trained_state(first),
-        record_lines(config.steps),
-        decoder=first.decoder,  # What temporal modules change is finished as before.
-    )
+        args.out, model, first.codec, train, config, val, trained_state(first), record_lines(config.steps),
+        first.decoder,
+    )  # fmt: skip
     print(f"{args.out / 'model'}: the model with temporal modules, for --model")
 
 

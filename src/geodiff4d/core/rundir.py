@@ -171,11 +171,13 @@ class RunFolder:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Read a run's JSONL, if there is one; lines that an interruption cut short are passed over."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(parse_json(line))
+            record = parse_json(line)
         except ValueError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 

@@ -79,7 +79,7 @@ def crop_image(
     """
     left, top, side = box
     if image.device.type == "cpu" and image.dtype == torch.float32 and not image.requires_grad:
-        # Compiled, and only where there is something to cut.
+        # Numba takes half a second to import, which those who cut nothing are spared.
         from geodiff4d.render.kernels.resample import resample
 
         out = torch.empty(len(image), size, size)

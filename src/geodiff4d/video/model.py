@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from geodiff4d.core.deferred import deferred
 from geodiff4d.core.errors import UserError
-from geodiff4d.core.files import fresh_folder, load_model, save_model
+from geodiff4d.core.files import MARKER, fresh_folder, load_model, save_model
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.decoder import GuidedDecoder, load_decoder
 from geodiff4d.video.diffusion import Diffusion, DiffusionConfig
@@ -274,7 +274,11 @@ class VideoModel(nn.Module):
         Raises:
             UserError: the folder holds something that is not ours.
         """
-        state = self.state_dict() if state is None else state
+        state, folder = self.state_dict() if state is None else state, Path(folder)
+        if folder.is_dir() and not (folder / MARKER).exists():
+            # A run that began when networks were still written one by one, each with a note of its own, goes on.
+            parts = (*self.networks(), "vae", "image_encoder", "decoder")
+            (folder / MARKER).write_text("".join(f"{n}\n" for n in parts if (folder / n / MARKER).exists()))
         with fresh_folder(folder) as whole:
             for name in self.networks():
                 part = {k.removeprefix(name + "."): v.half() for k, v in state.items() if k.startswith(name + ".")}
