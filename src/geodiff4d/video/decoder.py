@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle, silu
+from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
@@ -123,7 +123,8 @@ class GuidedDecoder(nn.Module):
         made = [self(self.planes(rgb[i : i + 1], normals[i : i + 1], warped[i])) for i in range(len(rgb))]
         colours, normal, logit = (torch.cat(x) for x in zip(*made, strict=True))
         # One step of sampling gives the mean of what may be, and between two lips that is a closed mouth.
-        colours = torch.lerp(colours, warped.rgb, warped.opened)
+        # Its edge is the mesh's, in steps of a pixel, and is softened by one.
+        colours = torch.lerp(colours, warped.rgb, avg_pool2d(warped.opened, 3, 1, 1))
         settled, mask = settle(colours.clamp(0, 1), logit, warped)
         return SampledFrames(settled, normal.clamp(0, 1), mask)
 
