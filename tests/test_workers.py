@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.threads import THREADS, leave_a_core
-from geodiff4d.core.workers import in_workers, streamed
+from geodiff4d.core.workers import in_threads, in_workers, streamed
 
 PARENT = """
 import os, sys, time
@@ -49,6 +50,32 @@ def test_workers_are_told_of_one_thread_and_nobody_else_is(monkeypatch):
     assert list(in_workers(print, items(), 2)) == []
     assert seen == [dict.fromkeys(THREADS, "1") | {"MKL_NUM_THREADS": "3"}], "what somebody said counts"
     assert [name for name in THREADS if name in os.environ] == ["MKL_NUM_THREADS"]
+
+
+def test_threads_work_at_once_and_keep_the_order():
+    both, before = threading.Barrier(2, timeout=20), torch.get_num_threads()
+
+    def work(item: int) -> tuple[int, int]:
+        both.wait()  # Passes only while another item is worked on.
+        return item, torch.get_num_threads()
+
+    assert list(in_threads(work, iter(range(8)))) == [(i, 1) for i in range(8)]
+    assert torch.get_num_threads() == before
+
+
+def test_threads_take_a_few_items_ahead_and_end_by_the_first_error():
+    taken: list[int] = []
+
+    def items():
+        for i in range(1000):
+            taken.append(i)
+            yield i
+
+    results = in_threads(lambda i: 10 // (3 - i), items())
+    assert [next(results) for _ in range(3)] == [3, 5, 10]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(taken) < 12, "a film is not read whole while its first frames are worked on"
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,9 @@ class Args:
 
 
 def run(args: Args) -> None:
+    from geodiff4d.core.threads import leave_a_core
+
+    leave_a_core()  # To the threads that frames are shared out to; before anything numerical is imported.
     from geodiff4d.cli import progress
     from geodiff4d.core.errors import UserError
     from geodiff4d.core.files import refuse_foreign

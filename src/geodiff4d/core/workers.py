@@ -5,8 +5,9 @@ import os
 import signal
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from multiprocessing.connection import Connection
@@ -20,6 +21,7 @@ from geodiff4d.core.progress import Progress, advancing
 from geodiff4d.core.threads import THREADS
 
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 number = 0
 """Which of the workers this process is, from 0; it says on which device it computes."""
@@ -58,6 +60,28 @@ def in_order(jobs: Sequence[tuple[Any, ...]], workers: int, progress: Progress, 
             found[i] = result
             advance(1)
     return [found[i] for i in range(len(jobs))]
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], threads: int = 2) -> Iterator[Result]:
+    """Yield `function(item)` in the items' order; threads work ahead, as far as numerical libraries let go of Python.
+
+    torch computes with one thread in each meanwhile: two teams of threads on the same cores would wait for each other.
+    Functions that need no gradients say so themselves, since `torch.no_grad` holds in one thread only.
+    """
+    if threads <= 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with _one_thread(), ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def streamed(function: Callable[..., Iterable[Any]], *arguments: Any) -> Generator[Any, None, None]:

@@ -20,7 +20,7 @@ from geodiff4d.heads.rig import Head, Landmarks
 from geodiff4d.render.crops import crop_image
 from geodiff4d.tracking.layout import Layout, landmark_head
 from geodiff4d.tracking.projection import Projection
-from geodiff4d.tracking.solve import Limits, Normal, Unknowns
+from geodiff4d.tracking.solve import Limits, Normal, Unknowns, on_parts
 
 CHUNK = 64
 """Number of frames whose derivatives are in memory at once."""
@@ -194,15 +194,17 @@ class AppearanceLevel:
 
     def __call__(self, x: Unknowns) -> tuple[float, Float[Tensor, "frames n n"], Float[Tensor, "frames n"]]:
         """Return cost, J'J and J'r of every frame's unknowns."""
-        n = x.frame.shape[1]
-        cost, H, g = 0.0, torch.zeros(len(x.frame), n, n), torch.zeros(len(x.frame), n)
-        for surface, wanted in zip(self.film.surfaces, self.wanted, strict=True):
-            for i in range(0, len(x.frame), CHUNK):
-                part = slice(i, i + CHUNK)
-                paid, r, J = self._residuals(x.frame[part], i, surface, wanted)
-                cost += 0.5 * paid
-                H[part] += J.mT @ J
-                g[part] += (J.mT @ r[..., None])[..., 0]
+
+        def squared_up(part: slice) -> tuple[float, Tensor, Tensor]:
+            n = x.frame.shape[1]
+            cost, H, g = 0.0, torch.zeros(1, n, n), torch.zeros(1, n)
+            for surface, wanted in zip(self.film.surfaces, self.wanted, strict=True):
+                paid, r, J = self._residuals(x.frame[part], part.start, surface, wanted)
+                cost, H, g = cost + 0.5 * paid, H + J.mT @ J, g + (J.mT @ r[..., None])[..., 0]
+            return cost, H, g
+
+        costs, Hs, gs = zip(*on_parts(squared_up, len(x.frame), CHUNK), strict=True)
+        cost, H, g = sum(costs), torch.cat(Hs), torch.cat(gs)
         return cost, H.double(), g.double()
 
     def _residuals(

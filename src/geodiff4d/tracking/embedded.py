@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate, normalize, pad
 
+from geodiff4d.core.workers import in_threads
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import shows_features
 from geodiff4d.tracking.network import FINDER_STRIDE, Look, Perception, shipped_perception
@@ -61,25 +62,30 @@ class EmbeddedDetector:
         self, images: Iterable[Float[Tensor, "3 _height _width"]], video: bool = False
     ) -> list[Detection | None]:
         """Return each image's largest face, or None; in a video the face that was found first is followed."""
-        return list(self.follow(images)) if video else [self.photo(image) for image in images]
+        if not video:
+            return [self.photo(image) for image in images]
+        return list(in_threads(self._completed, self._followed(images)))
 
     @torch.no_grad()
     def photo(self, image: Float[Tensor, "3 height width"]) -> Detection | None:
         """Return the largest face of one image, or None."""
-        faces = self.faces(image)
-        return None if not faces else self._detection(image, faces[0], len(faces))
+        return self._completed(self._largest(image))
 
     def follow(self, images: Iterable[Float[Tensor, "3 _height _width"]]) -> Iterator[Detection | None]:
         """Yield one person's face in consecutive frames, None where it is lost; frames are taken one at a time."""
-        last: Detection | None = None
+        return map(self._completed, self._followed(images))
+
+    def _followed(self, images: Iterable[Tensor]) -> "Iterator[_Found | None]":
+        last: _Found | None = None
         for image in images:
-            found = None
-            if last is not None and last.square is not None:
-                found = self._detection(image, last.square, last.faces)
-            if found is None:
-                found = self.photo(image)
-            last = found
-            yield found
+            at = None if last is None else last.detection.square
+            found = None if last is None or at is None else self._found(image, at, last.detection.faces)
+            last = self._largest(image) if found is None else found
+            yield last
+
+    def _largest(self, image: Tensor) -> "_Found | None":
+        faces = self.faces(image)
+        return None if not faces else self._found(image, faces[0], len(faces))
 
     @torch.no_grad()
     def faces(self, image: Float[Tensor, "3 height width"]) -> list[HeadSquare]:
@@ -127,7 +133,7 @@ class EmbeddedDetector:
         return [(_corrected(s, scale, look), look) for s, look in zip(squares, each, strict=True)]
 
     @torch.no_grad()
-    def _detection(self, image: Tensor, square: HeadSquare, faces: int) -> Detection | None:
+    def _found(self, image: Tensor, square: HeadSquare, faces: int) -> "_Found | None":
         wide = square.grown(WIDE)
         [(corrected, first)] = self._looks(image, [square], WIDE if self.dense else TIGHT)
         if not self._sees_face(first):
@@ -143,14 +149,32 @@ class EmbeddedDetector:
             torch.cat([points.amin(0), points.amax(0)]), faces, sigma=look.log_sigma[0].exp() * tight.side,
             square=after, turn=_untilted(look.rotation[0], tight.roll), shape=look.shape[0], markup=self.model.points,
         )  # fmt: skip
+        return _Found(image, found, (first.dense, wide, look.dense, tight))
+
+    @torch.no_grad()
+    def _completed(self, seen: "_Found | None") -> Detection | None:
+        """Add what the next frame need not wait for: mask and normals, and what the reader reads."""
+        if seen is None:
+            return None
+        found, image = seen.detection, seen.image
         if self.dense:
-            box, dense = _upright(first.dense, wide, look.dense, tight)
+            box, dense = _upright(*seen.looks)
             found = replace(found, mask=dense[:1].half(), normal=dense[1:].half(), extent=box)
         # A perception network of the user's may know other points.
         if self.reader is None or not shows_features(found.index):
             return found
         crop = face_crop(image, found, self.reader.config.size)
         return replace(found, reading=self.reader.read(crop[None]))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A face that is found, and not read yet."""
+
+    image: Tensor
+    detection: Detection
+    looks: tuple[Tensor, HeadSquare, Tensor, HeadSquare]
+    """Mask and normals of the wide and of the tight look, each with its square."""
 
 
 def _moved(a: HeadSquare, b: HeadSquare) -> bool:

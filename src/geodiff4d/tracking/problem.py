@@ -13,7 +13,7 @@ from geodiff4d.tracking.blend import reads_expression
 from geodiff4d.tracking.layout import Layout
 from geodiff4d.tracking.observe import Observed, Weighting, guessed_rotation
 from geodiff4d.tracking.projection import DIFFERENCE, Projection
-from geodiff4d.tracking.solve import Limits, Normal, Unknowns
+from geodiff4d.tracking.solve import Limits, Normal, Unknowns, on_parts
 
 CHUNK = 32
 """Number of frames whose Jacobians are in memory at once."""
@@ -110,22 +110,23 @@ class Problem:
         self.anchor: Anchor | None = None
 
     def __call__(self, x: Unknowns) -> Normal:
-        n, cost, parts, cutoff = x.frame.shape[1], 0.0, [], 3.0**2
-        for i in range(0, len(x.frame), CHUNK):
-            part = slice(i, i + CHUNK)
+        n, cutoff = x.frame.shape[1], 3.0**2
+
+        def squared_up(part: slice) -> tuple[float, Tensor, Tensor]:
             xy, J = self.projection.jacobian(x.frame[part], x.shared)
             sigma = self.seen.sigma_px[part][..., None]
             r = (xy - self.seen.points[part]) / sigma
             squared, weight = r.square().sum(-1), self.seen.weight[part]
             # Geman–McClure: a landmark off by much more than the noise is no landmark.
-            cost += 0.5 * float((weight * squared * cutoff / (cutoff + squared)).sum())
+            cost = 0.5 * float((weight * squared * cutoff / (cutoff + squared)).sum())
             root = weight.sqrt() * (cutoff / (cutoff + squared))
             J = (J * (root[..., None] / sigma).float()[..., None]).flatten(1, 2)
-            parts.append(
-                ((J.mT @ J).double(), (J.mT @ (r * root[..., None]).float().flatten(1)[..., None])[..., 0].double())
-            )
-        H, g = (torch.cat(x) for x in zip(*parts, strict=True))
-        data = Normal(cost, H[:, :n, :n], H[:, :n, n:], H[:, n:, n:].sum(0), g[:, :n], g[:, n:].sum(0))
+            Jr = (J.mT @ (r * root[..., None]).float().flatten(1)[..., None])[..., 0]
+            return cost, (J.mT @ J).double(), Jr.double()
+
+        costs, Hs, gs = zip(*on_parts(squared_up, len(x.frame), CHUNK), strict=True)
+        H, g = torch.cat(Hs), torch.cat(gs)
+        data = Normal(sum(costs), H[:, :n, :n], H[:, :n, n:], H[:, n:, n:].sum(0), g[:, :n], g[:, n:].sum(0))
         return self._with_priors(x, data)
 
     def _with_priors(self, x: Unknowns, data: Normal) -> Normal:

@@ -10,12 +10,17 @@ Bounds are kept by projection: an unknown on its bound whose gradient points out
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.linalg import cho_solve_banded, cholesky_banded
 from torch import Tensor
+
+from geodiff4d.core.workers import in_threads
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,13 @@ class Limits:
     """1/σ² of the second difference over frames."""
     low: Float[Tensor, " unknowns"]
     high: Float[Tensor, " unknowns"]
+
+
+def on_parts(function: Callable[[slice], Part], frames: int, most: int) -> list[Part]:
+    """Call a function on parts of a film, `most` frames long at the longest, two at a time; returns what it gives."""
+    count = -(-frames // most)
+    size = max(1, -(-frames // (count + count % 2 if count > 1 else 1)))
+    return list(in_threads(function, [slice(i, i + size) for i in range(0, frames, size)], min(2, count)))
 
 
 def minimise(

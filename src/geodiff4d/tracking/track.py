@@ -7,7 +7,7 @@ over the images.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from geodiff4d.core.images import encode_normals, read_image, to_uint8, write_im
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.sandbox import decode
 from geodiff4d.core.video import write_video
+from geodiff4d.core.workers import in_threads
 from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads.rig import Head, HeadParams, PosedHead
 from geodiff4d.render.crops import canonical_crop_box, crop_image, head_region
@@ -205,8 +206,8 @@ def track(
     with ClipWriter(out, head.name, fps, extra) as writer, ThreadPoolExecutor(1) as pool:
         pending: list[Future[None]] = []
 
-        def written() -> Iterator[Tensor]:
-            """Write frame by frame; yields each frame's overlay."""
+        def recorded() -> Iterator[tuple[int, Cut]]:
+            """Write frame by frame, and hand each on."""
             shot = lambda: islice(frames(), first, last)  # noqa: E731
             cuts = cut_frames(lambda: progress(shot(), "matting", count), located, config.size, mask)
             for t, cut in enumerate(cuts):
@@ -218,14 +219,15 @@ def track(
                     writer.set_reference(cut.image, cut.normal)
                 if len(pending) > 8:
                     pending.pop(0).result()
-                yield overlay(cut, located, t)
+                yield t, cut
             for each in pending:
                 each.result()
 
+        looks = in_threads(lambda each: overlay(each[1], located, each[0]), recorded())
         if video:
-            write_video(writer.path / "overlay.mp4", written(), writer.fps)
+            write_video(writer.path / "overlay.mp4", looks, writer.fps, "veryfast")
         else:
-            [look] = written()
+            [look] = looks
             write_image(writer.path / "overlay.png", look)
     return Clip(out)
 
@@ -293,31 +295,27 @@ def cut_frames(
     frames: FrameStream, located: Located, size: int, mask: Float[Tensor, "1 _height _width"] | None = None
 ) -> Iterator[Cut]:
     """Yield every frame's crop with its foreground, smoothed over time, and its normals; `mask` is the user's own."""
-    waiting: list[tuple[Tensor, Fragments]] = []
-    masks: list[Tensor] = []
-    work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
-    for t, (image, detection, vertices) in enumerate(work):
+
+    def seen(item: tuple[Tensor, Detection | None, Tensor]) -> Cut:
+        image, detection, vertices = item
         crop = crop_image(image, located.box, size, fill=0.5)
         fragments = rasterize(vertices, located.mesh.faces, located.camera)
-        waiting.append((crop, fragments))
-        if mask is None:
-            # A body goes on below an image, but what is shown there is grey.
-            shown = crop_image(torch.ones_like(image[:1]), located.box, size, fill=0.0).clamp(0, 1)
-            masks.append(_matte(crop, detection, image.shape[2], fragments, located) * shown)
-        else:
-            masks.append(crop_image(mask, located.box, size, fill=0.0).clamp(0, 1))
-        if t:
-            yield _finished(waiting, masks, t - 1, located)
-    yield _finished(waiting, masks, len(masks) - 1, located)
+        if mask is not None:
+            return Cut(crop, crop_image(mask, located.box, size, fill=0.0).clamp(0, 1), None, fragments)
+        # A body goes on below an image, but what is shown there is grey.
+        shown = crop_image(torch.ones_like(image[:1]), located.box, size, fill=0.0).clamp(0, 1)
+        return Cut(crop, _matte(crop, detection, image.shape[2], fragments, located) * shown, None, fragments)
 
-
-def _finished(waiting: list[tuple[Tensor, Fragments]], masks: list[Tensor], t: int, located: Located) -> Cut:
-    around = torch.stack([masks[max(t - 1, 0)], masks[t], masks[min(t + 1, len(masks) - 1)]])
-    mask = smooth_over_time(around)[1] if len(masks) > 2 else masks[t]
-    crop, fragments = waiting.pop(0)
-    if t > 1:
-        masks[t - 2] = masks[t - 2][:, :0]
-    return Cut(crop, mask, _normal(located.detections[t], mask, located.box), fragments)
+    work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
+    cuts = in_threads(seen, work)
+    before, now = None, next(cuts)
+    for t in range(len(located.detections)):
+        after = next(cuts, None)
+        around = [cut.mask for cut in (before or now, now, after or now)]
+        mask_now = smooth_over_time(torch.stack(around))[1] if len(located.detections) > 2 else now.mask
+        yield replace(now, mask=mask_now, normal=_normal(located.detections[t], mask_now, located.box))
+        if after is not None:
+            before, now = now, after
 
 
 def notes(source: Path, located: Located) -> list[str]:
