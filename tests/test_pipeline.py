@@ -81,6 +81,15 @@ def test_clip_cameras_see_the_whole_head(pair, head):
     assert torch.pdist(positions).min() > 0.2, "cameras stand apart [m]"
 
 
+@pytest.mark.parametrize("degrees", [93.0, 140.0])
+def test_the_outermost_cameras_of_a_plan_are_as_far_apart_as_asked(pair, head, degrees):
+    plan = plan_clip(asked(pair, head), 8, 8, azimuth_deg=degrees)
+    looks = -plan.views.T_cam_world[:, 2, :3]  # From the head to each camera, in the world.
+    azimuth = torch.rad2deg(torch.atan2(looks[:, 0], looks[:, 2]))
+    assert float(azimuth.max() - azimuth.min()) == pytest.approx(degrees, abs=0.1)
+    assert float(azimuth[0]) == pytest.approx(0, abs=0.1), "the first one faces the person"
+
+
 def test_a_flame_head_makes_a_clip_too(pair, tmp_path):
     write_beside(tmp_path, a := arrays())
     flame = load_head(write_model(tmp_path / "flame2023.pkl", a))

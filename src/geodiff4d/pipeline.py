@@ -24,7 +24,7 @@ from geodiff4d.data.clip import Clip, ClipWriter
 from geodiff4d.heads import Head
 from geodiff4d.presets import Preset, preset
 from geodiff4d.render.crops import canonical_crop, head_region
-from geodiff4d.render.viewpoints import capture_cameras, capture_views
+from geodiff4d.render.viewpoints import CAPTURE_AZIMUTH_DEG, capture_cameras, capture_views
 from geodiff4d.tracking.placed import placed
 from geodiff4d.tracking.source import is_video
 from geodiff4d.tracking.together import track_together
@@ -146,11 +146,14 @@ def plan_instants(instants: int, views: int, frames: int, first: int = 0) -> lis
     return [Shot(first + i, (i + again * away) % views) for again, i in rounds]
 
 
-def clip_cameras(head: Head, portrait: Portrait, views: int, size: int) -> Camera:
-    """Return the capture views, cropped around the portrait's head at rest."""
+def clip_cameras(
+    head: Head, portrait: Portrait, views: int, size: int, azimuth_deg: float = CAPTURE_AZIMUTH_DEG
+) -> Camera:  # fmt: skip
+    """Return capture views, cropped around the portrait's head at rest; the outermost are `azimuth_deg` apart."""
     neutral = replace(head.neutral(1), shape=portrait.params.shape[None], static_offset=None)
     points = head.pose(neutral).vertices[0][head_region(head)]
-    return canonical_crop(capture_cameras(size)[torch.tensor(capture_views(views))], points, size)
+    cameras = capture_cameras(size, azimuth_deg=azimuth_deg)[torch.tensor(capture_views(views))]
+    return canonical_crop(cameras, points, size)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,14 @@ class ClipPlan:
         return self.views[torch.tensor([s.camera for s in self.shots])]
 
 
-def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Driving | None = None) -> ClipPlan:
+def plan_clip(
+    request: GenerationRequest, views: int, frames: int, motion: Driving | None = None,
+    azimuth_deg: float = CAPTURE_AZIMUTH_DEG,
+) -> ClipPlan:  # fmt: skip
     """Plan the avatar's training clip: several cameras, the driver's expressions, a still head (S-A.1).
 
     `motion`, a range of motion, takes two thirds of the frames; the rest are instants spread over the driver's. A
-    driver that is itself instants is shown like one.
+    driver that is itself instants is shown like one. The outermost cameras are `azimuth_deg` apart.
     """
     portrait, driving = request.portrait, request.driving
     if motion is None and driving.unread:
@@ -194,7 +200,7 @@ def plan_clip(request: GenerationRequest, views: int, frames: int, motion: Drivi
         driving = motion.and_instants(own)
     # The clip has cameras of its own, so that the driver's is of no use.
     still = replace(driving, params=with_identity_of(portrait, still_head(driving.params)), camera=None)
-    cameras = clip_cameras(request.head, portrait, views, portrait.camera.width)
+    cameras = clip_cameras(request.head, portrait, views, portrait.camera.width, azimuth_deg)
     return ClipPlan(shots, replace(request, driving=still), cameras)
 
 

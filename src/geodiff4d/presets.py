@@ -17,6 +17,7 @@ from geodiff4d.core.errors import UserError
 from geodiff4d.data.augment import AugmentConfig
 from geodiff4d.data.footage.rendered import StoreConfig, TrackStoreConfig
 from geodiff4d.data.sampling import PairConfig
+from geodiff4d.render.viewpoints import CAPTURE_AZIMUTH_DEG
 from geodiff4d.tracking.learn import PerceptionTraining
 from geodiff4d.tracking.network import PerceptionConfig
 from geodiff4d.tracking.people import PeopleConfig
@@ -131,6 +132,8 @@ class Preset:
     """What finishes the video model's frames; None where it is not trained."""
     identity: IdentityStage | None = None
     """The open measure of identity; None where it is not fitted."""
+    azimuth_deg: float = CAPTURE_AZIMUTH_DEG
+    """Full angle between the outermost cameras of a synthesized clip [degrees]."""
     bench: BenchSizes = BenchSizes()
     trackable: bool = True
     """Whether heads can be tracked in images of this size; where not, evaluations disturb the true parameters as a
@@ -243,7 +246,7 @@ _ROWS = (
             steps=1, guidance=1.0, still_noise=True, draws=1,
             finish=(KeepTone(),),
         ),
-        views=8, frames=96,
+        views=8, frames=96, azimuth_deg=140.0,
         video=VideoTraining(
             steps=500, pairs=PairConfig(references=2, targets=16, clips=True, moved=1.0), lr=1e-3, warmup=30, ema=0.99,
             parts="temporal", sampled_starts=1.0, temporal_loss=4.0, drop_warp=0.0, weights=WeightConfig(focus=10.0),

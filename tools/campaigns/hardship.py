@@ -61,6 +61,11 @@ class Trial:
         names = sorted(expected.keys() | found.keys())
         return [f"different: {name}" for name in names if expected.get(name) != found.get(name)][:4]
 
+    def spoilt(self, folder: Path) -> list[str]:
+        """Return which files of a finished result are gone or others than the quiet run's."""
+        found = contents(folder)
+        return [f"different: {name}" for name, value in self.expected.items() if found.get(name) != value][:4]
+
     def again(self, folder: Path) -> list[str]:
         """Give the same command again, without hardship; returns what is wrong then."""
         done = call(self.words, folder)
@@ -168,8 +173,11 @@ def full(t: Trial) -> Tried:
         assert remount(folder, f"size={max(used + room, 4096)}")
         first = call(t.words, folder)
         wrong = half_written(folder)
-        if first.code == 0 or before:
+        if first.code == 0:
             wrong += t.wrong(folder)
+        elif before:
+            # A run that the same command goes on with may lie beside what was finished.
+            wrong += t.spoilt(folder)
         assert remount(folder, f"size={8 * needed + 2**28}")
         return [first], wrong + ([] if first.code == 0 else t.again(folder))
     finally:

@@ -61,7 +61,7 @@ def run(args: Args) -> None:
     tracked_to = None if begun or kept_stages(args.out) else args.out / "portrait"
     request = prepare(args, setup, bar, frames, tracked_to)
     kept = kept_stages(args.out)
-    plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only))
+    plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only), setup.preset.azimuth_deg)
     reconstruct(plan, setup.generator, args.out, setup.preset.fit, args.seed, bar, devices)
     if kept:
         print(f"note: kept {' and '.join(kept)} of {args.out}", file=sys.stderr)

@@ -44,7 +44,7 @@ def run(args: Args) -> None:
     views, frames = clip_extent(setup, args.views, args.frames)
     devices = devices_of(args, setup, args.processes)
     request = prepare(args, setup, bar, frames)
-    plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only))
+    plan = plan_clip(request, views, frames, motion_of(args, setup, args.driver_only), setup.preset.azimuth_deg)
     clip = synthesize(plan, setup.generator, args.out, bar, devices)
     signer.seal(args.out, stated(args, setup.generator))
     print(f"{clip.folder}: {len(clip)} frames, {len(clip.camera_indices)} cameras, {len(clip.timesteps)} expressions")

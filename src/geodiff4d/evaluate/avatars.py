@@ -147,7 +147,7 @@ def _write_clip(
         raise missed
     driving = _joined(maker, [clip for _, clip in tracked])
     if method == "avatar":
-        plan = plan_clip(GenerationRequest(portrait, driving, head), p.views, p.frames)
+        plan = plan_clip(GenerationRequest(portrait, driving, head), p.views, p.frames, azimuth_deg=p.azimuth_deg)
         synthesize(plan, maker.generator, folder)
     elif _rendered(case, lessons):
         _write_performed(maker, folder, case, portrait, driving, [film for film, _ in tracked])
@@ -180,7 +180,7 @@ def _write_performed(
     subject = SyntheticSubject(int(extra["subject_seed"]), extra["split"])
     true = HeadParams.stack([Clip(f.driving.clip).params(t) for f in films for t in f.driving.timesteps])
     motion = subject.params(true.expr, jaw_pose=true.jaw_pose, eyes_pose=true.eyes_pose)
-    plan = plan_clip(GenerationRequest(portrait, driving, maker.head), p.views, p.frames)
+    plan = plan_clip(GenerationRequest(portrait, driving, maker.head), p.views, p.frames, azimuth_deg=p.azimuth_deg)
     at = torch.tensor([s.timestep for s in plan.shots])
     truth = truth_frames(Pair(subject, portrait, driving, motion), maker.head, motion[at], plan.cameras)
     made = Generated(truth.rgb, truth.normal, truth.mask, _tokens(maker, plan.shown.driving.crops))

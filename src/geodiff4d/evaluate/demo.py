@@ -185,7 +185,7 @@ def _clip(folder: Path, pair: Pair, p: Preset, head: Head, generator: DiffusionG
     if (folder / "transforms.json").exists():
         return Clip(folder)
     request = GenerationRequest(pair.portrait, pair.driving, head)
-    return synthesize(plan_clip(request, p.views, p.frames), generator, folder, progress)
+    return synthesize(plan_clip(request, p.views, p.frames, azimuth_deg=p.azimuth_deg), generator, folder, progress)
 
 
 def _track_pair(demo: Demo, i: int) -> None:

@@ -147,7 +147,10 @@ def settled(settings: Settings) -> Settings:
     """Note what frames and scores depend on."""
     model = load_model(settings.model)
     p = settings.preset
-    made = (p.sample, p.fit, p.views, p.frames, settings.head, settings.tracking, settings.seed, settings.bf16)
+    made = (
+        p.sample, p.fit, p.views, p.frames, p.azimuth_deg, settings.head, settings.tracking, settings.seed,
+        settings.bf16,
+    )  # fmt: skip
     makers = fingerprint(VERSION, made, model.state_dict())
     networks = [file.read_bytes() for folder in (PERCEPTION, IDENTITY) for file in sorted(folder.glob("*.safetensors"))]
     return replace(

@@ -16,6 +16,6 @@ def fit_avatar(folder: Path, maker: Maker, portrait: Portrait) -> Path:
         UserError: the head is not OpenHead, or FOLDER holds another reconstruction.
     """
     p, motion = maker.preset, range_of_motion(maker.head, maker.model.config.expression.size)
-    plan = plan_clip(GenerationRequest(portrait, motion, maker.head), p.views, p.frames)
+    plan = plan_clip(GenerationRequest(portrait, motion, maker.head), p.views, p.frames, azimuth_deg=p.azimuth_deg)
     reconstruct(plan, maker.generator, folder, p.fit, maker.seed)
     return folder / "avatar"

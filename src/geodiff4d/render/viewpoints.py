@@ -78,13 +78,14 @@ def orbit(
     return Camera(look_at(target + radius_m * direction, target, up), K, size, size)
 
 
-def capture_cameras(size: int = 256, radius_m: float = 1.0) -> Camera:
+def capture_cameras(size: int = 256, radius_m: float = 1.0, azimuth_deg: float = CAPTURE_AZIMUTH_DEG) -> Camera:
     """Return the 16 capture cameras: 15 in two rows over 93° × 32°, and the front one at index 8 (`FRONT_CAMERA`).
 
     Images are `size` pixels square; cameras stand `radius_m` metres from the nominal head's centre.
+    `azimuth_deg` is the full angle between the outermost ones.
     """
     others = CAPTURE_CAMERAS - 1
-    azimuth = torch.linspace(-CAPTURE_AZIMUTH_DEG / 2, CAPTURE_AZIMUTH_DEG / 2, others)
+    azimuth = torch.linspace(-azimuth_deg / 2, azimuth_deg / 2, others)
     elevation = torch.where(torch.arange(others) % 2 == 0, 1.0, -1.0) * CAPTURE_ELEVATION_DEG / 2
     zero = torch.zeros(1)
     azimuth = torch.cat([azimuth[:FRONT_CAMERA], zero, azimuth[FRONT_CAMERA:]])
