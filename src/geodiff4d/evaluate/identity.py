@@ -77,10 +77,21 @@ def identity_features(
 
 
 def _pooled(net: Any, image: Tensor, square: HeadSquare) -> Float[Tensor, " features"]:
+    seen = seen_layers(net, image, square, net.config.size)
+    return torch.cat([(layer * weight).sum((2, 3))[0] for layer, weight in seen])
+
+
+def seen_layers(
+    net: Any, image: Float[Tensor, "3 height width"], square: HeadSquare, side: int
+) -> list[tuple[Float[Tensor, "1 channels rows columns"], Float[Tensor, "1 1 rows columns"]]]:
+    """Return the colours and the layers of the perception network on a head on plain grey, cut to `side` pixels.
+
+    Each comes with weights that sum to 1 over the foreground.
+    """
     grown = square.grown(SCALE)
-    crop = cut_square(image, grown, net.config.size)[None].contiguous(memory_format=torch.channels_last)
+    crop = cut_square(image, grown, side)[None].contiguous(memory_format=torch.channels_last)
     shown = ((image - 0.5).abs().amax(0, keepdim=True) > 0.02).float().expand(3, -1, -1)
-    mask = cut_square(shown, grown, net.config.size)[None, :1]
+    mask = cut_square(shown, grown, side)[None, :1]
     early = net.stem[0](crop - 0.5)
     layers, y = [crop - 0.5, early], net.stem[1](early)
     for i, stage in enumerate(net.stages):
@@ -88,11 +99,8 @@ def _pooled(net: Any, image: Tensor, square: HeadSquare) -> Float[Tensor, " feat
         layers.append(y)
         if i < len(net.downs):
             y = net.downs[i](y)
-    out = []
-    for layer in layers:
-        weight = interpolate(mask, size=layer.shape[-2:], mode="area")
-        out.append((layer * weight).sum((2, 3))[0] / weight.sum().clamp(min=1e-3))
-    return torch.cat(out)
+    weights = [interpolate(mask, size=layer.shape[-2:], mode="area") for layer in layers]
+    return [(layer, weight / weight.sum().clamp(min=1e-3)) for layer, weight in zip(layers, weights, strict=True)]
 
 
 def separation(vectors: Float[Tensor, "n dimensions"], people: Sequence[int]) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Photographs of people, each the only picture of its person: what is made of them from other sides.
 
-Three questions, for every method:
+Four questions, for every method:
 
 - *views*: is it still this person when the head turns? The portrait's identity against the frame's, by independent
   networks where there are any;
+- *likeness*: does a set of views look like photographs, by a kernel distance between the two sets?
 - *own view*: does a frame keep what the photograph shows?
 - *warp-back*: the photograph, carried to a turned view and kept where it is seen there, is the portrait, and the
   photograph is the truth for what was hidden.
@@ -30,6 +31,7 @@ from geodiff4d.core.images import read_image, write_image
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.data.clip import Clip
 from geodiff4d.evaluate.expression_gain import averaged
+from geodiff4d.evaluate.kernel_distance import head_features, kernel_distance
 from geodiff4d.evaluate.made import Made
 from geodiff4d.evaluate.methods import TITLES, Maker
 from geodiff4d.evaluate.metrics import bootstrap, psnr, sharpness
@@ -91,8 +93,10 @@ def run_photographs(
     names = [p.name for p in found]
     scores = own_view_scores(out, names, settings.methods)
     identities, absent = identity_scores(out, names, settings.methods, [r for r in each if r.key != "tracker"])
+    likeness = likeness_scores(out, names, settings.methods)
     result = {
         "photographs": len(found), "refused": refused, "size": size, "methods": scores, "identity": identities,
+        "likeness": likeness,
         "missing": missing | absent,
         "config": {"preset": settings.preset.name, "seed": settings.seed,
                    "model": "shipped" if settings.model is None else settings.model.name},
@@ -217,6 +221,18 @@ def identity_scores(
     return rows, absent
 
 
+def likeness_scores(out: Path, names: Sequence[str], methods: Sequence[str]) -> dict[str, Any]:
+    """Compare every view of all people with the photographs of the others (`kernel_distance`)."""
+
+    def features(what: str) -> Float[np.ndarray, "people features"]:
+        return head_features(read_image(frame_path(out, name, what)) for name in names)
+
+    real = features("portrait")
+    return {
+        m: {f"{t:+d}": averaged(kernel_distance(features(f"{m}_{t:+d}"), real)) for t in TURNS_DEG} for m in methods
+    }
+
+
 def table_markdown(result: dict[str, Any]) -> str:
     """Write table.md."""
 
@@ -238,6 +254,10 @@ def table_markdown(result: dict[str, Any]) -> str:
         lines += ["| | " + " | ".join(f"{t}°" for t in turns) + " |", "|---" * (len(turns) + 1) + "|"]
         for method, row in result["identity"].items():
             lines.append(f"| {TITLES[method]} | " + " | ".join(number(row[key][t], 3) for t in turns) + " |")
+    lines += ["", "## Kernel distance to the photographs (lower is more like them), by turn", ""]
+    lines += ["| | " + " | ".join(f"{t}°" for t in turns) + " |", "|---" * (len(turns) + 1) + "|"]
+    for method, row in result["likeness"].items():
+        lines.append(f"| {TITLES[method]} | " + " | ".join(number(row[t], 2) for t in turns) + " |")
     if result["refused"]:
         lines += ["", "## Left out", "", *(f"- {name}: {why}" for name, why in result["refused"].items())]
     return "\n".join([*lines, ""])
