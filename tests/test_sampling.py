@@ -9,12 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.precision import bf16_is_native
 from geodiff4d.video import memory
 from geodiff4d.video.attention import GroupNorm
 from geodiff4d.video.diffusion import DiffusionConfig
 from geodiff4d.video.expression import ExpressionConfig
 from geodiff4d.video.model import ConditionImages, Conditions, VideoModel, VideoModelConfig
-from geodiff4d.video.sample import ClipInputs, SampleConfig, bf16_is_native, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 from geodiff4d.video.unet import UNetConfig
 from geodiff4d.video.vae import PatchCodec, PatchCodecConfig
 

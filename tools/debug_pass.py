@@ -189,7 +189,10 @@ RECIPES = [
             ),
             *(f"runs/all/data/{name}" for name in ("people/val/people.json", "faces/val/faces.json")),
             *(f"runs/all/data/rows/{name}" for name in ("photographs/rgb.npy", "world_val/rgb.npy")),
-            *(f"runs/all/weights/{name}/*.safetensors" for name in ("embedded/*", "perception", "reader", "identity")),
+            *(
+                f"runs/all/weights/{name}/*.safetensors"
+                for name in ("embedded/*", "perception", "reader", "person", "identity")
+            ),
         ),
         says="| video | flicker [levels of 255] | ",
         prepare=photographs,

@@ -18,6 +18,7 @@ from geodiff4d.core.camera import Camera
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import read_object, refuse_foreign, write_json
 from geodiff4d.core.fingerprint import fingerprint
+from geodiff4d.core.precision import bf16_is_native
 from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.weights import weights_folder
 from geodiff4d.data.clip import Clip, ClipWriter
@@ -33,7 +34,6 @@ from geodiff4d.video.generate import DiffusionGenerator, Generated, GenerationRe
 from geodiff4d.video.inputs import Driving, Portrait, still_head, with_identity_of
 from geodiff4d.video.model import VideoModel, load_video_model
 from geodiff4d.video.parts import PART, Devices, Shown, plan_parts, views_of, write_parts
-from geodiff4d.video.sample import bf16_is_native
 from geodiff4d.video.vae import StableCodec
 
 SHIPPED_MODEL = weights_folder("embedded")

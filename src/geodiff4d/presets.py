@@ -21,6 +21,8 @@ from geodiff4d.render.viewpoints import CAPTURE_AZIMUTH_DEG
 from geodiff4d.tracking.learn import PerceptionTraining
 from geodiff4d.tracking.network import PerceptionConfig
 from geodiff4d.tracking.people import PeopleConfig
+from geodiff4d.tracking.person import PersonConfig
+from geodiff4d.tracking.person_training import PersonTraining
 from geodiff4d.tracking.reader import ReaderConfig
 from geodiff4d.tracking.reader_data import FacesConfig
 from geodiff4d.tracking.reader_training import ReaderTraining
@@ -61,6 +63,25 @@ class ReaderStage:
     """People and frames of the performances on which the weights of fit and reading are measured."""
     from_encoder: bool = False
     """Start the trunk from the expression encoder of the video model that ships."""
+
+
+@dataclass(frozen=True)
+class CutoutPeople:
+    """Rendered people that are cut out beside photographs'."""
+
+    subjects: int = 72
+    val_subjects: int = 8
+    frames: int = 3
+    views: int = 3
+    size: int = 256
+
+
+@dataclass(frozen=True)
+class PersonStage:
+    """How the network that tells people from their backgrounds is trained, and on whom."""
+
+    training: PersonTraining
+    people: CutoutPeople
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,8 @@ class Preset:
     """What tracking looks with; None where it is not trained."""
     reader: ReaderStage | None = None
     """What tracking reads expression and gaze with; None where it is not trained."""
+    person: PersonStage | None = None
+    """What tracking cuts people out with; None where it is not trained."""
     decoder: DecoderStage | None = None
     """What finishes the video model's frames; None where it is not trained."""
     identity: IdentityStage | None = None
@@ -217,6 +240,13 @@ _ROWS = (
             val_faces=FacesConfig("val", subjects=1, instants=2, size=96, supersample=1),
             measured_on=(1, 4),
         ),
+        person=PersonStage(
+            PersonTraining(
+                PersonConfig(64, (4, 4, 8, 8, 8, 8), 4), steps=4, batch=2, backgrounds=4, log_every=2,
+                validate_every=3, save_every=2, val_batches=1,
+            ),
+            CutoutPeople(subjects=2, val_subjects=1, frames=2, views=1, size=64),
+        ),
         decoder=DecoderStage(
             DecoderTraining(
                 DecoderConfig((8, 8), (1, 1)), steps=4, batch=2, size=64, warmup=1, log_every=1, validate_every=2,
@@ -257,6 +287,7 @@ _ROWS = (
         fit=FitConfig(coarse=0.6),
         perception=PerceptionStage(PerceptionTraining(), PeopleConfig(), PeopleConfig("val", subjects=30)),
         reader=ReaderStage(ReaderTraining(), FacesConfig(), FacesConfig("val", subjects=120), from_encoder=True),
+        person=PersonStage(PersonTraining(), CutoutPeople()),
         decoder=DecoderStage(DecoderTraining(), DecoderRowsConfig(), people=240, val_people=16),
         identity=IdentityStage(),
         temporal=(1, 2, 4),

@@ -18,10 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from geodiff4d.bench.count import Work, count_memory, count_work, weight_bytes
 from geodiff4d.bench.machine import Clock, Rates, measure_rates
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.precision import bf16_is_native
 from geodiff4d.presets import PRESETS, Preset, with_temporal_modules
 from geodiff4d.video.memory import parts
 from geodiff4d.video.model import Conditions, VideoModel
-from geodiff4d.video.sample import ClipInputs, SampleConfig, bf16_is_native, sample
+from geodiff4d.video.sample import ClipInputs, SampleConfig, sample
 from geodiff4d.video.vae import PatchCodec, StableCodec
 from geodiff4d.video.windows import plan_windows
 

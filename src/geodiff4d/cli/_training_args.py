@@ -12,15 +12,16 @@ class Args:
     """Options of `geodiff4d train`."""
 
     stage: Annotated[
-        Literal["all", "vae", "image", "video", "decoder", "perception", "reader", "identity"], tyro.conf.Positional
+        Literal["all", "vae", "image", "video", "decoder", "perception", "reader", "person", "identity"],
+        tyro.conf.Positional,
     ]
     """all: every network that ships, from nothing, by a recipe (it reads out, preset, recipe, dry-run, photographs,
     workers and seed of the options below). vae: the codec. image: stage 1 of the paper, the joint RGB + normal model
     without temporal modules. video: its second stage, temporal modules alone, from a stage-1 model. decoder: what
     finishes a model's frames, with the warped portrait. perception: what tracking looks with (landmarks, mask,
-    normals). reader: what reads expression and gaze from close crops of faces. identity: the open measure of identity.
-    decoder, perception and reader read preset, data, start, steps, workers and seed, decoder and reader photographs
-    too; identity reads preset and seed."""
+    normals). reader: what reads expression and gaze from close crops of faces. person: what tells people from their
+    backgrounds. identity: the open measure of identity. decoder, perception, reader and person read preset, data,
+    start, steps, workers and seed, all but perception photographs too; identity reads preset and seed."""
     out: Path
     """Run folder: config, log, curves, validation pictures, checkpoints, and the model to give to --model."""
     preset: Literal["debug", "embedded", "paper"] = "embedded"
@@ -49,7 +50,8 @@ class Args:
     photographs: Path | None = None
     """Folder with photographs of faces. The reader stage learns to read them alike however they are cut and spoiled; of
     two named ID_neutral and ID_smiling, that the second smiles no less. For the image and decoder stages they are the
-    truth for what a portrait hides (clips of `import portraits` too; what lies in a folder `val` below is held out)."""
+    truth for what a portrait hides (clips of `import portraits` too; what lies in a folder `val` below is held out).
+    The person stage cuts people out and puts them before others' backgrounds; a tenth of the people is held out."""
     steps: int | None = None
     """Train so many steps instead of the preset's."""
     ablate: tuple[Literal["joint", "domain-attention", "cross-view", "synthetic", "warp"], ...] = ()

@@ -13,6 +13,7 @@ _LOOP = {
 }  # fmt: skip
 _READ = {
     "vae": _COMMON, "perception": _COMMON | {"start"}, "reader": _COMMON | {"start", "photographs"},
+    "person": _COMMON | {"start", "photographs"},
     "decoder": _COMMON | {"start", "photographs"}, "identity": {"stage", "out", "preset", "seed"},
     "all": {"stage", "out", "preset", "recipe", "dry_run", "photographs", "workers", "seed"},
     "video": _COMMON | _LOOP, "image": _COMMON | _LOOP | {"sd", "vae", "parameters", "photographs"},
@@ -42,13 +43,13 @@ def run(args: Args) -> None:
             f"--ablate {' '.join(sorted(unread))}: the video stage knows cross-view alone; other parts are switched "
             "off in the image stage, whose model it takes"
         )
-    if args.stage in ("vae", "decoder", "perception", "reader") and len(args.data) > 1:
+    if args.stage in ("vae", "decoder", "perception", "reader", "person") and len(args.data) > 1:
         raise UserError(f"--data: the {args.stage} stage takes one folder of rendered people, got {len(args.data)}")
     if args.stage == "all":
         from geodiff4d.cli import COMMANDS, ENDLESS, _recipe
 
         _recipe.run_all(args, [name for name in COMMANDS if name not in ("fleet", *ENDLESS)])
-    elif args.stage in ("decoder", "perception", "reader", "identity"):
+    elif args.stage in ("decoder", "perception", "reader", "person", "identity"):
         _small_network(args)
     else:
         from geodiff4d.cli import _training
@@ -58,7 +59,7 @@ def run(args: Args) -> None:
 
 def _small_network(args: Args) -> None:
     """Train the guided decoder, or one of those that track or measure."""
-    from geodiff4d.cli import _decoder, _identity, _perception, _reader
+    from geodiff4d.cli import _decoder, _identity, _perception, _person, _reader
     from geodiff4d.core.errors import UserError
     from geodiff4d.presets import preset
 
@@ -68,6 +69,8 @@ def _small_network(args: Args) -> None:
         _perception.train(args.out, p.perception, *rest)
     elif args.stage == "reader" and p.reader is not None:
         _reader.train(args.out, p.reader, *rest, args.photographs)
+    elif args.stage == "person" and p.person is not None:
+        _person.train(args.out, p.person, *rest, args.photographs)
     elif args.stage == "decoder" and p.decoder is not None:
         _decoder.train(args.out, p.decoder, *rest, args.photographs)
     elif args.stage == "identity" and p.identity is not None:

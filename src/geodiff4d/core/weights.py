@@ -11,7 +11,7 @@ MOST_BYTES = 40_000_000
 
 
 def weights_folder(name: str) -> Path:
-    """Return the folder of a network that ships (`embedded`, `perception`, `reader`, `identity`), or of its namesake in
-    the folder that `GEODIFF4D_WEIGHTS` names."""
+    """Return the folder of a network that ships (`embedded`, `perception`, `reader`, `person`, `identity`), or of its
+    namesake in the folder that `GEODIFF4D_WEIGHTS` names."""
     named = os.environ.get(VARIABLE)
     return (Path(named) if named else Path(__file__).parents[1] / "assets") / name

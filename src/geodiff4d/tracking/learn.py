@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import smooth_l1_loss
 
-from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.precision import bf16_is_native
+from geodiff4d.core.rundir import OnRecord, RunFolder
+from geodiff4d.tracking.averaged import checkpoint, first_average, resume, update_average
 from geodiff4d.tracking.network import Look, Perception, PerceptionConfig, quick
 from geodiff4d.tracking.people import People
 from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
@@ -41,6 +43,7 @@ class PerceptionTraining:
     clip: float = 5.0
     ema: float = 0.998
     autocast: bool = True
+    """bf16 where the machine has it."""
     log_every: int = 25
     validate_every: int = 250
     save_every: int = 250
@@ -62,11 +65,11 @@ def train_perception(
         model.load_state_dict(start.state_dict())
     model = quick(model).train()
     optimiser = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = _resume(folder, model, optimiser, average)
+    average = first_average(model)
+    first = resume(folder, model, optimiser, average)
     scenes = Scenes(people, config.model.shapes, config.seed, config.backgrounds)
     checked = Scenes(val, config.model.shapes, 12345, min(config.backgrounds, 32))
-    began = time.monotonic()
+    half, began = config.autocast and bf16_is_native(torch.device("cpu")), time.monotonic()
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
             group["lr"] = config.lr * rate(step, config)
@@ -74,12 +77,12 @@ def train_perception(
         terms: dict[str, Tensor] = {}
         if config.batch:
             crops = scenes.crops(step, config.batch, size)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 look = model.look(crops.images)
             terms |= look_loss(look, crops)
         if config.pictures:
             pictures = scenes.pictures(step, config.pictures)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 found = model.find(pictures.images)
             terms |= find_loss(found, pictures)
         loss = torch.stack(list(terms.values())).sum()
@@ -87,7 +90,7 @@ def train_perception(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
-        _track(average, model, min(config.ema, (step + 1) / (step + 10)))
+        update_average(average, model, min(config.ema, (step + 1) / (step + 10)))
         last = step == config.steps - 1
         if step % config.log_every == 0 or last:
             record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 3)}
@@ -97,9 +100,7 @@ def train_perception(
             record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
             folder.log(record)
         if (step + 1) % config.save_every == 0 or last:
-            state = {f"model.{k}": v for k, v in model.state_dict().items()}
-            state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)
-            folder.save(state, step + 1)
+            folder.save(checkpoint(model, optimiser, average), step + 1)
             _averaged(config, people, average).save(folder.path / "perception")
     perception = _averaged(config, people, average)
     perception.save(folder.path / "perception")
@@ -204,27 +205,7 @@ def validate(model: Perception, scenes: Scenes, size: int, batches: int = 4) -> 
     }  # fmt: skip
 
 
-def _track(average: dict[str, Tensor], model: Perception, keep: float) -> None:
-    for k, v in model.state_dict().items():
-        if v.is_floating_point():
-            average[k].lerp_(v, 1 - keep)
-        else:
-            average[k].copy_(v)
-
-
 def _averaged(config: PerceptionTraining, people: People, average: dict[str, Tensor]) -> Perception:
     model = Perception(config.model, people.markup)
     model.load_state_dict(average)
     return quick(model).eval()
-
-
-def _resume(folder: RunFolder, model: Perception, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
-    found = folder.load()
-    if found is None:
-        return 0
-    tensors, step = found
-    with folder.restoring():
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
-        restore_optimiser(optimiser, tensors)
-    return step

@@ -64,17 +64,17 @@ class Look:
     shape: Float[Tensor, "b shapes"]
 
 
-class _Conv(nn.Sequential):
+class ConvNorm(nn.Sequential):
     def __init__(self, cin: int, cout: int, stride: int = 1, kernel: int = 3):
         super().__init__(
             nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)
         )
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.first = _Conv(channels, channels)
+        self.first = ConvNorm(channels, channels)
         self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
@@ -88,19 +88,19 @@ class Looker(nn.Module):
         super().__init__()
         self.config = config
         w, d = config.widths, config.dense
-        self.stem = nn.ModuleList([_Conv(3, 24, 2), _Conv(24, w[0], 2)])
+        self.stem = nn.ModuleList([ConvNorm(3, 24, 2), ConvNorm(24, w[0], 2)])
         self.stages, self.downs = nn.ModuleList(), nn.ModuleList()
         for i, (width, blocks) in enumerate(zip(w, config.blocks, strict=True)):
-            self.stages.append(nn.Sequential(*(_Residual(width) for _ in range(blocks))))
+            self.stages.append(nn.Sequential(*(Residual(width) for _ in range(blocks))))
             if i < 3:
-                self.downs.append(_Conv(width, w[i + 1], 2))
+                self.downs.append(ConvNorm(width, w[i + 1], 2))
         self.across = nn.ModuleList(
             [nn.Conv2d(w[3], w[2], 1), nn.Conv2d(w[2], w[1], 1), nn.Conv2d(w[1], d, 1), nn.Conv2d(w[0], d, 1)]
         )
-        self.merge = nn.ModuleList([_Conv(w[2], w[2], kernel=1), _Conv(w[1], w[1]), _Residual(d)])
+        self.merge = nn.ModuleList([ConvNorm(w[2], w[2], kernel=1), ConvNorm(w[1], w[1]), Residual(d)])
         self.heat = nn.Conv2d(d, config.points, 1)
         self.fine = nn.Conv2d(d, 64, 1)
-        self.dense = nn.Sequential(_Conv(16 + 24, 24), nn.Conv2d(24, 4, 1))
+        self.dense = nn.Sequential(ConvNorm(16 + 24, 24), nn.Conv2d(24, 4, 1))
         self.pool = nn.Sequential(nn.Linear(w[3], 160), nn.ReLU())
         self.guess = nn.Linear(160, config.points + 1 + 6 + config.shapes)
 
@@ -134,8 +134,8 @@ class Finder(nn.Module):
         super().__init__()
         a, b, c, d = config.finder
         self.body = nn.Sequential(
-            _Conv(3, a, 2), _Conv(a, b, 2), _Conv(b, c, 2), _Residual(c), _Conv(c, d, 2), _Residual(d), _Residual(d),
-            _Residual(d), nn.Conv2d(d, 6, 1),
+            ConvNorm(3, a, 2), ConvNorm(a, b, 2), ConvNorm(b, c, 2), Residual(c), ConvNorm(c, d, 2),
+            *(Residual(d) for _ in range(3)), nn.Conv2d(d, 6, 1),
         )  # fmt: skip
 
     def forward(self, images: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b 6 rows columns"]:

@@ -23,7 +23,7 @@ from geodiff4d.core.packing import packed
 from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.detect import Detection
 from geodiff4d.tracking.face_square import face_square
-from geodiff4d.tracking.network import folded, gram_schmidt
+from geodiff4d.tracking.network import ConvNorm, Residual, folded, gram_schmidt
 from geodiff4d.tracking.reading import Reading
 from geodiff4d.tracking.squares import cut_square
 from geodiff4d.world.expressions import ACTIONS
@@ -80,23 +80,6 @@ class Raw:
         return Raw(*(v[:count] for v in values)), Raw(*(v[count:] for v in values))
 
 
-class _Conv(nn.Sequential):
-    def __init__(self, cin: int, cout: int, stride: int = 1, kernel: int = 3):
-        super().__init__(
-            nn.Conv2d(cin, cout, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)
-        )
-
-
-class _Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.first = _Conv(channels, channels)
-        self.second = nn.Sequential(nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return torch.relu(x + self.second(self.first(x)))
-
-
 class FaceReader(nn.Module):
     """A crop of a face in, its expression out.
 
@@ -123,8 +106,8 @@ class FaceReader(nn.Module):
         self.face = face_trunk(c.trunk_size, c.widths, c.squeeze, attention=True)
         self.to_latent = nn.Linear(c.squeeze * cells, c.latent)
         self.eye = nn.Sequential(
-            _Conv(3, e[0], 2), _Conv(e[0], e[1], 2), _Residual(e[1]), _Conv(e[1], e[2], 2), _Residual(e[2]),
-            _Conv(e[2], c.eye_squeeze, kernel=1),
+            ConvNorm(3, e[0], 2), ConvNorm(e[0], e[1], 2), Residual(e[1]), ConvNorm(e[1], e[2], 2), Residual(e[2]),
+            ConvNorm(e[2], c.eye_squeeze, kernel=1),
         )  # fmt: skip
         self.face_features = nn.Sequential(
             nn.LayerNorm(c.latent, elementwise_affine=False), nn.Linear(c.latent, c.features), nn.ReLU(inplace=True)

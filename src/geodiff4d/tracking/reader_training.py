@@ -16,8 +16,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import smooth_l1_loss
 
-from geodiff4d.core.rundir import OnRecord, RunFolder, optimiser_tensors, restore_optimiser
+from geodiff4d.core.rundir import OnRecord, RunFolder
 from geodiff4d.render.viewpoints import openhead
+from geodiff4d.tracking.averaged import checkpoint, first_average, resume, update_average
 from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
 from geodiff4d.tracking.reader_data import Faces, visible_skin
 from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calibration
@@ -77,8 +78,8 @@ def train_reader(
             model.take_trunk(encoder)
     _channels_last(model).train()
     optimiser = _optimiser(model, config, encoder is not None)
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    first = _resume(folder, model, optimiser, average)
+    average = first_average(model)
+    first = resume(folder, model, optimiser, average)
     scenes = FaceScenes(faces, config.seed, config.backgrounds)
     checked = FaceScenes(val, 12345, min(config.backgrounds, 32))
     teacher = averaged(config, average)
@@ -106,7 +107,7 @@ def train_reader(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimiser.step()
-        _track(average, model, min(config.ema, (step + 1) / (step + 10)))
+        update_average(average, model, min(config.ema, (step + 1) / (step + 10)))
         last = step == config.steps - 1
         if step % config.log_every == 0 or last:
             record: dict[str, Any] = {"step": step, "loss": round(loss.item(), 3), "rows": len(rows)}
@@ -116,9 +117,7 @@ def train_reader(
             record["seconds_per_step"] = round((time.monotonic() - began) / (step - first + 1), 3)
             folder.log(record)
         if (step + 1) % config.save_every == 0 or last:
-            state = {f"model.{k}": v for k, v in model.state_dict().items()}
-            state |= {f"average.{k}": v for k, v in average.items()} | optimiser_tensors(optimiser)
-            folder.save(state, step + 1)
+            folder.save(checkpoint(model, optimiser, average), step + 1)
     reader = averaged(config, average)
     calibrate(reader, checked)
     reader.save(folder.path / "reader")
@@ -224,23 +223,3 @@ def _channels_last(model: FaceReader) -> FaceReader:
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
     return model
-
-
-def _track(average: dict[str, Tensor], model: FaceReader, keep: float) -> None:
-    for k, v in model.state_dict().items():
-        if v.is_floating_point():
-            average[k].lerp_(v, 1 - keep)
-        else:
-            average[k].copy_(v)
-
-
-def _resume(folder: RunFolder, model: FaceReader, optimiser: torch.optim.Optimizer, average: dict[str, Tensor]) -> int:
-    found = folder.load()
-    if found is None:
-        return 0
-    tensors, step = found
-    with folder.restoring():
-        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        average.update({k.removeprefix("average."): v for k, v in tensors.items() if k.startswith("average.")})
-        restore_optimiser(optimiser, tensors)
-    return step

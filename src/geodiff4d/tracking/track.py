@@ -33,6 +33,7 @@ from geodiff4d.tracking.corrections import anchors, corrected, read_points
 from geodiff4d.tracking.detect import Box, Detection, Detector
 from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
+from geodiff4d.tracking.person import person_in, shipped_person_net
 from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.shots import Shots, longest
 from geodiff4d.tracking.source import first_size, focal_length, frame_rate, frames_of, is_video
@@ -353,6 +354,9 @@ def _matte(crop: Tensor, detection: Detection | None, width: int, fragments: Fra
     if detection is not None and detection.mask is not None:
         person = _spanned(detection.mask, detection.extent, width, located.box, len(crop[0])).clamp(0, 1)
     part = interpolate(fragments, located.mesh.faces, located.region.float()[:, None])[0] > 0.5
+    net = shipped_person_net()
+    if net is not None:
+        person = person_in(crop, fragments.mask, part, net)
     return matte(crop, person, fragments.mask, part)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.core.errors import UserError
+from geodiff4d.core.precision import bf16_is_native
 from geodiff4d.core.progress import Progress, advancing, silent
 from geodiff4d.video.attention import ReferenceKV
 from geodiff4d.video.diffusion import SamplerName, make_sampler
@@ -81,13 +82,6 @@ def autocast(device: torch.device, enabled: bool, keep_weights: bool = True):
     if not enabled or not bf16_is_native(device):
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=keep_weights)
-
-
-def bf16_is_native(device: torch.device) -> bool:
-    """Whether the machine computes in bf16 rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
