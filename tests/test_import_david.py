@@ -1,7 +1,5 @@
 """A DAViD-shaped ONNX file, written here byte by byte and run by onnxruntime: input, output and joining."""
 
-import struct
-
 import pytest
 import torch
 
@@ -14,34 +12,7 @@ from geodiff4d.data.importer import ImportConfig, import_sources
 from geodiff4d.data.importing import Choice, Report
 from geodiff4d.data.joins import Joins
 from mini_datasets import COLOUR_MATRIX, make_nersemble, performance, png
-
-
-def varint(n: int) -> bytes:
-    out = b""
-    while n > 127:
-        out, n = out + bytes([n & 127 | 128]), n >> 7
-    return out + bytes([n])
-
-
-def field(number: int, value: int | bytes | str) -> bytes:
-    """One protobuf field: a number, or text, bytes and messages with their length."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    value = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(value)) + value
-
-
-def node(op: str, inputs: list[str], output: str) -> bytes:
-    return field(1, b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, op))
-
-
-def tensor_info(number: int, name: str, shape: tuple[int, ...]) -> bytes:
-    dims = b"".join(field(1, field(1, n)) for n in shape)
-    return field(number, field(1, name) + field(2, field(1, field(1, 1) + field(2, dims))))
-
-
-def scalar(name: str, value: float) -> bytes:
-    return field(5, field(2, 1) + field(8, name) + field(9, struct.pack("<f", value)))
+from mini_onnx import field, network_file, node, scalar, tensor_info
 
 
 def write_network(path, side=512):
@@ -51,8 +22,7 @@ def write_network(path, side=512):
     graph += node("Identity", ["image"], "foreground") + field(2, "mini")
     graph += scalar("two", 2.0) + scalar("one", 1.0) + tensor_info(11, "image", shape)
     graph += tensor_info(12, "foreground", shape) + tensor_info(12, "pred_normal", shape)
-    path.write_bytes(field(1, 8) + field(7, graph) + field(8, field(1, "") + field(2, 17)))
-    return path
+    return network_file(path, graph)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,9 @@ class Args:
     """Focal length of the uncut image; by default from EXIF, else assumed."""
     mask: Path | None = None
     """Your own cut-out of an image: one of the same size, the person in white on black."""
+    matting: Path | None = None
+    """Your own matting network to cut the person out with, an ONNX file (MODNet, U²-Net, BiRefNet, say; needs the extra
+    `onnx`), instead of the one that ships."""
     points: Path | None = None
     """Where named points of an image's face are, if the overlay is wrong: a JSON object of [x, y] in its pixels, by
     name (docs/TRACKING.md; the clip's transforms.json has those that were found, under `points`)."""
@@ -55,13 +58,16 @@ def run(args: Args) -> None:
     first, *others = args.input
     refuse_foreign(args.out, first, *others)
     together = args.portrait or bool(others)
-    own = (("--mask", args.mask), ("--points", args.points))
+    if args.mask is not None and args.matting is not None:
+        raise UserError("--mask and --matting both say what the foreground is: leave one out")
+    own = (("--mask", args.mask), ("--points", args.points), ("--matting", args.matting))
     for option, given in (*own, ("--limit", args.limit), ("--focal-px", args.focal_px)):
         if together and given is not None:
             raise UserError(f"{option} is for one image or video: several portraits are tracked as they are")
     config = TrackingConfig(
-        size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask, points=args.points
-    )
+        size=args.size, limit=args.limit, focal_px=args.focal_px, mask=args.mask, points=args.points,
+        matting=args.matting,
+    )  # fmt: skip
     chosen = {"mediapipe": MediaPipeDetector, "embedded": EmbeddedDetector, None: default_detector}
     detector = chosen[args.detector]()
     if together:

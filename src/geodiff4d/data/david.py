@@ -6,14 +6,15 @@ renormalised. Of a file with several outputs (depth, normal, foreground) the one
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from geodiff4d.core.errors import UserError, install_extra
+from geodiff4d.core.errors import UserError
+from geodiff4d.core.onnx_file import open_onnx
 
 SIDE = 512
 
@@ -27,28 +28,13 @@ class DavidNormals:
         True
     """
 
-    def __init__(self, path: Path, device: str = "auto"):
+    def __init__(self, path: Path, device: Literal["auto", "cpu", "cuda"] = "auto"):
         """Load the file; `device` is cpu, cuda, or auto for cuda where onnxruntime has it.
 
         Raises:
             UserError: onnxruntime or its CUDA build is missing, or the file is not such a network.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f"running an ONNX file needs onnxruntime: run `{install_extra('onnx')}`") from None
-        has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        if device == "cuda" and not has_cuda:
-            raise UserError("this onnxruntime has no CUDA: install onnxruntime-gpu, or pass --device cpu")
-        providers = ["CUDAExecutionProvider"] * (has_cuda and device != "cpu") + ["CPUExecutionProvider"]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:
-            # onnxruntime raises a dozen types of its own.
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{path} is not an ONNX file that runs here ({reason}): expected DAViD's normals") from None
+        self._session = open_onnx(path, "DAViD's normals", device)
         inputs = self._session.get_inputs()
         self._input = inputs[0].name
         self._output = self._named_output(path)

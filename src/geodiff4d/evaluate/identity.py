@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from geodiff4d.core.errors import UserError, install_extra
+from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model
+from geodiff4d.core.onnx_file import open_onnx
 from geodiff4d.core.weights import weights_folder
 from geodiff4d.tracking.network import Perception, load_perception
 from geodiff4d.tracking.squares import HeadSquare, cut_square
@@ -130,20 +131,8 @@ class ArcFace:
         Raises:
             UserError: onnxruntime is not installed, or the file is missing or something else.
         """
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UserError(f"--arcface needs onnxruntime: run `{install_extra('onnx')}`") from None
-        if not Path(path).is_file():
-            raise UserError(
-                f"--arcface {path} does not exist: expected an ONNX file (insightface's w600k_r50.onnx, say)"
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own types are not exported
-            raise UserError(f"--arcface {path} is not an ONNX file that can be read ({error})") from None
+        expected = "for --arcface an ONNX file (insightface's w600k_r50.onnx, say)"
+        self.session = open_onnx(path, expected, threads=torch.get_num_threads())
         first = self.session.get_inputs()[0]
         if len(first.shape) != 4 or list(first.shape[1:]) != [3, ARCFACE_SIZE, ARCFACE_SIZE]:
             raise UserError(f"--arcface {path} takes {first.shape}: expected N×3×112×112, as ArcFace does")

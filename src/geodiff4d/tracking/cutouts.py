@@ -155,7 +155,7 @@ def _bars(image: np.ndarray) -> np.ndarray:
     grey = ((image > BAR[0] - 1e-3) & (image < BAR[1] + 1e-3)).all(0)
     bars = np.zeros(grey.shape, bool)
     for plane, bar in ((grey, bars), (grey.T, bars.T)):
-        lines = np.asarray(plane.all(1))
+        lines = np.asarray(plane.all(axis=-1))
         first, last = int(lines.argmin()), int(lines[::-1].argmin())
         bar[:first] = True
         bar[len(lines) - last :] = True

@@ -31,11 +31,13 @@ def matte(
     person: Float[Tensor, "1 size size"] | None,
     mesh: Bool[Tensor, "size size"],
     head: Bool[Tensor, "size size"],
+    exact: bool = False,
 ) -> Float[Tensor, "1 size size"]:
     """Return the foreground, 0 to 1, of one image.
 
     `person` is a segmentation, if there is one; `mesh` the silhouette of the whole tracked head and bust, `head` of the
-    part above the chin (`render.crops.head_region`).
+    part above the chin (`render.crops.head_region`). An `exact` segmentation is a matte already: it is neither
+    corrected by colours nor drawn to the image's edges.
     """
     whole, skull = mesh.numpy(), head.numpy()
     if not whole.any():
@@ -46,9 +48,10 @@ def matte(
     else:
         # The mesh is wrong at its rim (ears, chin), never inside.
         core = binary_erosion(skull, iterations=max(int(0.05 * size_px), 1))
-        told = corrected(image.numpy(), person[0].numpy(), whole, size_px)
+        told = person[0].numpy() if exact else corrected(image.numpy(), person[0].numpy(), whole, size_px)
         foreground = np.maximum(told, gaussian_filter(core.astype(np.float32), 0.01 * size_px))
-        foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
+        if not exact:
+            foreground = _guided(image.numpy(), foreground, max(int(FILTER_RADIUS * size_px), 1))
     foreground = foreground * allowed(whole, size_px)
     whole_parts = _without_islands(foreground)
     near = np.clip(2 - _distance_to(whole_parts > 0.5) / (HAZE * size_px), 0, 1)

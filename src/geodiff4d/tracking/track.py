@@ -33,6 +33,7 @@ from geodiff4d.tracking.corrections import anchors, corrected, read_points
 from geodiff4d.tracking.detect import Box, Detection, Detector
 from geodiff4d.tracking.fit import HeadFit, fit
 from geodiff4d.tracking.matte import matte, smooth_over_time
+from geodiff4d.tracking.matting_file import MattingFile
 from geodiff4d.tracking.person import person_in, shipped_person_net
 from geodiff4d.tracking.problem import HeadFitConfig
 from geodiff4d.tracking.shots import Shots, longest
@@ -59,6 +60,8 @@ class TrackingConfig:
     """Focal length of the uncut images; by default from the photograph's EXIF, else assumed from the head's size."""
     mask: Path | None = None
     """An image's foreground (white) in an image of the same size, where the user knows better than the detector."""
+    matting: Path | None = None
+    """A matting network of the user's (`matting_file.py`), in place of the one that ships."""
     points: Path | None = None
     """Where named points of an image's face are, where the user knows better (`corrections.read_points`)."""
     fit: HeadFitConfig = field(default_factory=HeadFitConfig)
@@ -150,7 +153,9 @@ def track_frames(
     """
     located = locate(lambda: images, head, detector or default_detector(), config, video, progress)
     first, last = located.span or (0, len(images))
-    cuts = list(cut_frames(lambda: progress(images[first:last], "matting"), located, config.size))
+    cuts = list(
+        cut_frames(lambda: progress(images[first:last], "matting"), located, config.size, matting=_matting(config))
+    )
     normals = [c.normal for c in cuts]
     blank = torch.zeros(3, config.size, config.size)
     return Tracked(
@@ -210,7 +215,7 @@ def track(
         def recorded() -> Iterator[tuple[int, Cut]]:
             """Write frame by frame, and hand each on."""
             shot = lambda: islice(frames(), first, last)  # noqa: E731
-            cuts = cut_frames(lambda: progress(shot(), "matting", count), located, config.size, mask)
+            cuts = cut_frames(lambda: progress(shot(), "matting", count), located, config.size, mask, _matting(config))
             for t, cut in enumerate(cuts):
                 writer.add_params(t, result.params[t])
                 if t in unread:
@@ -279,6 +284,10 @@ def locate(
     return Located(detections, result, mesh, box, crop, region, focal_source, shots, span)
 
 
+def _matting(config: TrackingConfig) -> MattingFile | None:
+    return None if config.matting is None else MattingFile(config.matting)
+
+
 def _given_mask(path: Path, source: Path, video: bool, size: tuple[int, int]) -> Float[Tensor, "1 height width"]:
     if video:
         raise UserError(f"a mask is of one image, and {source} is a video: leave --mask out")
@@ -293,9 +302,13 @@ def _given_mask(path: Path, source: Path, video: bool, size: tuple[int, int]) ->
 
 
 def cut_frames(
-    frames: FrameStream, located: Located, size: int, mask: Float[Tensor, "1 _height _width"] | None = None
-) -> Iterator[Cut]:
-    """Yield every frame's crop with its foreground, smoothed over time, and its normals; `mask` is the user's own."""
+    frames: FrameStream, located: Located, size: int, mask: Float[Tensor, "1 _height _width"] | None = None,
+    matting: MattingFile | None = None,
+) -> Iterator[Cut]:  # fmt: skip
+    """Yield every frame's crop with its foreground, smoothed over time, and its normals.
+
+    `mask` is the user's own foreground, `matting` their own network.
+    """
 
     def seen(item: tuple[Tensor, Detection | None, Tensor]) -> Cut:
         image, detection, vertices = item
@@ -305,7 +318,7 @@ def cut_frames(
             return Cut(crop, crop_image(mask, located.box, size, fill=0.0).clamp(0, 1), None, fragments)
         # A body goes on below an image, but what is shown there is grey.
         shown = crop_image(torch.ones_like(image[:1]), located.box, size, fill=0.0).clamp(0, 1)
-        return Cut(crop, _matte(crop, detection, image.shape[2], fragments, located) * shown, None, fragments)
+        return Cut(crop, _matte(crop, detection, image.shape[2], fragments, located, matting) * shown, None, fragments)
 
     work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
     cuts = in_threads(seen, work)
@@ -349,13 +362,17 @@ def _listed(frames: Sequence[int], most: int = 8) -> str:
     return ", ".join(map(str, frames[:most])) + (" …" if len(frames) > most else "")
 
 
-def _matte(crop: Tensor, detection: Detection | None, width: int, fragments: Fragments, located: Located) -> Tensor:
+def _matte(
+    crop: Tensor, detection: Detection | None, width: int, fragments: Fragments, located: Located,
+    matting: MattingFile | None,
+) -> Tensor:  # fmt: skip
     person = None
     if detection is not None and detection.mask is not None:
         person = _spanned(detection.mask, detection.extent, width, located.box, len(crop[0])).clamp(0, 1)
     part = interpolate(fragments, located.mesh.faces, located.region.float()[:, None])[0] > 0.5
-    net = shipped_person_net()
-    if net is not None:
+    if matting is not None:
+        return matte(crop, matting(crop, part), fragments.mask, part, exact=True)
+    if (net := shipped_person_net()) is not None:
         person = person_in(crop, fragments.mask, part, net)
     return matte(crop, person, fragments.mask, part)
 
