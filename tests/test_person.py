@@ -7,7 +7,10 @@ import torch
 
 from geodiff4d.core.errors import UserError
 from geodiff4d.data.clip import Clip, ClipWriter
-from geodiff4d.data.world_clips import write_clip
+from geodiff4d.data.world_clips import subject_cameras, subject_motion, write_clip
+from geodiff4d.heads import load_head
+from geodiff4d.render import meshes
+from geodiff4d.render.crops import head_region
 from geodiff4d.tracking.cutouts import Cutouts, gather_cutouts, is_held_out, pieces, plain_background
 from geodiff4d.tracking.person import PersonConfig, PersonNet, load_person_net, person_in
 from geodiff4d.tracking.person_scenes import PersonScenes, recoloured, rooms
@@ -113,6 +116,8 @@ def test_network_file(tmp_path):
     told = person_in(crop, mesh, mesh, model)
     assert told.shape == (1, 128, 128) and 0 <= told.min() <= told.max() <= 1
     torch.testing.assert_close(person_in(crop, mesh, mesh, again), told, atol=1e-2, rtol=0)
+    both = [person_in(x, mesh, mesh, model, twice=True) for x in (crop, crop.flip(-1))]
+    torch.testing.assert_close(both[0], both[1].flip(-1), msg="looked at twice, left and right are alike")
     for name, says in (("nothing", "not a model folder"), ("net", "damaged")):
         (tmp_path / "net/model.safetensors").write_bytes(b"damaged")
         load_person_net.cache_clear()
@@ -140,3 +145,24 @@ def test_training_resumes_exactly(tmp_path):
     shutil.rmtree(tmp_path / "b/person")  # Killed between the last checkpoint and the network that is made of it.
     train_person(tmp_path / "b", people, people, config)
     assert load_person_net(tmp_path / "b/person").config == TINY
+
+
+def test_the_network_that_ships_takes_no_door_for_hair(subject):
+    """A person of the open world before planks of the hair's own colour, upright and dark at their joints."""
+    params = subject_motion(subject, 1, "speech")
+    cameras = subject_cameras(subject, params, [0], 256)
+    out = subject.render(params, cameras)
+    head = load_head("openhead")
+    fragments = meshes.rasterize(head.pose(params[0]).vertices, head.faces, cameras[0])
+    part = meshes.interpolate(fragments, head.faces, head_region(head).float()[:, None])[0] > 0.5
+    alpha = out.mask[0]
+    hair = (alpha[0] > 0.9) & ~fragments.mask
+    own = out.rgb[0][:, hair].mean(1)
+    planks = own[:, None, None] * (0.75 + 0.5 * torch.rand(1, 1, 8, generator=torch.Generator().manual_seed(0)))
+    door = planks.repeat_interleave(32, -1).expand(3, 256, 256).clone()
+    door[:, :, ::32] *= 0.4
+    door = (door + 0.02 * torch.randn(3, 256, 256, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    told = person_in(out.rgb[0] * alpha + door * (1 - alpha), fragments.mask, part, load_person_net())
+    beyond = ~fragments.mask[None]
+    assert ((told > 0.5) & beyond & (alpha < 0.1)).float().sum() < 0.02 * alpha.sum(), "the door stays behind"
+    assert ((told > 0.5) & (alpha > 0.9)).sum() > 0.93 * (alpha > 0.9).sum(), "the person is kept"

@@ -115,15 +115,20 @@ def channels_last(model: PersonNet) -> PersonNet:
 @torch.no_grad()
 def person_in(
     crop: Float[Tensor, "3 side side"], mesh: Bool[Tensor, "side side"], head: Bool[Tensor, "side side"],
-    model: PersonNet,
+    model: PersonNet, twice: bool = False,
 ) -> Float[Tensor, "1 side side"]:  # fmt: skip
     """Return how surely each pixel of a canonical crop is the person's, 0 to 1.
 
-    `mesh` is the silhouette of the whole tracked head and bust, `head` of the part above the chin.
+    `mesh` is the silhouette of the whole tracked head and bust, `head` of the part above the chin. `twice` looks at the
+    mirrored crop as well, and takes the mean of the logits.
     """
     size, side = model.config.size, crop.shape[-1]
     both = torch.cat([crop, torch.stack([mesh, head]).float()])[None]
     small = both if side == size else interpolate(both, (size, size), mode="area" if side > size else "bilinear")
     small = small.contiguous(memory_format=torch.channels_last)
-    told = model(small[:, :3], small[:, 3:]).sigmoid()
+    logits = model(small[:, :3], small[:, 3:])
+    if twice:
+        mirrored = small.flip(-1)
+        logits = (logits + model(mirrored[:, :3], mirrored[:, 3:]).flip(-1)) / 2
+    told = logits.sigmoid()
     return interpolate(told, (side, side), mode="bilinear")[0] if side != size else told[0]

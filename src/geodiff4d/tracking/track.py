@@ -373,7 +373,7 @@ def _matte(
     if matting is not None:
         return matte(crop, matting(crop, part), fragments.mask, part, exact=True)
     if (net := shipped_person_net()) is not None:
-        person = person_in(crop, fragments.mask, part, net)
+        person = person_in(crop, fragments.mask, part, net, twice=len(located.detections) == 1)
     return matte(crop, person, fragments.mask, part)
 
 
