@@ -91,6 +91,14 @@ def test_pictures_are_people_before_other_backgrounds():
     a, again, other = scenes.crops(3, 6), scenes.crops(3, 6), scenes.crops(4, 6)
     assert torch.equal(a.images, again.images) and not torch.equal(a.images, other.images)
     assert a.images.min() >= 0 and a.images.max() <= 1 and set(a.heads.unique().tolist()) <= {0.0, 1.0}
+    # What lies beyond a picture repeats its edges, and is not asked for.
+    many = scenes.crops(0, 40)
+    assert set(many.shown.unique().tolist()) == {0.0, 1.0} and many.shown.mean() > 0.7
+    edge = (many.shown[:, 0, 32, :-1] > 0) & (many.shown[:, 0, 32, 1:] == 0)
+    row, column = edge.nonzero()[0].tolist()
+    torch.testing.assert_close(
+        many.images[row, :, 32, column + 1 :], many.images[row, :, 32, -1:].expand(3, 63 - column)
+    )
     # Silhouettes are where the person is, a tracker's error aside.
     assert ((a.heads[:, :1] > 0) == (a.alpha > 0.5)).float().mean() > 0.9
     made = rooms(3, 64, torch.Generator().manual_seed(0))

@@ -24,6 +24,7 @@ from geodiff4d.core.progress import Progress, silent
 from geodiff4d.core.video import write_video
 from geodiff4d.core.workers import in_order
 from geodiff4d.data.clip import Clip
+from geodiff4d.evaluate.demo_photograph import photograph_views
 from geodiff4d.evaluate.demo_report import Scored, write_overview, write_report
 from geodiff4d.evaluate.metrics import PairScores, Truth, score, silhouette_iou
 from geodiff4d.evaluate.pairs import Pair, make_pair, scored_shots, silhouette_orbit, track_pair, truth_frames
@@ -139,6 +140,10 @@ def run_demo(
     avatar = Avatar.load(out / "avatar")
     with watch.stage("render"):
         _videos(out, avatar, clip, config)
+    photograph = None
+    if config.tracking == "pixels":
+        with watch.stage("photograph"):
+            photograph = photograph_views(out / "photograph", head, generator, progress)
     scores = PairScores(config.pairs)
     with watch.stage("score"):
         if config.tracking == "pixels":
@@ -159,7 +164,7 @@ def run_demo(
     metrics["differences"] = _differences(scores)
     write_json(out / "metrics.json", metrics)
     write_overview(out / "overview.png", kept[0], avatar)
-    write_report(out, metrics, scores, kept, first, avatar)
+    write_report(out, metrics, scores, kept, first, avatar, photograph)
     return metrics
 
 
@@ -167,7 +172,7 @@ def forget_others(out: Path, ours: str) -> None:
     """Remove the stages another configuration or other weights left in the folder."""
     note = out / "demo.json"
     if note.exists() and read_object(note).get("fingerprint") != ours:
-        for stale in ("clip", "avatar", "avatar.run", "frames", "pairs"):
+        for stale in ("clip", "avatar", "avatar.run", "frames", "pairs", "photograph"):
             shutil.rmtree(out / stale, ignore_errors=True)
     write_json(note, {"fingerprint": ours})
 

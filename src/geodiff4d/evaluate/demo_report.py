@@ -13,6 +13,7 @@ from geodiff4d.avatar.drive import head_centre
 from geodiff4d.avatar.model import Avatar
 from geodiff4d.core.camera import turned
 from geodiff4d.core.images import encode_normals, read_image, write_image
+from geodiff4d.evaluate.demo_photograph import PhotographViews, photograph_section
 from geodiff4d.evaluate.metrics import PairScores, Truth
 from geodiff4d.evaluate.pairs import Pair
 from geodiff4d.evaluate.report import Grid, Note, Plot, Report, Section, Table, Video, build_report, interval_plot
@@ -45,16 +46,20 @@ class Scored:
 
 
 def write_report(
-    out: Path, metrics: dict[str, Any], scores: PairScores, kept: list[Scored], first: Pair, avatar: Avatar
-) -> None:
+    out: Path, metrics: dict[str, Any], scores: PairScores, kept: list[Scored], first: Pair, avatar: Avatar,
+    photograph: PhotographViews | None = None,
+) -> None:  # fmt: skip
     """Write `out/report.html`, self-contained."""
-    sections = [_inputs(out, first), _generated(kept), _avatar(out, metrics, avatar), _figures(metrics, scores)]
+    sections = [_inputs(out, first), _generated(kept), _avatar(out, metrics, avatar)]
+    if photograph is not None:
+        sections.append(photograph_section(photograph))
+    sections.append(_figures(metrics, scores))
     seconds = ", ".join(f"{k} {v:.0f} s" for k, v in metrics["seconds"].items())
     machine = f"{platform.machine()} with {torch.get_num_threads()} threads, torch {torch.__version__}"
     footer = f"`geodiff4d demo` on {machine}; {seconds}."
     lead = (
         "One portrait and someone else's performance went in. The video model made frames and surface normals of that "
-        "person from several cameras, and an avatar of 3D Gaussians was fitted to them. Everyone on this page is made "
+        "person from several cameras, and an avatar of 3D Gaussians was fitted to them. All here but one are made "
         "up by a program: people of the open world's test split, whom the model has never seen."
     )
     build_report(out / "report.html", Report("From one portrait to an avatar", lead, sections, footer))

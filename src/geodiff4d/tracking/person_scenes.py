@@ -17,6 +17,12 @@ BYSTANDER = 0.1
 """Share of pictures with somebody else beside the person."""
 ALIKE = 0.35
 """Share of backgrounds that take a colour of the person's: hair before a wooden door."""
+HAIRS = 0.6
+"""Share of those colours that are taken beside the tracked head: its hair's, or its clothes'."""
+DOOR = 0.25
+"""Share of pictures with a door or a cupboard of such a colour behind the head, upright beside it as long hair is."""
+BEYOND = 0.3
+"""Share of pictures that end within the crop, whose edges are repeated beyond."""
 CLEAN = 0.4
 """Share of pictures that no bad camera spoils."""
 ZOOM, TURN, SHIFT = (0.82, 1.15), 0.06, 0.04
@@ -33,6 +39,8 @@ class PersonCrops:
     heads: Float[Tensor, "b 2 size size"]
     """Silhouettes of the whole tracked mesh and of the head alone."""
     alpha: Float[Tensor, "b 1 size size"]
+    shown: Float[Tensor, "b 1 size size"]
+    """0 beyond a picture that ends within the crop: nothing is asked for there."""
 
 
 class PersonScenes:
@@ -50,14 +58,19 @@ class PersonScenes:
         g = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         colour, alpha, heads = self._people(batch, g)
         behind = self._behind(batch, g)
-        behind = torch.where(chance(batch, ALIKE, g) > 0, recoloured(behind, colour, alpha, g), behind)
+        # Beside the head is mostly hair, of which a door has to be told.
+        own = torch.where(chance(batch, HAIRS, g) > 0, alpha * (1 - heads[:, :1]), alpha)
+        behind = torch.where(chance(batch, ALIKE, g) > 0, recoloured(behind, colour, own, g), behind)
+        room = recoloured(self.rooms[torch.randint(len(self.rooms), (batch,), generator=g)], colour, own, g)
+        behind = torch.where(_panel(batch, self.size, g) * chance(batch, DOOR, g) > 0, room, behind)
         behind = self._bystanders(behind, g)
         colour = (
             colour * torch.exp(uniform(batch, -0.5, 0.25, g)) * (1 + 0.06 * torch.randn(batch, 3, 1, 1, generator=g))
         )
         images = (colour + (1 - alpha) * behind).clamp(0, 1)
         images = torch.where(chance(batch, CLEAN, g) > 0, images, photographed(images, g))
-        return PersonCrops(images.contiguous(memory_format=torch.channels_last), heads, alpha)
+        images, shown = _ended(images, chance(batch, BEYOND, g), g)
+        return PersonCrops(images.contiguous(memory_format=torch.channels_last), heads, alpha, shown)
 
     def _people(self, n: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Draw people: colour times alpha, alpha, silhouettes."""
@@ -132,6 +145,15 @@ def rooms(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 3 size size
     return (out + grain[0] * chance(n, 0.5, g) + grain[1] * chance(n, 0.3, g) + cloud).clamp(0, 1)
 
 
+def _panel(n: int, size: int, g: torch.Generator) -> Float[Tensor, "n 1 size size"]:
+    """Draw an upright rectangle each, most of them behind a head in the middle and wider than it."""
+    line = torch.linspace(-1, 1, size)
+    left, right = (uniform(n, -1.0, -0.15, g), uniform(n, 0.15, 1.0, g))
+    top, bottom = (uniform(n, -1.3, -0.2, g), uniform(n, 0.4, 1.6, g))
+    across = ((line > left) & (line < right)).float()
+    return across * ((line[:, None] > top) & (line[:, None] < bottom)).float()
+
+
 def _stripes(n: int, count: int, size: int, g: torch.Generator) -> Float[Tensor, "n 3 size"]:
     """Draw piecewise constant functions of one coordinate, -1 to 1, some of them regular."""
     edges = torch.rand(n, count, generator=g).sort(1).values
@@ -156,6 +178,20 @@ def recoloured(
     own = colour.flatten(2).gather(2, place)[..., None]
     mean = behind.mean((2, 3), keepdim=True)
     return (own + (behind - mean) * uniform(n, 0.15, 1.0, g)).clamp(0, 1)
+
+
+def _ended(
+    images: Float[Tensor, "n 3 size size"], which: Float[Tensor, "n 1 1 1"], g: torch.Generator
+) -> tuple[Float[Tensor, "n 3 size size"], Float[Tensor, "n 1 size size"]]:
+    """Let some pictures end on some sides before the crop does, and repeat their edges; say what is shown."""
+    n, _, size, _ = images.shape
+    ends = 1 - 0.45 * torch.rand(n, 4, generator=g) * (torch.rand(n, 4, generator=g) < 0.6)
+    ends = torch.where(which[:, :, 0, 0] > 0, ends, 1.0)[:, :, None]
+    line = (torch.arange(size) * 2 + 1) / size - 1
+    x, y = (torch.minimum(torch.maximum(line, -ends[:, k]), ends[:, k + 1]) for k in (0, 2))
+    grid = torch.stack([x[:, None].expand(n, size, size), y[:, :, None].expand(n, size, size)], -1)
+    inside = (x == line)[:, None, None] & (y == line)[:, None, :, None]
+    return grid_sample(images, grid, padding_mode="border", align_corners=False), inside.float()
 
 
 def _frames(n: int, g: torch.Generator) -> Float[Tensor, "n 2 3"]:

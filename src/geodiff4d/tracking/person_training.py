@@ -26,7 +26,7 @@ class PersonTraining:
     """How the network is trained."""
 
     model: PersonConfig = field(default_factory=PersonConfig)
-    steps: int = 2500
+    steps: int = 4000
     batch: int = 8
     backgrounds: int = 256
     """Backgrounds that are made up before the first step."""
@@ -96,11 +96,12 @@ def person_loss(logits: Float[Tensor, "b 1 size size"], truth: PersonCrops) -> d
     edge = torch.zeros_like(alpha)
     edge[..., 1:] += rise[0].abs()
     edge[..., 1:, :] += rise[1].abs()
-    weight = 1 + EDGE * torch.nn.functional.max_pool2d(edge, 7, 1, 3).clamp(max=1)
+    shown = truth.shown
+    weight = (1 + EDGE * torch.nn.functional.max_pool2d(edge, 7, 1, 3).clamp(max=1)) * shown
     told = logits.sigmoid()
-    change = (told[..., 1:] - told[..., :-1] - rise[0]).abs().mean() + (
-        told[..., 1:, :] - told[..., :-1, :] - rise[1]
-    ).abs().mean()
+    across = (told[..., 1:] - told[..., :-1] - rise[0]).abs() * shown[..., 1:]
+    down = (told[..., 1:, :] - told[..., :-1, :] - rise[1]).abs() * shown[..., 1:, :]
+    change = across.mean() + down.mean()
     return {
         "likelihood": (bce(logits, alpha, reduction="none") * weight).mean(),
         "off": ((told - alpha).abs() * weight).mean(), "change": 2 * change,
@@ -114,11 +115,12 @@ def validate(model: PersonNet, scenes: PersonScenes, batches: int) -> dict[str, 
     for k in range(batches):
         crops = scenes.crops(k, 16)
         told = model(crops.images, crops.heads).sigmoid()
-        m, t = told > 0.5, crops.alpha > 0.5
+        told, alpha = told * crops.shown, crops.alpha * crops.shown
+        m, t = told > 0.5, alpha > 0.5
         overlap.append((m & t).sum((1, 2, 3)) / (m | t).sum((1, 2, 3)).clamp(min=1))
-        outside = 1 - crops.heads[:, :1]
-        beyond.append(((told - crops.alpha).abs() * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp(min=1))
-        empty = (crops.alpha < 0.02).float()
+        outside = (1 - crops.heads[:, :1]) * crops.shown
+        beyond.append(((told - alpha).abs() * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp(min=1))
+        empty = (crops.alpha < 0.02) * crops.shown
         background.append((told * empty).sum((1, 2, 3)) / empty.sum((1, 2, 3)).clamp(min=1))
     return {
         "val_iou": round(float(torch.cat(overlap).mean()), 4), "val_beyond": round(float(torch.cat(beyond).mean()), 4),

@@ -318,7 +318,9 @@ def cut_frames(
             return Cut(crop, crop_image(mask, located.box, size, fill=0.0).clamp(0, 1), None, fragments)
         # A body goes on below an image, but what is shown there is grey.
         shown = crop_image(torch.ones_like(image[:1]), located.box, size, fill=0.0).clamp(0, 1)
-        return Cut(crop, _matte(crop, detection, image.shape[2], fragments, located, matting) * shown, None, fragments)
+        whole = crop_image(image, located.box, size).clamp(0, 1) if shown.min() < 1 else crop
+        told = _matte(whole, detection, image.shape[2], fragments, located, matting)
+        return Cut(crop, told * shown, None, fragments)
 
     work = zip(frames(), located.detections, located.mesh.vertices, strict=True)
     cuts = in_threads(seen, work)
