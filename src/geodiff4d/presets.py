@@ -67,7 +67,7 @@ class ReaderStage:
 
 @dataclass(frozen=True)
 class CutoutPeople:
-    """Rendered people that are cut out beside photographs'."""
+    """Rendered people that are cut out beside photographs': those, about half, who stand before a plain background."""
 
     subjects: int = 72
     val_subjects: int = 8
@@ -245,7 +245,7 @@ _ROWS = (
                 PersonConfig(64, (4, 4, 8, 8, 8, 8), 4), steps=4, batch=2, backgrounds=4, log_every=2,
                 validate_every=3, save_every=2, val_batches=1,
             ),
-            CutoutPeople(subjects=2, val_subjects=1, frames=2, views=1, size=64),
+            CutoutPeople(subjects=2, val_subjects=3, frames=2, views=1, size=64),
         ),
         decoder=DecoderStage(
             DecoderTraining(
