@@ -14,7 +14,6 @@ from torch.nn.functional import normalize
 from avatars import painted_avatar, talking
 from geodiff4d.avatar import drive
 from geodiff4d.avatar.binding import NORMAL_AXIS, LocalGaussians, bind, face_frames, sample_surface, to_local
-from geodiff4d.avatar.bust import above_bust_line
 from geodiff4d.avatar.config import FitConfig
 from geodiff4d.avatar.densify import DensifyConfig
 from geodiff4d.avatar.fit import fit
@@ -23,7 +22,7 @@ from geodiff4d.avatar.losses import LossConfig, image_loss, position_tolerance
 from geodiff4d.avatar.model import Avatar, AvatarFrame, splat_normals
 from geodiff4d.avatar.refine import RefineConfig, Refinement
 from geodiff4d.avatar.shoulders import continued
-from geodiff4d.avatar.surface import RemeshConfig, own_surface, remesh
+from geodiff4d.avatar.surface import RemeshConfig, remesh
 from geodiff4d.cli.fit import Args as FitArgs
 from geodiff4d.cli.fit import run as run_fit
 from geodiff4d.cli.render import Args as RenderArgs
@@ -489,30 +488,3 @@ def test_a_surface_that_points_outside_itself_is_refused(head, name):
             replace(surface, **{name: broken}).check(head)
     with pytest.raises(ValueError, match="expected"):
         replace(surface, bary=surface.bary.double()).check(head)
-
-
-def test_the_avatar_of_a_portrait_ends_at_its_bust_line(head):
-    """Below the frontal image nothing stays; beside it hair does, and shoulders do not."""
-    view, surface = camera(0.0), own_surface(head)
-    neck = head.regions["neck"][head.faces].all(-1)
-    face = torch.stack([neck.nonzero()[0, 0], (~head.regions["neck"][head.faces].any(-1)).nonzero()[0, 0]])
-    inside, below, beside = (0.0, 0.0), (0.0, -1.0), (1.0, 0.0)
-    xy = torch.tensor([inside, below, beside]).repeat_interleave(2, 0)
-    local = LocalGaussians(**{n: v.float() for n, v in splats(6, 1).parameters.items()}, face_index=face.repeat(3))
-    stays = above_bust_line(torch.cat([xy, torch.zeros(6, 1)], 1), local, view, head, surface)
-    assert stays.tolist() == [True, True, False, False, False, True]
-
-
-def test_generated_clips_alone_end_at_the_bust_line(clip, tmp_path):
-    def lowered(frames):
-        for f in frames:
-            f["cy"] += 0.3 * SIZE  # The neck leaves the images.
-
-    config, counts = replace(PRESETS["debug"].fit, iterations=1), []
-    for name, extra in (("captured", {}), ("made", {"generator": "warp"})):
-        folder = edited(clip, tmp_path / name, lowered).folder
-        header = json.loads((folder / "transforms.json").read_text())
-        header["geodiff4d"] = {**header["geodiff4d"], "extra": extra}
-        (folder / "transforms.json").write_text(json.dumps(header))
-        counts.append(fit(Clip(folder), tmp_path / f"{name}_avatar", config)["gaussians"])
-    assert 0 < counts[1] < counts[0]

@@ -115,8 +115,6 @@ def _fit(
             status.restore(saved[0])
         first = saved[1]
     seconds = _learn(fitting, run, first, seed, status, progress)
-    if "generator" in clip.extra:
-        fitting.end_at_bust_line()
     metrics = {
         "train": fitting.score(frames.train[:: max(1, len(frames.train) // SCORED)]),
         "held_out": fitting.score(frames.held_out),

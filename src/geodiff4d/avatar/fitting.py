@@ -9,7 +9,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geodiff4d.avatar.binding import LocalGaussians, face_frames
-from geodiff4d.avatar.bust import above_bust_line
 from geodiff4d.avatar.config import COARSE_PX, FitConfig
 from geodiff4d.avatar.deformable import DeformableSurface, Posing
 from geodiff4d.avatar.densify import Grad2d, densify, reset_opacity
@@ -173,16 +172,6 @@ class Fitting:
             scores.append(compare(self.render(target.row, target.camera), target))
         degrees = [s.normal_deg for s in scores if s.normal_deg is not None]
         return {"psnr_fg": _mean([s.psnr_fg for s in scores]), "normal_deg": _mean(degrees)}
-
-    @torch.no_grad()
-    def end_at_bust_line(self) -> None:
-        """Drop the splats of a generated clip that its most frontal image does not show; the optimiser begins anew."""
-        head, surface = self.deformable.head, self.deformable.surface
-        index = frontal(self.frames, head, self.refinement.sequence())
-        means = self.pose(self.frames.row(index)).gaussians.means
-        stays = above_bust_line(means, self.local, self.frames.camera(index), head, surface)
-        if stays.any():
-            self._take(replace(self.local, **{n: v[stays] for n, v in self.local.tensors.items()}))
 
     def avatar(self, fps: float) -> Avatar:
         """Return what was fitted, detached and on the CPU."""
