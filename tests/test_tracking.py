@@ -179,6 +179,21 @@ class FakeDetector:
         return self.answers[: len(list(images))]
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["of the whole image", "of the head's square"])
+def test_whose_segmentation_counts(head, whole):
+    """MediaPipe's, of the whole image, is taken; in place of the looker's the network that cuts people out is asked."""
+    truth = motion(head, 1)
+    [d] = detections(head, truth)
+    mask, image = torch.zeros(1, HEIGHT, WIDTH), torch.rand(3, HEIGHT, WIDTH)
+    mask[:, :, : WIDTH // 2] = 1
+    extent, cut_out = None if whole else (0.0, 0.0, float(WIDTH)), []
+    for told in (mask, 1 - mask):
+        answer = FakeDetector([replace(d, mask=told.half(), extent=extent)])
+        tracked = track_frames([image], head, answer, TrackingConfig(size=64, focal_px=FOCAL), video=False)
+        cut_out.append(tracked.masks)
+    assert torch.equal(*cut_out) != whole
+
+
 def test_photo_to_clip(head, tmp_path):
     truth = motion(head, 1)
     [d] = detections(head, truth)

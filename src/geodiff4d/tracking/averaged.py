@@ -1,9 +1,16 @@
-"""What the trainings of tracking's networks share: averaged weights, and checkpoints with both."""
+"""What the trainings of tracking's networks share: rates, averaged weights, and checkpoints with them."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
 from geodiff4d.core.rundir import RunFolder, optimiser_tensors, restore_optimiser
+
+
+def cosine_rate(step: int, steps: int, warmup: int) -> float:
+    """Return the learning rate as a share of the highest: up in a line, down along a cosine to a hundredth."""
+    return min(1.0, (step + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def first_average(model: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """People cut out of clips, and pieces of real backgrounds, as training data for `person.py`.
 
-Whose background is plain (rendered people, portraits before a wall) is cut out exactly enough to be put before another
-one: the background is a smooth function of the place, so that the person's own colour is known even in hair. All other
-photographs give what they show beside the person.
+Whose background is plain (portraits before a wall, about half of the rendered people) is cut out exactly enough to be
+put before another one: the background is a smooth function of the place, so that the person's own colour is known even
+in hair. All others give what they show beside the person.
 """
 
 from collections.abc import Sequence
@@ -100,10 +100,7 @@ def plain_background(image: Float[Tensor, "3 h w"], mask: Float[Tensor, "1 h w"]
     The function is a polynomial of second degree in each colour, fitted to what is surely not the person.
     """
     h, w = mask.shape[1:]
-    behind = _surely_behind(mask[0].numpy(), int(AWAY * w) + 1)
-    there = behind & ~_bars(image.numpy())
-    if there.mean() < LEAST:
-        there = behind  # Rendered people stand before grey.
+    there = _surely_behind(mask[0].numpy(), int(AWAY * w) + 1) & ~_bars(image.numpy())
     if there.mean() < LEAST:
         return None
     y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")

@@ -1,6 +1,5 @@
 """Training of the perception network on rendered people; the same command resumes an interrupted run."""
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from geodiff4d.core.precision import bf16_is_native
 from geodiff4d.core.rundir import OnRecord, RunFolder
-from geodiff4d.tracking.averaged import checkpoint, first_average, resume, update_average
+from geodiff4d.tracking.averaged import checkpoint, cosine_rate, first_average, resume, update_average
 from geodiff4d.tracking.network import Look, Perception, PerceptionConfig, quick
 from geodiff4d.tracking.people import People
 from geodiff4d.tracking.scenes import Crops, Pictures, Scenes
@@ -72,7 +71,7 @@ def train_perception(
     half, began = config.autocast and bf16_is_native(torch.device("cpu")), time.monotonic()
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * rate(step, config)
+            group["lr"] = config.lr * cosine_rate(step, config.steps, config.warmup)
         size = next((s for share, s in config.sizes if step < share * config.steps), config.model.size)
         terms: dict[str, Tensor] = {}
         if config.batch:
@@ -105,11 +104,6 @@ def train_perception(
     perception = _averaged(config, people, average)
     perception.save(folder.path / "perception")
     return perception
-
-
-def rate(step: int, config: PerceptionTraining) -> float:
-    """Learning rate as a share of the highest: up in a line, down along a cosine."""
-    return min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
 
 
 def look_loss(look: Look, truth: Crops) -> dict[str, Float[Tensor, ""]]:

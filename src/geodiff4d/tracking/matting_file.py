@@ -6,6 +6,7 @@ one leaves the tracked head in and most of what is beside it out.
 """
 
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -54,6 +55,7 @@ class MattingFile:
         self._input, self._type = inputs[0].name, TYPES[inputs[0].type]
         self._size = tuple(n if isinstance(n, int) else SIDE for n in shape[2:])
         self._scale: str | None = None
+        self._deciding = Lock()  # Frames are shared out to threads.
 
     def __call__(
         self, crop: Float[Tensor, "3 side side"], head: Bool[Tensor, "side side"]
@@ -63,10 +65,11 @@ class MattingFile:
         Raises:
             UserError: the file's output is no alpha.
         """
-        if self._scale is None:
-            each = {name: self._alpha(crop, name) for name in SCALES}
-            self._scale = max(each, key=lambda name: float(each[name][0][head].mean() - each[name][0][~head].mean()))
-            return each[self._scale]
+        with self._deciding:
+            if self._scale is None:
+                each = {name: self._alpha(crop, name) for name in SCALES}
+                apart = {name: float(a[0][head].mean() - a[0][~head].mean()) for name, a in each.items()}
+                self._scale = max(apart, key=apart.__getitem__)
         return self._alpha(crop, self._scale)
 
     def _alpha(self, crop: Tensor, scale: str) -> Tensor:

@@ -207,7 +207,7 @@ def load_perception(folder: Path = SHIPPED) -> Perception:
     return quick(model).eval()
 
 
-def quick(model: Perception) -> Perception:
+def quick(model: Net) -> Net:
     """Return the model with its convolution weights in channels-last layout, which is faster on CPUs; in place."""
     for p in model.parameters():
         if p.ndim == 4:

@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate, pixel_shuffle
 from geodiff4d.core.errors import UserError
 from geodiff4d.core.files import load_model, save_model
 from geodiff4d.core.weights import weights_folder
-from geodiff4d.tracking.network import ConvNorm, Residual, folded
+from geodiff4d.tracking.network import ConvNorm, Residual, folded, quick
 
 SHIPPED = weights_folder("person")
 
@@ -101,15 +101,7 @@ def load_person_net(folder: Path = SHIPPED) -> PersonNet:
         raise UserError(
             f"{folder} does not tell people from backgrounds: {(lacking or unexpected)[0]} does not fit; copy it again"
         )
-    return channels_last(model).eval()
-
-
-def channels_last(model: PersonNet) -> PersonNet:
-    """Return the model with its convolution weights in channels-last layout, which is faster on CPUs; in place."""
-    for p in model.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return model
+    return quick(model).eval()
 
 
 @torch.no_grad()

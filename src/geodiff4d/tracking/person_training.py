@@ -1,6 +1,5 @@
 """Training of the network that tells the person from the background; the same command resumes an interrupted run."""
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from geodiff4d.core.rundir import OnRecord, RunFolder
-from geodiff4d.tracking.averaged import checkpoint, first_average, resume, update_average
+from geodiff4d.tracking.averaged import checkpoint, cosine_rate, first_average, resume, update_average
 from geodiff4d.tracking.cutouts import Cutouts
-from geodiff4d.tracking.person import PersonConfig, PersonNet, channels_last
+from geodiff4d.tracking.network import quick
+from geodiff4d.tracking.person import PersonConfig, PersonNet
 from geodiff4d.tracking.person_scenes import PersonCrops, PersonScenes
 
 EDGE = 3.0
@@ -55,7 +55,7 @@ def train_person(
     model = PersonNet(config.model)
     if start is not None:
         model.load_state_dict(start.state_dict())
-    model = channels_last(model).train()
+    model = quick(model).train()
     optimiser = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     average = first_average(model)
     first = resume(folder, model, optimiser, average)
@@ -64,7 +64,7 @@ def train_person(
     began = time.monotonic()
     for step in range(first, config.steps):
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * _rate(step, config)
+            group["lr"] = config.lr * cosine_rate(step, config.steps, config.warmup)
         crops = scenes.crops(step, config.batch)
         terms = person_loss(model(crops.images, crops.heads), crops)
         loss = torch.stack(list(terms.values())).sum()
@@ -128,12 +128,7 @@ def validate(model: PersonNet, scenes: PersonScenes, batches: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _rate(step: int, config: PersonTraining) -> float:
-    """Learning rate as a share of the highest: up in a line, down along a cosine."""
-    return min(1.0, (step + 1) / config.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
-
-
 def _averaged(config: PersonTraining, average: dict[str, Tensor]) -> PersonNet:
     model = PersonNet(config.model)
     model.load_state_dict(average)
-    return channels_last(model).eval()
+    return quick(model).eval()

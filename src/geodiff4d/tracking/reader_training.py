@@ -19,6 +19,7 @@ from torch.nn.functional import smooth_l1_loss
 from geodiff4d.core.rundir import OnRecord, RunFolder
 from geodiff4d.render.viewpoints import openhead
 from geodiff4d.tracking.averaged import checkpoint, first_average, resume, update_average
+from geodiff4d.tracking.network import quick
 from geodiff4d.tracking.reader import EXPRS, STILL, FaceReader, Raw, ReaderConfig
 from geodiff4d.tracking.reader_data import Faces, visible_skin
 from geodiff4d.tracking.reader_measure import Agreement, agreement, fitted_calibration
@@ -76,7 +77,7 @@ def train_reader(
         model.spread.copy_(target_spread(faces))
         if encoder is not None:
             model.take_trunk(encoder)
-    _channels_last(model).train()
+    quick(model).train()
     optimiser = _optimiser(model, config, encoder is not None)
     average = first_average(model)
     first = resume(folder, model, optimiser, average)
@@ -215,11 +216,4 @@ def averaged(config: ReaderTraining, average: dict[str, Tensor]) -> FaceReader:
     """Return a reader with averaged weights, to measure and to ship."""
     model = FaceReader(config.model)
     model.load_state_dict(average)
-    return _channels_last(model).eval()
-
-
-def _channels_last(model: FaceReader) -> FaceReader:
-    for p in model.parameters():
-        if p.ndim == 4:
-            p.data = p.data.contiguous(memory_format=torch.channels_last)
-    return model
+    return quick(model).eval()

@@ -368,13 +368,15 @@ def _matte(
     crop: Tensor, detection: Detection | None, width: int, fragments: Fragments, located: Located,
     matting: MattingFile | None,
 ) -> Tensor:  # fmt: skip
-    person = None
+    person, coarse = None, True
     if detection is not None and detection.mask is not None:
+        # MediaPipe's is of the whole image, by a network for that; ours takes the place of the looker's.
+        coarse = detection.extent is not None
         person = _spanned(detection.mask, detection.extent, width, located.box, len(crop[0])).clamp(0, 1)
     part = interpolate(fragments, located.mesh.faces, located.region.float()[:, None])[0] > 0.5
     if matting is not None:
         return matte(crop, matting(crop, part), fragments.mask, part, exact=True)
-    if (net := shipped_person_net()) is not None:
+    if coarse and (net := shipped_person_net()) is not None:
         person = person_in(crop, fragments.mask, part, net, twice=len(located.detections) == 1)
     return matte(crop, person, fragments.mask, part)
 
