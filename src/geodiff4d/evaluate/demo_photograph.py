@@ -42,7 +42,8 @@ def photograph_views(
     if not is_tracked(folder):
         track(PHOTOGRAPH, folder, head, config=TrackingConfig(size=size), progress=progress)
     portrait, n = load_portrait(Clip(folder), size), len(TURNS_DEG)
-    cameras = Camera.stack([around(head, portrait, float(turn)) for turn in TURNS_DEG])
+    # As the avatar is turned on the page: a positive turn sees the person's left side.
+    cameras = Camera.stack([around(head, portrait, -float(turn)) for turn in TURNS_DEG])
     seen = driving_crop(portrait.on_grey, head, portrait.params, portrait.camera, crop)
     driving = Driving(HeadParams.stack([portrait.params] * n), seen.expand(n, -1, -1, -1), temporal=False)
     return PhotographViews(portrait.on_grey, generator.generate(GenerationRequest(portrait, driving, head), cameras))
